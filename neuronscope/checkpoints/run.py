@@ -284,6 +284,8 @@ def _examine(opened: Checkpoint, before: Checkpoint | None, what: _What) -> _Exa
             examination.readers_known
         ):  # The trace shows what reads each neuron; guesses from names are no longer needed.
             evidence = [one for one in evidence if one.claim != "unread"]
+        if examination.sites:  # The activation behind a norm is known: bounds prove it if its constant gives zero.
+            evidence = [one for one in evidence if one.source != "weights" or one.claim != "dead"]
         path_of = path_in_model(network, checkpoint)
         evidence, sites = renamed(evidence, sites, path_of)
         evidence += examination.evidence

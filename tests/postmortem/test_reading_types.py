@@ -176,9 +176,7 @@ def test_an_unreadable_tensor_in_an_optimizer_state_is_left_out(dtype: torch.dty
         assert said in report.notes
 
 
-def test_an_optimizer_state_in_tensors_of_torchao_is_left_out(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_optimizer_state_in_tensors_of_torchao_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Their class decides what their numbers are; the weights beside them are read."""
 
     class OptimState8bit(torch.Tensor):
