@@ -524,8 +524,10 @@ silent, nothing broken, and no row *unsaid*: of which nothing is said, nor that 
 The threshold of *inferred*, 300 steps, was chosen with these trainings and those of
 optimizer-clock.md in view.
 
-A clock must have fallen by 8.4 e-foldings: in 80 steps at the usual β1 or momentum of .9, in 164 at .95
-(Muon, the end of OneCycle). There, rows that are silent for less are not found.
+Adam's clock must have fallen by 8.4 e-foldings: in 80 steps at the usual β1 of .9, in 165 at .95 (the
+end of OneCycle). SGD's and Muon's must have fallen by 5, in 80 steps or more: in 97 at .95. Rows that
+are silent for less are not found. Networks with convolutions are given pictures of {side} × {side} pixels, the
+means of the digits' pixels.
 
 The ways of training: *OneCycle* goes up to the high learning rate and cycles β1 or the momentum. *Warm
 restarts* begin at half the high rate, at steps 0, 100 and 300. *β1 .5* is the momentum of SGD and Muon,
@@ -559,6 +561,7 @@ def page(scores: Mapping[Cell, Score], today: str) -> Iterator[str]:
         renewed=RENEWED,
         silent=SILENT,
         living=LIVING,
+        side=SIDE,
     )
     for paragraph in head.split("\n\n"):
         yield from _wrapped(paragraph)

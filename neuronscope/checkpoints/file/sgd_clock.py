@@ -24,11 +24,11 @@ from torch import Tensor
 
 from neuronscope.checkpoints.file.adam_clock import FASTEST_FADING, SILENT_FOLDS, ClockReading, silent_steps, sure_steps
 
-__all__ = ["BufferPeaks", "SGDClock"]
+__all__ = ["SILENT_FOLDS_BELOW_LARGEST", "BufferPeaks", "SGDClock"]
 
 #: A row counts as without gradient if it is this many e-foldings below its layer's largest, and for 80 steps. Adam's
 #: rows must be farther below the supremum, since living rows are far below it themselves.
-_SILENT_FOLDS = 5.0
+SILENT_FOLDS_BELOW_LARGEST = 5.0
 #: Roundings of a decayed buffer per step that it averages. Of 629 rows that were silent for 200 steps and more, all had
 #: less than 1, and .6 % of 6,741 living ones less than 1.5.
 _ROUNDINGS = 1.5
@@ -153,7 +153,7 @@ class SGDClock:
     @property
     def silent_steps(self) -> float:
         """The estimate above which a row counts as without gradient, in steps."""
-        return silent_steps(self.rate, folds=_SILENT_FOLDS)
+        return silent_steps(self.rate, folds=SILENT_FOLDS_BELOW_LARGEST)
 
     @property
     def sure_steps(self) -> float:
