@@ -418,6 +418,27 @@ def test_decoupled_weight_decay_is_recognised_in_an_old_adamw_state():
     assert [piece.neurons.tolist() for piece in of(found, "no gradient")] == [[2], [3]]
 
 
+@pytest.mark.parametrize(
+    ("more", "slot", "is_read"),
+    [
+        ({"initial_lr": 1e-3, "name": "no decay"}, "", True),
+        ({"rank": 4, "update_proj_gap": 200}, "", False),  # GaLore's means are of projections
+        ({}, "exp_avg_diff", False),  # Adan has a third mean
+    ],
+)
+def test_means_under_adams_names_are_read_only_where_nothing_else_is_kept_or_set(more, slot, is_read):
+    """The group is that of the AdamW of transformers before 5, whose decay is decoupled."""
+    model = network()
+    checkpoint = as_checkpoint(*run(model, torch.optim.AdamW(model.parameters(), weight_decay=0.1)), step=STEPS)
+    taken = ("amsgrad", "decoupled_weight_decay", "foreach", "maximize", "capturable", "differentiable", "fused")
+    checkpoint = group_of(checkpoint, **dict.fromkeys(taken), correct_bias=True, **more)
+    for slots in checkpoint.optimizers[0].slots.values():
+        slots.update({slot: slots["exp_avg"]} if slot else {})
+    found, said = examine_file(checkpoint)
+    assert [piece.neurons.tolist() for piece in of(found, "no gradient")] == ([[2], [3]] if is_read else [])
+    assert len(said) == (0 if is_read else 2)
+
+
 def test_coupled_weight_decay_read_as_decoupled_hides_silent_neurons():
     """Why it is abstained from: read as AdamW's, the same state says that neurons silent for 340 steps are alive."""
     model = network()
