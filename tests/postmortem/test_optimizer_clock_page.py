@@ -23,7 +23,8 @@ def test_the_tables_of_the_page_have_the_columns_of_the_script():
     page = PAGE.read_text()
     assert [line for line in page.splitlines() if line.startswith("| network |")] == list(HEADS)
     again = with_tables(page, [[head, "| --- |", "| a | 1 |"] for head in HEADS])
-    assert again.count("| a | 1 |") == again.count("| --- |\n") == len(HEADS)
+    assert again.count("| a | 1 |\n") == len(HEADS)
+    assert "| what | why |" in again
     assert "MLP, Adam 1e-3" not in again
     with pytest.raises(ValueError, match="3 tables"):
         with_tables(page, [])
