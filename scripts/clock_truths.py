@@ -14,14 +14,16 @@ changed.
 from __future__ import annotations
 
 import argparse
+import copy
 import importlib.util
 import json
 import re
 import sys
 import textwrap
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from datetime import date
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +47,9 @@ STEPS, SPIKE, KILLED, RENEWED = 600, range(151, 211), 200, 301
 FALL, ONE_IN = 20.0, 8
 #: A row without gradient for so many steps is silent; one with a gradient within so many is living.
 SILENT, LIVING = 100, 80
+
+#: Pixels of a side of the pictures that networks with convolutions are given: the mean of each 2 × 2 of the digits'.
+SIDE = 4
 
 # --- optimizers -----------------------------------------------------------------------------------------------------
 
@@ -74,6 +79,7 @@ def _adafactor_of_transformers(parameters: list[nn.Parameter]) -> torch.optim.Op
 
 
 def _eight_bits(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    """The package keeps the state of parameters with fewer than 4,096 elements in float32."""
     from bitsandbytes.optim import AdamW8bit  # type: ignore[import-not-found, unused-ignore]
 
     optimizer: torch.optim.Optimizer = AdamW8bit(parameters, lr=1e-3)
@@ -138,15 +144,17 @@ OPTIMIZERS: dict[str, Recipe] = {
     "Adafactor (transformers)": _recipe(_adafactor_of_transformers, 20, package="transformers"),
     "Lion": _recipe(Lion, 20, "betas", lr=3e-4),
     "Muon": Recipe(_muon, 20, 0.95),
-    "AdamW, 8 bits": _recipe(_eight_bits, 20, package="bitsandbytes"),
+    "AdamW, 8 bits (bitsandbytes)": _recipe(_eight_bits, 20, package="bitsandbytes"),
 }
+_WITH_CLOCKS = {"SGD, momentum", "SGD, momentum, decay", "Adam", "AdamW", "amsgrad", "NAdam", "RAdam", "Muon"}
 NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "MLP": mlp,
-    "CNN": cnn,
-    "CNN, BN": cnn_with_norms,
+    "CNN": partial(cnn, SIDE),
+    "CNN, BN": partial(cnn_with_norms, SIDE),
     "Transformer": Transformer,
-    "ResNet": resnet,
+    "ResNet": partial(resnet, SIDE),
 }
+_WITH_CONVOLUTIONS = {"CNN", "CNN, BN", "ResNet"}
 #: How many times higher the high learning rates are, with SGD and else: behind norms, neurons die of far higher ones;
 #: but SGD gives numbers that are not finite then.
 HIGHER = {"MLP": (1, 1), "CNN": (1, 1), "CNN, BN": (1, 4), "Transformer": (0.3, 2), "ResNet": (1, 4)}
@@ -173,7 +181,7 @@ class Cell:
     def absent(self) -> str:
         """Why there is no such training; ``""`` if there is one."""
         recipe = OPTIMIZERS[self.optimizer]
-        if self.optimizer == "Muon" and self.network not in ("MLP", "Transformer"):
+        if self.optimizer == "Muon" and self.network in _WITH_CONVOLUTIONS:
             return "networks with convolutions, since it takes matrices only"
         if self.schedule == "β1 .5" and recipe.beta is None:
             return "another β1, since it has none that can be chosen"
@@ -183,7 +191,7 @@ class Cell:
 
 
 def all_cells(seeds: int) -> Iterator[Cell]:
-    """Yield all cells, the common ones first."""
+    """Yield all cells: first each optimizer as it is, then those with a clock in other ways of training."""
     cells = [
         Cell(network, optimizer, schedule, seed)
         for seed in range(seeds)
@@ -191,57 +199,124 @@ def all_cells(seeds: int) -> Iterator[Cell]:
         for network in NETWORKS
         for optimizer in OPTIMIZERS
     ]
-    often = {"SGD, momentum, decay", "Adam", "AdamW"}
-    return iter(sorted(cells, key=lambda cell: (cell.seed, cell.schedule != "constant", cell.optimizer not in often)))
+    return iter(
+        sorted(
+            cells,
+            key=lambda cell: (
+                cell.seed,
+                cell.schedule != "constant",
+                cell.optimizer not in _WITH_CLOCKS or cell.schedule == "bfloat16",
+            ),
+        )
+    )
 
 
-def train_cell(cell: Cell, digits: Digits) -> tuple[dict[str, Any], Truth]:
-    """Train one network and count.
+#: Ways of training that begin alike: one training gives a checkpoint for each.
+_TOGETHER = ("constant", "EMA", "fine-tuned")
+
+
+def train_cells(cells: Sequence[Cell], digits: Digits) -> Iterator[tuple[Cell, dict[str, Any], Truth]]:
+    """Train the network of one cell, or of several that begin alike, and count.
 
     Args:
-        cell: What to train.
+        cells: What to train: cells of one network, optimizer and seed, whose ways of training are all the same or all
+            among :data:`_TOGETHER`.
         digits: The data.
 
-    Returns:
-        The checkpoint, and at which step each row last got a gradient.
+    Yields:
+        For each cell the checkpoint, and at which step each row last got a gradient.
     """
-    recipe, schedule = OPTIMIZERS[cell.optimizer], cell.schedule
-    spike = recipe.spike * HIGHER[cell.network][not cell.optimizer.startswith("SGD")]
-    torch.manual_seed(cell.seed)
-    model = NETWORKS[cell.network]()
-    dtype = torch.bfloat16 if schedule == "bfloat16" else torch.float32
-    model.to(dtype)
-    averaged = swa_utils.AveragedModel(model, multi_avg_fn=swa_utils.get_ema_multi_avg_fn(0.99))
-    optimizers: list[torch.optim.Optimizer] = []
-    schedulers: list[lr_scheduler.LRScheduler] = []
-    batches = _batches(digits, cell.seed)
-    truth = Truth()
-    for step in range(1, STEPS + 1):
-        if step == 1 or (schedule == "fine-tuned" and step == RENEWED):
-            optimizers = recipe.make(model, 0.5 if schedule == "β1 .5" else recipe.beta or 0.0)
-            schedulers = [_scheduler(schedule, optimizer, spike) for optimizer in optimizers]
-        x, y = next(batches)
-        F.cross_entropy(model(x.to(dtype)).float(), y).backward()
-        if schedule == "clipped":
-            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        truth.note(model)
-        for optimizer, scheduler in zip(optimizers, schedulers, strict=True):
+    batches = _batches(digits, cells[0].seed)
+    by_schedule = {cell.schedule: cell for cell in cells}
+    renewed = by_schedule.pop("fine-tuned", None)
+    training = _Training(cells[0], averages="EMA" in by_schedule)
+    for batch in batches[: RENEWED - 1]:
+        training.step(digits, batch)
+    if renewed is not None:
+        branch = training.with_new_optimizers()
+        for batch in batches[RENEWED - 1 :]:
+            branch.step(digits, batch)
+        yield renewed, branch.checkpoint(), branch.truth
+    if by_schedule:
+        for batch in batches[RENEWED - 1 :]:
+            training.step(digits, batch)
+    for schedule, cell in by_schedule.items():
+        yield cell, training.checkpoint(averaged=schedule == "EMA"), training.truth
+
+
+class _Training:
+    """A network that is being trained, while its gradients are counted.
+
+    Args:
+        cell: The network, the optimizer, the way of training and the seed.
+        averages: Whether to keep an exponential moving average of the weights.
+    """
+
+    def __init__(self, cell: Cell, averages: bool) -> None:
+        self.truth = Truth()
+        self._cell = cell
+        torch.manual_seed(cell.seed)
+        self._dtype = torch.bfloat16 if cell.schedule == "bfloat16" else torch.float32
+        self._model = NETWORKS[cell.network]().to(self._dtype)
+        averaging = swa_utils.get_ema_multi_avg_fn(0.99)
+        self._averaged = swa_utils.AveragedModel(self._model, multi_avg_fn=averaging) if averages else None
+        self._make_optimizers()
+
+    def with_new_optimizers(self) -> _Training:
+        """Return a copy of this training that goes on with new optimizers."""
+        other = copy.copy(self)
+        other.truth, other._model, other._averaged = copy.deepcopy(self.truth), copy.deepcopy(self._model), None
+        other._make_optimizers()
+        return other
+
+    def _make_optimizers(self) -> None:
+        cell, recipe = self._cell, OPTIMIZERS[self._cell.optimizer]
+        spike = recipe.spike * HIGHER[cell.network][not cell.optimizer.startswith("SGD")]
+        self._optimizers = recipe.make(self._model, 0.5 if cell.schedule == "β1 .5" else recipe.beta or 0.0)
+        self._schedulers = [_scheduler(cell.schedule, optimizer, spike) for optimizer in self._optimizers]
+
+    def step(self, digits: Digits, batch: Tensor) -> None:
+        """Take one step.
+
+        Args:
+            digits: The data.
+            batch: Indices of the step's images.
+        """
+        x = digits.train_x[batch].to(self._dtype)
+        if self._cell.network in _WITH_CONVOLUTIONS:
+            x = F.avg_pool2d(x.unflatten(1, (1, 8, 8)), 8 // SIDE).flatten(1)
+        F.cross_entropy(self._model(x).float(), digits.train_y[batch]).backward()
+        if self._cell.schedule == "clipped":
+            nn.utils.clip_grad_norm_(self._model.parameters(), 1.0)
+        self.truth.note(self._model)
+        for optimizer, scheduler in zip(self._optimizers, self._schedulers, strict=True):
             optimizer.step()
             optimizer.zero_grad()
             scheduler.step()
-        averaged.update_parameters(model)
-        if step == KILLED:
-            _kill(model)
-    states = [optimizer.state_dict() for optimizer in optimizers]
-    kept = averaged if schedule == "EMA" else model
-    return {"model": kept.state_dict(), "optimizer": states[0] if len(states) == 1 else states, "step": STEPS}, truth
+        if self._averaged is not None:
+            self._averaged.update_parameters(self._model)
+        if self.truth.steps == KILLED:
+            _kill(self._model)
+
+    def checkpoint(self, averaged: bool = False) -> dict[str, Any]:
+        """Return what a file would hold.
+
+        Args:
+            averaged: Whether with the averages in place of the weights that the optimizers train.
+        """
+        states = [optimizer.state_dict() for optimizer in self._optimizers]
+        kept = self._averaged if averaged else self._model
+        assert kept is not None
+        optimizer = states[0] if len(states) == 1 else states
+        return {"model": kept.state_dict(), "optimizer": optimizer, "step": self.truth.steps}
 
 
-def _batches(digits: Digits, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
-    order = torch.Generator().manual_seed(seed)
-    while True:
-        for batch in torch.randperm(len(digits.train_y), generator=order).split(32):
-            yield digits.train_x[batch], digits.train_y[batch]
+def _batches(digits: Digits, seed: int) -> list[Tensor]:
+    """Return the indices of each step's images."""
+    order, found = torch.Generator().manual_seed(seed), []
+    while len(found) < STEPS:
+        found += torch.randperm(len(digits.train_y), generator=order).split(32)
+    return found[:STEPS]
 
 
 @torch.no_grad()
@@ -276,14 +351,17 @@ def train_missing(cells: Iterable[Cell], folder: Path) -> None:
     """
     folder.mkdir(parents=True, exist_ok=True)
     digits = load_digits()
+    together: dict[tuple[object, ...], list[Cell]] = {}
     for cell in cells:
-        counts = folder / f"{cell.name}.json"
-        if cell.absent or counts.exists():
-            continue
-        checkpoint, truth = train_cell(cell, digits)
-        torch.save(checkpoint, folder / f"{cell.name}.pt")
-        counts.write_text(json.dumps({path: last.tolist() for path, last in truth.last.items()}))
-        print(cell.name, file=sys.stderr, flush=True)
+        if not cell.absent and not (folder / f"{cell.name}.json").exists():
+            begins = _TOGETHER if cell.schedule in _TOGETHER else cell.schedule
+            together.setdefault((cell.network, cell.optimizer, cell.seed, begins), []).append(cell)
+    for alike in together.values():
+        for cell, checkpoint, truth in train_cells(alike, digits):
+            torch.save(checkpoint, folder / f"{cell.name}.pt")
+            counts = json.dumps({path: last.tolist() for path, last in truth.last.items()})
+            (folder / f"{cell.name}.json").write_text(counts)
+            print(cell.name, file=sys.stderr, flush=True)
 
 
 # --- the comparison -------------------------------------------------------------------------------------------------
@@ -446,8 +524,10 @@ silent, nothing broken, and no row *unsaid*: of which nothing is said, nor that 
 The threshold of *inferred*, 300 steps, was chosen with these trainings and those of
 optimizer-clock.md in view.
 
-A clock must have fallen by 8.4 e-foldings: in 80 steps at the usual β1 or momentum of .9, in 164 at .95
-(Muon, the end of OneCycle). There, rows that are silent for less are not found.
+Adam's clock must have fallen by 8.4 e-foldings: in 80 steps at the usual β1 of .9, in 165 at .95 (the
+end of OneCycle). SGD's and Muon's must have fallen by 5, in 80 steps or more: in 97 at .95. Rows that
+are silent for less are not found. Networks with convolutions are given pictures of {side} × {side} pixels, the
+means of the digits' pixels.
 
 The ways of training: *OneCycle* goes up to the high learning rate and cycles β1 or the momentum. *Warm
 restarts* begin at half the high rate, at steps 0, 100 and 300. *β1 .5* is the momentum of SGD and Muon,
@@ -481,6 +561,7 @@ def page(scores: Mapping[Cell, Score], today: str) -> Iterator[str]:
         renewed=RENEWED,
         silent=SILENT,
         living=LIVING,
+        side=SIDE,
     )
     for paragraph in head.split("\n\n"):
         yield from _wrapped(paragraph)

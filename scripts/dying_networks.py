@@ -74,17 +74,17 @@ def mlp() -> nn.Module:
     return _he(nn.Sequential(*layers, nn.Linear(64, 10)))
 
 
-def cnn() -> nn.Module:
-    """Three convolutions of 32 channels on the 8 × 8 pixels."""
-    layers: list[nn.Module] = [nn.Unflatten(1, (1, 8, 8))]
+def cnn(side: int = 8) -> nn.Module:
+    """Three convolutions of 32 channels on ``side × side`` pixels."""
+    layers: list[nn.Module] = [nn.Unflatten(1, (1, side, side))]
     for inputs in (1, 32, 32):
         layers += [nn.Conv2d(inputs, 32, 3, padding=1), nn.ReLU()]
     return _he(nn.Sequential(*layers, nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(128, 10)))
 
 
-def cnn_with_norms() -> nn.Module:
-    """Three convolutions of 32 channels on the 8 × 8 pixels, each with a batch norm."""
-    layers: list[nn.Module] = [nn.Unflatten(1, (1, 8, 8))]
+def cnn_with_norms(side: int = 8) -> nn.Module:
+    """Three convolutions of 32 channels on ``side × side`` pixels, each with a batch norm."""
+    layers: list[nn.Module] = [nn.Unflatten(1, (1, side, side))]
     for inputs in (1, 32, 32):
         layers += [nn.Conv2d(inputs, 32, 3, padding=1, bias=False), nn.BatchNorm2d(32), nn.ReLU()]
     return _he(nn.Sequential(*layers, nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(128, 10)))
@@ -103,9 +103,9 @@ class _Residual(nn.Module):
         return F.relu(self.bn2(self.conv2(y)) + self.shortcut(x))
 
 
-def resnet() -> nn.Module:
-    """A convolution and two residual blocks of 16 and 32 channels on the 8 × 8 pixels."""
-    layers: list[nn.Module] = [nn.Unflatten(1, (1, 8, 8)), nn.Conv2d(1, 16, 3, padding=1, bias=False)]
+def resnet(side: int = 8) -> nn.Module:
+    """A convolution and two residual blocks of 16 and 32 channels on ``side × side`` pixels."""
+    layers: list[nn.Module] = [nn.Unflatten(1, (1, side, side)), nn.Conv2d(1, 16, 3, padding=1, bias=False)]
     layers += [nn.BatchNorm2d(16), nn.ReLU(), _Residual(16, 16, 1), _Residual(16, 32, 2)]
     return _he(nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 10)))
 

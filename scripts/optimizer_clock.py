@@ -1,6 +1,6 @@
 """How right the optimizer's clock is: networks that die for real reasons, counted, beside what their state says.
 
-    python -m scripts.optimizer_clock [--seeds 3]        # prints the tables of docs/optimizer-clock.md
+    python -m scripts.optimizer_clock [--seeds 3]        # writes the tables of docs/optimizer-clock.md
 
 Each network trains on scikit-learn's digits with an ordinary loop. After every backward pass the script notes which
 rows of each layer got a gradient that is not zero; at the end it reads the clock off the optimizer's state and
@@ -10,9 +10,11 @@ compares.
 from __future__ import annotations
 
 import argparse
+import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -20,9 +22,21 @@ import torch
 from torch import nn
 
 from neuronscope.checkpoints.checkpoint import Checkpoint
+from neuronscope.checkpoints.file.adam_clock import SILENT_STEPS, SURE_STEPS
 from neuronscope.checkpoints.file.examine_file import examine_file
 from neuronscope.demo.digits import Digits, load_digits
 from scripts.dying_networks import CASES, Case, Ints, Truth, as_checkpoint, train
+
+PAGE = Path(__file__).resolve().parent.parent / "docs" / "optimizer-clock.md"
+#: Bounds of which the second table says how many living rows are above: those from which silence is suspected and
+#: inferred, and others.
+LIMITS = (SILENT_STEPS, 120, 200, SURE_STEPS)
+#: The first line of each table.
+HEADS = (
+    "| network | rows | silent | found | never trained | found | living | false alarms | bound broken | error |",
+    f"| network | living | bound > {' | > '.join(map(str, LIMITS))} |",
+    "| network | silent in between | found | trained in between | false alarms | died in between | found |",
+)
 
 # --- the comparison -------------------------------------------------------------------------------------------------
 
@@ -167,20 +181,11 @@ def _measure(case: Case, seeds: int, digits: Digits) -> tuple[Rows, Between]:
     return joined(parts), Between(**{name: sum(getattr(one, name) for one in between) for name in names})
 
 
-def _tables(seeds: int) -> Iterator[str]:
+def _tables(seeds: int) -> list[list[str]]:
+    """Return the lines of each table."""
     digits = load_digits()
-    first = [
-        "| network | rows | silent | found | never trained | found | living | false alarms | bound broken | error |",
-        "| --- |" + " ---: |" * 9,
-    ]
-    second = [
-        "| network | living | bound > 80 | > 120 | > 200 | > 400 |",
-        "| --- |" + " ---: |" * 5,
-    ]
-    third = [
-        "| network | silent in between | found | trained in between | false alarms | died in between | found |",
-        "| --- |" + " ---: |" * 6,
-    ]
+    tables = [[head, "| --- |" + " ---: |" * (head.count("|") - 2)] for head in HEADS]
+    first, second, third = tables
     for case in CASES:
         print(f"… {case.label}", file=sys.stderr, flush=True)
         rows, between = _measure(case, seeds, digits)
@@ -193,16 +198,32 @@ def _tables(seeds: int) -> Iterator[str]:
             f"{error} |"
         )
         said = rows.said[~rows.never & (rows.silence < 45)]
-        shares = " | ".join(f"{(said > limit).mean():.1%}" for limit in (80, 120, 200, 400))
+        shares = " | ".join(f"{(said > limit).mean():.1%}" for limit in LIMITS)
         second.append(f"| {case.label} | {got.living} | {shares} |")
         third.append(f"| {case.label} | {' | '.join(str(getattr(between, name)) for name in vars(between))} |")
-    for table in (first, second, third):
-        yield from table
-        yield ""
+    return tables
+
+
+def with_tables(page: str, tables: Sequence[Sequence[str]]) -> str:
+    """Return a page with these tables in place of those that begin alike.
+
+    Args:
+        page: The page, in Markdown.
+        tables: The lines of each table, the first column of whose head is its name.
+
+    Raises:
+        ValueError: The page does not have as many such tables.
+    """
+    found = list(re.finditer(r"^\| network \|.*\n(\|.*\n)*", page, re.MULTILINE))
+    if len(found) != len(tables):
+        raise ValueError(f"the page has {len(found)} tables of networks, and not {len(tables)}")
+    for old, new in reversed(list(zip(found, tables, strict=True))):
+        page = page[: old.start()] + "".join(f"{line}\n" for line in new) + page[old.end() :]
+    return page
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3)
-    for line in _tables(parser.parse_args().seeds):
-        print(line, flush=True)
+    torch.set_num_threads(1)
+    PAGE.write_text(with_tables(PAGE.read_text(), _tables(parser.parse_args().seeds)))

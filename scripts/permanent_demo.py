@@ -2,8 +2,11 @@
 
 Trains the demo's ReLU network as ``neuronscope demo`` does, with its spike, saves it with its optimizer, and runs a
 post-mortem with ``fixed_data``. Then training goes on from there, on the same images. After every step the network is
-run on all of them: a neuron that was called permanent and fires is a contradiction. The figures in
-``docs/postmortem.md`` come from here::
+run on all of them: a neuron that was called permanent and fires is a contradiction.
+
+How much more could be proved? Of a deeper neuron, inputs change while the layers before it learn. It stays dead as long
+as they move by less than its distance from firing, -z / |w|, on each image. The script counts for how many dead neurons
+that still holds after one epoch and at the end. The figures in ``docs/postmortem.md`` come from here::
 
     python scripts/permanent_demo.py [--seeds 0 1 2] [--epochs 30]
 """
@@ -13,6 +16,7 @@ import tempfile
 from pathlib import Path
 
 import torch
+from torch import Tensor, nn
 from wake_demo import outputs, steps, train
 
 import neuronscope as ns
@@ -28,7 +32,7 @@ def main() -> None:
     parsed = parser.parse_args()
     torch.set_num_threads(1)  # for matrices this small, more threads only wait for each other
     data, recipe = load_digits(), Recipe()
-    sums = [0] * 6
+    sums = [0] * 8
     for seed in parsed.seeds:
         network, optimizer = train(seed, data, recipe)
         with tempfile.TemporaryDirectory() as folder:
@@ -39,10 +43,18 @@ def main() -> None:
         dead = {layer.name: torch.from_numpy(layer.dead_mask) for layer in report.layers}
         fired = {name: torch.zeros_like(mask) for name, mask in dead.items()}
         order = torch.Generator().manual_seed(1000 + seed)
+        inputs = layer_inputs(network, data.train_x)
+        distances = {name: _distances(network, name, x) for name, x in inputs.items()}
+        moved = {name: torch.zeros(len(x)) for name, x in inputs.items()}
+        near: list[int] = []  # after each epoch, deeper neurons whose inputs never moved as far as would wake them
         for _ in range(parsed.epochs):
             for _ in steps(network, optimizer, data, recipe, order):
                 for name, values in outputs(network, data.train_x).items():
                     fired[name] |= (values != 0).any(0)
+                for name, x in layer_inputs(network, data.train_x).items():
+                    moved[name] = torch.maximum(moved[name], (x - inputs[name]).norm(dim=1))
+            stays = {name: (distances[name] > moved[name][:, None]).all(0) & dead[name] for name in inputs}
+            near.append(sum(int(mask.sum()) for mask in stays.values()))
         revived = {name: fired[name] & mask for name, mask in dead.items()}
         first = next(iter(dead))
         counts = (
@@ -52,17 +64,35 @@ def main() -> None:
             sum(int((fired[name] & mask).sum()) for name, mask in permanent.items()),
             int(revived[first].sum()),
             sum(int(mask.sum()) for name, mask in revived.items() if name != first),
+            near[0],
+            near[-1],
         )
         sums = [one + other for one, other in zip(sums, counts, strict=True)]
         print(f"seed {seed}: {_line(counts)}", flush=True)
     print(f"all:    {_line(sums)}")
 
 
+def layer_inputs(network: nn.Module, x: Tensor) -> dict[str, Tensor]:
+    """Return the input of each hidden layer but the first, ``(B, F)``, by its name."""
+    found = outputs(network, x)
+    return dict(zip(list(found)[1:], found.values(), strict=False))
+
+
+def _distances(network: nn.Module, name: str, x: Tensor) -> Tensor:
+    """Return how far the input must move to make each neuron of a layer fire, on each image, ``(B, N)``."""
+    layer = network.get_submodule(name)
+    with torch.no_grad():
+        z: Tensor = layer(x)
+    assert isinstance(layer, nn.Linear)
+    return -z / layer.weight.detach().norm(dim=1)
+
+
 def _line(counts: tuple[int, ...] | list[int]) -> str:
-    dead, first, permanent, contradicted, revived, others = counts
+    dead, first, permanent, contradicted, revived, others, near, still_near = counts
     return (
         f"{dead} dead, {first} of them in the first layer; {permanent} permanent ({100 * permanent / max(dead, 1):.0f} "
-        f"%), of which {contradicted} fired again. Revived: {revived} in the first layer, {others} in the others."
+        f"%), of which {contradicted} fired again. Revived: {revived} in the first layer, {others} in the others. Of "
+        f"these others, {near} had inputs that stayed too near to wake them for an epoch, and {still_near} for all."
     )
 
 

@@ -278,6 +278,8 @@ def _examine(
         examination = examine_model(network, example=example, batch=first, box=given.box, training_step=checkpoint.step)
         if examination.readers_known:  # the trace shows what reads each neuron; names only let it be guessed
             found.evidence = [one for one in found.evidence if one.claim != "unread"]
+        if examination.sites:  # the activation behind a norm is known: bounds prove it if its constant gives zero
+            found.evidence = [one for one in found.evidence if one.source != "weights" or one.claim != "dead"]
         path_of = path_in_model(network, checkpoint)
         found.evidence, found.sites = renamed(found.evidence, found.sites, path_of)
         found.add((*examination.evidence, *examination.abstentions))

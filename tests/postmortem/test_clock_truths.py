@@ -8,7 +8,7 @@ import torch
 
 from neuronscope.demo.digits import load_digits
 from scripts import clock_truths
-from scripts.clock_truths import Cell, Score, all_cells, page, score, train_cell
+from scripts.clock_truths import Cell, Score, all_cells, page, score, train_cells
 
 
 @pytest.fixture(scope="module")
@@ -17,7 +17,7 @@ def trained(tmp_path_factory):
     patch = pytest.MonkeyPatch()
     patch.setattr(clock_truths, "STEPS", 130)
     patch.setattr(clock_truths, "KILLED", 20)
-    checkpoint, truth = train_cell(Cell("MLP", "AdamW", "constant", 0), load_digits())
+    ((_, checkpoint, truth),) = train_cells([Cell("MLP", "AdamW", "constant", 0)], load_digits())
     patch.undo()
     path = tmp_path_factory.mktemp("truths") / "last.pt"
     torch.save(checkpoint, path)

@@ -85,7 +85,7 @@ def test_a_bias_that_stopped_after_learning_on_shows_a_collapse(tmp_path: Path) 
     assert ns.postmortem(path).collapsed == ("2",)
 
 
-@pytest.mark.parametrize("optimizer", ["adam", "sgd"])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_a_norm_layer_shows_a_collapse_like_a_bias(tmp_path: Path, optimizer: str) -> None:
     model = norms()
     cut = [name for name, _ in model.named_parameters() if name.split(".")[0] in "0134"] + ["6.weight", "7.weight"]

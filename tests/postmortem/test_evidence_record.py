@@ -143,6 +143,22 @@ def test_a_record_of_short_passes_describes_the_newest_one():
     assert dead.numbers[0] == pytest.approx(1 - 0.05 ** (1 / 200))
 
 
+def test_a_neuron_that_died_after_its_record_is_no_fault_of_a_proof(tmp_path):
+    """The record is of steps before the file's weights, which are what the proof is about."""
+    model = nn.Sequential(nn.Linear(2, 2), nn.ReLU())
+    nn.init.ones_(model[0].weight)
+    with ns.watch(model, every_n_steps=1) as scope:
+        model(torch.ones(400, 2)).sum().backward()
+        scope.step()
+    with torch.no_grad():
+        model[0].weight.zero_()
+        model[0].bias.copy_(torch.tensor([-1.0, 1.0]))
+    torch.save({"model": model.state_dict(), "scope": scope.state_dict()}, tmp_path / "last.pt")
+    report = ns.postmortem(tmp_path / "last.pt", model, example=torch.ones(1, 2))
+    assert [verdict.basis for verdict in report.verdicts() if verdict.label == "dead"] == ["proved"]
+    assert report.notes == ()
+
+
 def _damaged(state: dict, how: str) -> object:
     phase = state["phases"]["train"]
     site = phase["closed"]["tallies"]["0/relu"]

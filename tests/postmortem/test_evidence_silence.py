@@ -106,6 +106,12 @@ def group_of(checkpoint, **changes):
         (lambda p: torch.optim.Adam(p, betas=(0.0, 0.999)), {"max_momentum": 0.9}, "betas of 0 to 0.9"),
         (lambda p: torch.optim.Adagrad(p, initial_accumulator_value=0.1), {}, "no clock for Adagrad: its sums begin"),
         (lambda p: torch.optim.Rprop(p), {}, "no clock for Rprop"),
+        # SOAP's group, and a slot of Adan's: means under Adam's names that are not Adam's.
+        (
+            torch.optim.Adam,
+            {"amsgrad": None, "decoupled_weight_decay": None, "correct_bias": True, "shampoo_beta": -1},
+            "not those of Adam",
+        ),
         (lambda p: torch.optim.ASGD(p), {}, "no clock for its optimizer, which keeps"),
         (lambda p: torch.optim.Adafactor(p), {}, "no clock for Adafactor"),
     ],
@@ -159,6 +165,30 @@ def test_float16_optimizer_state_shows_nothing():
     found, said = examine_file(checkpoint)
     assert found == []
     assert len(said) == 2
+
+
+def test_state_of_bitsandbytes_is_read_in_32_bits_and_named_in_8(tmp_path):
+    """Its kernels compute the means of AdamW, and it keeps them in a dictionary of their own.
+
+    What it keeps in 8 bits is no longer zero where no gradient ever came.
+    """
+    model, optimizer = run(model := network(), torch.optim.AdamW(model.parameters(), weight_decay=0.1))
+    state = optimizer.state_dict()
+    (group,) = state["param_groups"]
+    state["param_groups"] = [{name: group[name] for name in ("lr", "betas", "eps", "weight_decay", "params")}]
+    for key, kept in state["state"].items():
+        names = {"state1": kept["exp_avg"], "state2": kept["exp_avg_sq"]}
+        if key >= 2:
+            maps = {f"{kind}{one}": torch.ones(256) for kind in ("qmap", "absmax") for one in "12"}
+            names = {name: value.to(torch.uint8) for name, value in names.items()} | maps
+        state["state"][key] = {"step": STEPS, "__bnb_optimizer_quant_state__": names}
+    torch.save({"model": model.state_dict(), "optimizer": state, "step": STEPS}, tmp_path / "last.pt")
+    found, said = examine_file(open_checkpoint(tmp_path / "last.pt"))
+    assert [(piece.layer, "no clock for an 8-bit optimizer" in piece.reason) for piece in said] == [("2", True)]
+    assert {piece.source for piece in found} == {"adam state"}
+    assert [piece.neurons.tolist() for piece in of(found, "no gradient")] == [[2], [3]]
+    assert of(found, "never trained")[0].neurons.tolist() == [1]
+    assert of(found, "alive")[0].neurons.tolist() == [0, 4]
 
 
 def test_muon_has_a_clock_of_its_own():
@@ -386,6 +416,27 @@ def test_decoupled_weight_decay_is_recognised_in_an_old_adamw_state():
     found, said = examine_file(group_of(checkpoint, decoupled_weight_decay=None))
     assert said == []
     assert [piece.neurons.tolist() for piece in of(found, "no gradient")] == [[2], [3]]
+
+
+@pytest.mark.parametrize(
+    ("more", "slot", "is_read"),
+    [
+        ({"initial_lr": 1e-3, "name": "no decay"}, "", True),
+        ({"rank": 4, "update_proj_gap": 200}, "", False),  # GaLore's means are of projections
+        ({}, "exp_avg_diff", False),  # Adan has a third mean
+    ],
+)
+def test_means_under_adams_names_are_read_only_where_nothing_else_is_kept_or_set(more, slot, is_read):
+    """The group is that of the AdamW of transformers before 5, whose decay is decoupled."""
+    model = network()
+    checkpoint = as_checkpoint(*run(model, torch.optim.AdamW(model.parameters(), weight_decay=0.1)), step=STEPS)
+    taken = ("amsgrad", "decoupled_weight_decay", "foreach", "maximize", "capturable", "differentiable", "fused")
+    checkpoint = group_of(checkpoint, **dict.fromkeys(taken), correct_bias=True, **more)
+    for slots in checkpoint.optimizers[0].slots.values():
+        slots.update({slot: slots["exp_avg"]} if slot else {})
+    found, said = examine_file(checkpoint)
+    assert [piece.neurons.tolist() for piece in of(found, "no gradient")] == ([[2], [3]] if is_read else [])
+    assert len(said) == (0 if is_read else 2)
 
 
 def test_coupled_weight_decay_read_as_decoupled_hides_silent_neurons():

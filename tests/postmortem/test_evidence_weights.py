@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrizations
 
+import neuronscope as ns
 from neuronscope.checkpoints.file.layers import find_layers
 from neuronscope.checkpoints.file.weights import examine_weights, sequential_readers
 from neuronscope.checkpoints.model.examine_model import examine_model
@@ -61,6 +62,22 @@ def test_neurons_that_a_norm_makes_constant_are_suspected_from_the_file_and_prov
     assert (model(1e3 * torch.randn(64, 1, 3, 3)) == 0).all((0, 2, 3)).tolist()[:3] == [True, True, False]
     proved = [one for one in examine_model(model.eval()).evidence if (one.claim, one.basis) == ("dead", "proved")]
     assert [(one.site, one.neurons.tolist()) for one in proved] == [("1/relu", [0, 1])]
+
+
+@pytest.mark.parametrize(
+    ("activation", "is_dead"), [(nn.Hardtanh(0, 2), True), (nn.Hardswish(), False), (nn.LeakyReLU(), False)], ids=str
+)
+def test_with_the_model_its_activation_decides_whether_a_constant_is_death(activation, is_dead, tmp_path):
+    """A norm that gives −1 is followed by zero, by −1/3 or by −1/100."""
+    layers = [nn.Conv2d(1, 2, 3, bias=False), nn.BatchNorm2d(2), activation, nn.Flatten(), nn.Linear(2, 2)]
+    model = with_scales(layers, [0.0, 1.0], [-1.0, 1.0])
+    torch.save(model.state_dict(), tmp_path / "net.pt")
+    alone, known = (
+        ns.postmortem(tmp_path / "net.pt", *more, **given)
+        for more, given in (((), {}), ((model,), {"example": torch.zeros(2, 1, 3, 3)}))
+    )
+    assert (alone.dead, alone.suspected) == (0, 1)
+    assert (known.dead, known.suspected) == (int(is_dead), 0)
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import io
 import json
 import pickle
 import warnings
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +114,24 @@ def test_weights_nested_two_levels_deep_are_found(tmp_path: Path) -> None:
         "agent.critic.bias": (1,),
     }
     assert (len(checkpoint.optimizers), checkpoint.step) == (1, 7)
+
+
+@pytest.mark.parametrize(
+    "place",
+    [
+        lambda weights: {"trainer": {"ema": {"network": weights}}, "rng": torch.zeros(16, dtype=torch.uint8).tolist()},
+        lambda weights: {"net": weights, "step": torch.tensor(7), "best": torch.tensor(0.5)},
+    ],
+    ids=["three levels", "beside numbers in tensors"],
+)
+def test_weights_under_names_of_a_users_own_are_found(
+    place: Callable[[Mapping[str, Any]], dict[str, Any]], tmp_path: Path
+) -> None:
+    run = trained()
+    torch.save({**place(run.model.state_dict()), "optimizers": (run.optimizer.state_dict(),)}, tmp_path / "w.pt")
+    checkpoint = open_checkpoint(tmp_path / "w.pt")
+    assert list(checkpoint.tensors) == list(run.model.state_dict())
+    assert len(checkpoint.optimizers) == 1
 
 
 def test_the_state_of_a_scope_is_found_beside_a_trainers_weights(tmp_path: Path) -> None:

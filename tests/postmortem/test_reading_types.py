@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import types
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -173,6 +174,38 @@ def test_an_unreadable_tensor_in_an_optimizer_state_is_left_out(dtype: torch.dty
     if dtype in UNREADABLE:
         said = f"Tensors of an optimizer's state that are of type bits8 are not read: '0.{slot}'."
         assert said in report.notes
+
+
+def test_an_optimizer_state_in_tensors_of_torchao_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their class decides what their numbers are; the weights beside them are read."""
+
+    class OptimState8bit(torch.Tensor):
+        @staticmethod
+        def __new__(cls, codes: torch.Tensor) -> torch.Tensor:
+            made: torch.Tensor = torch.Tensor._make_wrapper_subclass(cls, codes.shape, dtype=torch.float32)
+            made.codes = codes
+            return made
+
+        @classmethod
+        def __torch_dispatch__(cls, *_: Any) -> Any:
+            raise NotImplementedError
+
+    name = "torchao.optim.subclass_8bit"
+    OptimState8bit.__module__, OptimState8bit.__qualname__ = name, "OptimState8bit"
+    for part in ("torchao", "torchao.optim", name):
+        monkeypatch.setitem(sys.modules, part, types.ModuleType(part))
+    sys.modules[name].OptimState8bit = OptimState8bit
+    model, state = trained()
+    for slot in ("exp_avg", "exp_avg_sq"):
+        state["state"][0][slot] = OptimState8bit(torch.zeros(6, 4, dtype=torch.uint8))
+    torch.save({"model": model.state_dict(), "optimizer": state}, tmp_path / "net.pt")
+    report = ns.postmortem(tmp_path / "net.pt")
+    assert report.neurons == 6
+    assert [one.layer for one in report.abstentions if "no clock for its optimizer" in one.reason] == ["0"]
+    assert (
+        "Tensors of an optimizer's state that are of the type OptimState8bit of torchao are not read: '0.exp_avg', "
+        "'0.exp_avg_sq'."
+    ) in report.notes
 
 
 def test_a_file_with_only_unreadable_tensors_says_what_is_left_out(tmp_path: Path) -> None:

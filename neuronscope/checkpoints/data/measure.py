@@ -182,7 +182,8 @@ def contradictions(evidence: Sequence[Evidence]) -> tuple[str, ...]:
     """
     fired: dict[str, set[int]] = {}
     for one in evidence:
-        if one.basis == "measured" and one.claim in ("alive", "no gradient", "not finite"):
+        # What a monitor recorded is older: a neuron that fired then may have died in the last steps.
+        if one.source == _SOURCE and one.basis == "measured" and one.claim in ("alive", "no gradient", "not finite"):
             moving = one.neurons[(one.numbers > 0) | np.isnan(one.numbers)]
             fired.setdefault(one.layer, set()).update(moving.tolist())
     faults = []

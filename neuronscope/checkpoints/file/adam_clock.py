@@ -68,7 +68,7 @@ FASTEST_FADING = 0.5
 _CHUNK = 1 << 20
 
 
-def silent_steps(rate: float, fastest: float | None = None) -> float:
+def silent_steps(rate: float, fastest: float | None = None, folds: float = SILENT_FOLDS) -> float:
     """Return the steps since the last gradient above which a row counts as without gradient.
 
     Args:
@@ -76,8 +76,9 @@ def silent_steps(rate: float, fastest: float | None = None) -> float:
             divided by it.
         fastest: The largest such number, if a schedule changes it: there must have been so many steps even if the clock
             fell that fast. By default ``rate``, so that there may have been.
+        folds: The e-foldings by which a clock must have fallen.
     """
-    return max(SILENT_FOLDS, SILENT_STEPS * (fastest or rate)) / rate
+    return max(folds, SILENT_STEPS * (fastest or rate)) / rate
 
 
 def sure_steps(rate: float, fastest: float) -> float:

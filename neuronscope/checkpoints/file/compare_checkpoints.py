@@ -204,7 +204,7 @@ class _Pair:
         """
         first, last = (states[name].slots for states in self._entries)
         adam = self._rules[0].is_adam
-        slot = "exp_avg" if adam else "momentum_buffer"
+        slot = self._rules[0].slots[0]
         beta = self._rules[0].betas[0]
         tiny = torch.finfo(torch.float32).tiny
         m1, m2 = self._rows(first[slot]), self._rows(last[slot])
@@ -215,7 +215,7 @@ class _Pair:
         if not adam:
             return rate * m1.abs() * beta / (1.0 - beta)
         beta2 = self._rules[0].betas[1]
-        v1, v2 = self._rows(first["exp_avg_sq"]), self._rows(last["exp_avg_sq"])
+        v1, v2 = (self._rows(state[self._rules[0].slots[1]]) for state in (first, last))
         left = v1 * beta2**self._steps * (1 + self._tolerance) + 65536 * tiny
         touched |= (v2 > left).any(dim=1)
         # Step j moves a weight by at most lr · r₁ (β1/√β2)^j. The sum over all j is geometric, and the bias correction

@@ -118,6 +118,7 @@ def read_clocks(
     """
     newest = _newest_steps(states)
     decay_check = _DecayCheck(checkpoint, states)
+    recognize = _Recognizer()
     momentum_layers: dict[tuple[int, SGDClock], list[_RuledLayer]] = {}
     together: list[_RuledLayer] = []
     weights = 0
@@ -130,7 +131,7 @@ def read_clocks(
             )
         if layer.kind not in (*NEURON_KINDS, "norm"):
             continue
-        known = _find_rules(checkpoint, layer, states, decay_check)
+        known = _find_rules(checkpoint, layer, states, decay_check, recognize)
         if isinstance(known, str):
             if layer.kind != "norm":
                 yield Abstention("optimizer state", layer.path, f"No clock for this layer: {known}.")
@@ -163,7 +164,7 @@ def _read_momentum(
     whole = [_peaks(checkpoint, layer, states, rules, clock) for layer, rules in found]
     largest = clock.largest(peaks for peaks, (layer, _) in zip(whole, found, strict=True) if layer.kind in NEURON_KINDS)
     for peaks, (layer, rules) in zip(whole, found, strict=True):
-        weights = _peaks(checkpoint, layer, states, _without_bias(layer, rules), clock)
+        weights = _peaks(checkpoint, layer, states, _without_bias(layer, rules), clock, as_one=layer.kind == "norm")
         reading = clock.read_layer(peaks, largest)
         yield LayerClock(
             layer=layer,
@@ -184,8 +185,27 @@ def _without_bias(layer: Layer, rules: Mapping[str, OptimizerRule]) -> dict[str,
     return {name: rule for name, rule in rules.items() if name != layer.bias}
 
 
+class _Recognizer:
+    """Recognises the optimizer of each parameter: once for all parameters of a group whose states are alike."""
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[Hashable, ...], OptimizerRule | str] = {}
+
+    def __call__(self, state: ParameterState) -> OptimizerRule | str:
+        kinds = (getattr(kept, "dtype", "") for kept in state.slots.values())
+        key = id(state.group), *state.slots, *kinds
+        rule = self._known.get(key)
+        if rule is None:
+            rule = self._known[key] = recognize_optimizer(state.group, state.slots)
+        return rule
+
+
 def _find_rules(
-    checkpoint: Checkpoint, layer: Layer, states: Mapping[str, ParameterState], decay_check: _DecayCheck
+    checkpoint: Checkpoint,
+    layer: Layer,
+    states: Mapping[str, ParameterState],
+    decay_check: _DecayCheck,
+    recognize: _Recognizer,
 ) -> dict[str, OptimizerRule] | str:
     """Return the optimizer of each of a layer's tensors that can be read, or why the weight cannot be read."""
     weight = states.get(layer.weight)
@@ -196,7 +216,7 @@ def _find_rules(
         state = states.get(name)
         if state is None:
             continue
-        rule = recognize_optimizer(state.group, state.slots)
+        rule = recognize(state)
         if isinstance(rule, OptimizerRule) and not _fits(state, rule, checkpoint.tensors[name].shape):
             rule = "its optimizer's state has another shape"
         reason = rule if isinstance(rule, str) else decay_check.reason(state, rule)
@@ -265,7 +285,8 @@ class _DecayCheck:
         tensor = self._checkpoint.tensors[name]
         if isinstance(rule, str) or not rule.is_adam or not _fits(state, rule, tensor.shape):
             return False
-        untouched = (_read(state, "exp_avg") == 0) & (_read(state, "exp_avg_sq") == 0)
+        mean, square = (_read(state, slot) for slot in rule.slots)
+        untouched = (mean == 0) & (square == 0)
         if not untouched.any():
             return False
         return bool((tensor.read()[untouched].double().abs() * rule.decay.amount > 1e-15).any())
@@ -292,14 +313,27 @@ def _peaks(
     states: Mapping[str, ParameterState],
     rules: Mapping[str, OptimizerRule],
     clock: SGDClock,
+    as_one: bool = False,
 ) -> BufferPeaks:
-    """Return the peaks of a layer's rows. Parameters with one weight decay are compared with their weights together."""
+    """Return the peaks of a layer's rows. Parameters with one weight decay are compared with their weights together.
+
+    Args:
+        checkpoint: The checkpoint.
+        layer: The layer.
+        states: The optimizer state of each parameter.
+        rules: The optimizer of each of the layer's tensors that is read.
+        clock: The optimizer's clock.
+        as_one: Whether to take all rows for one. The gains of a norm show decay only in this way: each row has a single
+            one, which is a multiple of its buffer whatever came.
+    """
     by_decay: dict[float, list[tuple[Tensor, Tensor]]] = {}
     for name, rule in rules.items():
         decay = 0.0 if rule.decay.decoupled else rule.decay.amount * (1.0 - rule.dampening)
-        buffer = layer.rows(_read(states[name], "momentum_buffer"))
-        by_decay.setdefault(decay, []).append((buffer, layer.rows(checkpoint.tensors[name].read())))
-    return reduce(BufferPeaks.join, (_joined_peaks(decay, parts, clock) for decay, parts in by_decay.items()))
+        tensors = (_read(states[name], "momentum_buffer"), checkpoint.tensors[name].read())
+        buffer, weight = (tensor.reshape(1, -1) if as_one else layer.rows(tensor) for tensor in tensors)
+        by_decay.setdefault(decay, []).append((buffer, weight))
+    peaks = reduce(BufferPeaks.join, (_joined_peaks(decay, parts, clock) for decay, parts in by_decay.items()))
+    return peaks.repeat(layer.width) if as_one else peaks
 
 
 def _joined_peaks(decay: float, parts: Sequence[tuple[Tensor, Tensor]], clock: SGDClock) -> BufferPeaks:

@@ -18,6 +18,7 @@ from neuronscope.checkpoints.file.adam_clock import FASTEST_FADING
 __all__ = ["OptimizerRule", "WeightDecay", "recognize_optimizer", "steps_taken"]
 
 _MEANS = ("exp_avg", "exp_avg_sq")
+_MEANS_OF_BITSANDBYTES = ("state1", "state2")
 _EXACT_TYPES = frozenset({"float32", "float64"})
 _WIDE_TYPES = _EXACT_TYPES | {"bfloat16"}  # the square of an ordinary gradient does not underflow
 _NEVER_UPDATED = "it was never updated: it was frozen, or no gradient ever reached it"
@@ -102,10 +103,17 @@ _ONLY_ZEROS: tuple[tuple[str, frozenset[str], str, tuple[str, int] | None], ...]
 #: Optimizers of which nothing can be read, by tensors of their state.
 _UNREADABLE = (
     ("Adafactor", ("row_var", "col_var", "variance", "exp_avg_sq_row", "exp_avg_sq_col")),
-    ("an 8-bit optimizer", ("state1", "qmap1", "absmax1")),
+    ("an 8-bit optimizer", ("qmap1", "absmax1")),
+    ("an optimizer of bitsandbytes that keeps one mean", ("state1",)),
     ("fastai's optimizers", ("grad_avg", "sqr_avg")),
     ("Rprop", ("step_size",)),
 )
+#: Further tensors that an optimizer may keep beside Adam's means without changing them: those of amsgrad, and copies.
+_BESIDE_MEANS = frozenset({"max_exp_avg_sq", "master_param"})
+#: Settings of the AdamW of transformers before 5, and those that schedulers add. Others begin with it and keep means of
+#: gradients in other coordinates (SOAP, GaLore), in which a row is no neuron.
+_OF_TRANSFORMERS = frozenset({"lr", "betas", "eps", "weight_decay", "correct_bias", "params", "param_names"})
+_OF_SCHEDULERS = frozenset({"initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum", "step"})
 _NO_SLOTS = ("step", "ax", "eta", "mu", "mu_product")  # numbers that are kept beside the means
 
 
@@ -116,9 +124,11 @@ def recognize_optimizer(group: Mapping[str, Any], slots: Mapping[str, Any]) -> O
         group: The hyperparameters of the parameter's group.
         slots: The saved state of the parameter.
     """
-    if "exp_avg" in slots and "exp_avg_sq" in slots:
-        return _adam(group, slots)
     kept = frozenset(map(str, slots)).difference(_NO_SLOTS)
+    if kept.issuperset(_MEANS) and kept <= _BESIDE_MEANS.union(_MEANS):
+        return _adam(group, slots, _MEANS)
+    if kept == set(_MEANS_OF_BITSANDBYTES):
+        return _adam(group, slots, _MEANS_OF_BITSANDBYTES)
     if not {"ns_steps", "ns_coefficients", "use_muon"}.isdisjoint(group) and kept == {"momentum_buffer"}:
         return _momentum("Muon", group, slots)
     if "nesterov" in group and kept <= {"momentum_buffer"}:
@@ -138,15 +148,17 @@ def _listed(slots: Mapping[str, Any]) -> str:
     return ", ".join(map(str, list(slots)[:8])) or "nothing"
 
 
-def _adam(group: Mapping[str, Any], slots: Mapping[str, Any]) -> OptimizerRule | str:
+def _adam(group: Mapping[str, Any], slots: Mapping[str, Any], means: tuple[str, str]) -> OptimizerRule | str:
+    numbers = {key for key, value in group.items() if not isinstance(value, str)}
+    of_transformers = "correct_bias" in group and numbers <= _OF_TRANSFORMERS | _OF_SCHEDULERS
+    always_decoupled = of_transformers or "use_muon" in group or means != _MEANS
     if "momentum_decay" in group:
         name = "NAdam"
     elif "amsgrad" in group:
         name = "AdamW" if group.get("decoupled_weight_decay") is True else "Adam"
-    elif "correct_bias" in group:
-        name = "AdamW"  # transformers before 5; always decoupled
-    elif "use_muon" in group:
-        name = "AdamW"  # what the Muon of Jordan et al. uses for other parameters; always decoupled
+    elif always_decoupled:
+        # That of transformers before 5; what the Muon of Jordan et al. uses for other parameters; all of bitsandbytes'.
+        name = "AdamW"
     elif "decoupled_weight_decay" in group:
         name = "RAdam"
     else:
@@ -154,9 +166,9 @@ def _adam(group: Mapping[str, Any], slots: Mapping[str, Any]) -> OptimizerRule |
             "no clock for its optimizer, which keeps exp_avg and exp_avg_sq, but its groups are not those of Adam, "
             f"AdamW, NAdam or RAdam: they hold {', '.join(map(str, sorted(map(str, group)))) or 'nothing'}"
         )
-    types = _dtypes(slots, _MEANS)
+    types = _dtypes(slots, means)
     if not types <= _EXACT_TYPES:
-        return _only_zeros(name, group, slots, _MEANS, ("betas", 1), _inexact(name, types))
+        return _only_zeros(name, group, slots, means, ("betas", 1), _inexact(name, types))
     betas, amount = _numbers(group.get("betas")), _number(group.get("weight_decay"))
     if betas is None or len(betas) != 2 or amount is None:
         return f"its group's betas are {group.get('betas')!r} and its weight decay {group.get('weight_decay')!r}"
@@ -164,10 +176,10 @@ def _adam(group: Mapping[str, Any], slots: Mapping[str, Any]) -> OptimizerRule |
     if not (least > 0 and largest**2 < betas[1] < 1):
         beta1 = f"{betas[0]:g}" if least == largest else f"{least:g} to {largest:g}"
         return f"with betas of {beta1} and {betas[1]:g} its clock cannot be read: 0 < β1 < √β2 < 1 is needed"
-    decoupled = True if "correct_bias" in group or "use_muon" in group else group.get("decoupled_weight_decay")
+    decoupled = always_decoupled or group.get("decoupled_weight_decay")
     return OptimizerRule(
         name,
-        _MEANS,
+        means,
         (largest, betas[1]),
         least,
         WeightDecay(amount, decoupled if isinstance(decoupled, bool) else None),

@@ -122,16 +122,13 @@ def _weights(data: Mapping[Any, Any], notes: list[str]) -> tuple[dict[str, Store
         chosen = chosen[inner]
         where.append(inner)
     others = [key for key, value in data.items() if _is_network(value) and key not in where]
-    if any(isinstance(value, _TENSORS) for value in chosen.values()):
+    if any(_is_weight(value) for value in chosen.values()):
         if others and where:
             notes.append(f"The weights are those under {quoted(where[0])}; not looked at: {quoted_list(others)}.")
         return _tensors(chosen, notes), ()
-    parts = _networks(chosen) or {
-        f"{key}.{name}": part
-        for key, inner in chosen.items()
-        if isinstance(inner, Mapping) and not is_optimizer_state(inner) and not is_optimizer_state(chosen)
-        for name, part in _networks(inner).items()
-    }
+    parts = {} if is_optimizer_state(chosen) else _networks(chosen, _DEEPEST)
+    if not parts and any(isinstance(value, StoredTensor) for value in chosen.values()):
+        return _tensors(chosen, notes), ()
     if parts:
         notes.append(f"The weights were found under {quoted_list(parts)}.")
     tensors = {
@@ -179,9 +176,22 @@ def _is_network(value: Any) -> bool:
     )
 
 
-def _networks(content: Mapping[Any, Any]) -> dict[str, Mapping[Any, Any]]:
-    """Return the networks directly in a dictionary, by their keys."""
-    return {str(key): value for key, value in content.items() if _is_network(value)}
+def _is_weight(value: Any) -> bool:
+    """Whether a value is a tensor, and no single number such as a counter beside the weights."""
+    return isinstance(value, SkippedTensor) or (isinstance(value, StoredTensor) and value.shape != ())
+
+
+def _networks(content: Mapping[Any, Any], deeper: int) -> dict[str, Mapping[Any, Any]]:
+    """Return the networks in a dictionary by their keys, or else in dictionaries inside it, so many levels deep."""
+    found = {str(key): value for key, value in content.items() if _is_network(value)}
+    if found or deeper == 1:
+        return found
+    return {
+        f"{key}.{name}": part
+        for key, inner in content.items()
+        if isinstance(inner, Mapping) and not is_optimizer_state(inner)
+        for name, part in _networks(inner, deeper - 1).items()
+    }
 
 
 def _step(data: Mapping[Any, Any], known: int | None, optimizers: tuple[OptimizerState, ...]) -> int | None:

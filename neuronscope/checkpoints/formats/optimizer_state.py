@@ -15,6 +15,8 @@ __all__ = ["find_optimizers", "is_optimizer_state", "steps_taken"]
 
 _KEYS = ("params", "param_names")  # lists of a group that name its parameters
 _LONGEST_SETTING = 16
+# bitsandbytes keeps its tensors in a dictionary of their own, beside the step.
+_INNER_SLOTS = "__bnb_optimizer_quant_state__"
 
 
 def is_optimizer_state(value: Any) -> bool:
@@ -55,7 +57,7 @@ def find_optimizers(
     skipped: dict[str, list[str]] = {}
     for optimizer in optimizers:
         for key, slots in optimizer["state"].items():
-            for name, value in slots.items() if isinstance(slots, Mapping) else ():
+            for name, value in _all_slots(slots) if isinstance(slots, Mapping) else ():
                 if isinstance(value, SkippedTensor):
                     skipped.setdefault(value.reason, []).append(f"{escape_surrogates(key)}.{escape_surrogates(name)}")
     if notes is not None:
@@ -95,7 +97,7 @@ def _optimizer(found: Mapping[str, Any], strip: Callable[[str], str]) -> Optimiz
         for group in found["param_groups"]
     )
     slots = {
-        key_of(key): {escape_surrogates(name): _plain(value) for name, value in values.items() if _is_slot(value)}
+        key_of(key): {escape_surrogates(name): _plain(value) for name, value in _all_slots(values) if _is_slot(value)}
         for key, values in found["state"].items()
         if isinstance(values, Mapping)
     }
@@ -107,6 +109,13 @@ def _is_setting(value: Any) -> bool:
     if isinstance(value, list | tuple):
         return len(value) <= _LONGEST_SETTING and all(isinstance(inner, int | float | str | None) for inner in value)
     return isinstance(value, int | float | str | None) or (isinstance(value, StoredTensor) and value.shape == ())
+
+
+def _all_slots(values: Mapping[Any, Any]) -> Iterator[tuple[Any, Any]]:
+    """Yield the names and values of what is kept of a parameter."""
+    inner = values.get(_INNER_SLOTS)
+    yield from values.items()
+    yield from inner.items() if isinstance(inner, Mapping) else ()
 
 
 def _is_slot(value: Any) -> bool:

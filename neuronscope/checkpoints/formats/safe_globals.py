@@ -134,6 +134,14 @@ def _rebuild_typed(storage: Any, offset: Any, size: Any, stride: Any, _: Any, __
     return _rebuild(storage, offset, size, stride, dtype=dtype)
 
 
+def _rebuild_wrapper(cls: Any, *_: Any) -> SkippedTensor:
+    """Leave out a tensor whose class decides what its numbers are."""
+    if not isinstance(cls, AttributesPlaceholder | SafeGlobal):
+        raise ValueError("a tensor is made by something that does not make tensors")
+    name = cls.cls if isinstance(cls, AttributesPlaceholder) else cls.name
+    return SkippedTensor(f"of the type {name.rpartition('.')[2]} of {name.partition('.')[0]}")
+
+
 def _rebuild_subclass(function: Any, cls: Any, arguments: Any, *_: Any) -> Any:
     """Read an instance of a tensor subclass as the plain tensor inside; subclasses of others are not in the table."""
     if (
@@ -209,6 +217,14 @@ _OMEGACONF = (
 )
 
 
+# Tensors of torchao, in which an optimizer keeps its means in 4 or 8 bits.
+_TORCHAO = (
+    f"torchao.{folder}.subclass_{kind}"
+    for folder in ("optim", "prototype.low_bit_optim")
+    for kind in ("4bit.OptimState4bit", "8bit.OptimState8bit", "fp8.OptimStateFp8")
+)
+
+
 _MAKERS: dict[str, Callable[..., Any]] = {
     "builtins.set": _as_set,
     "builtins.frozenset": lambda items=(): frozenset(_as_set(items)),
@@ -231,6 +247,8 @@ _MAKERS: dict[str, Callable[..., Any]] = {
     "torch._utils._rebuild_nested_tensor": _skipped("nested"),
     "torch._utils._rebuild_meta_tensor_no_storage": _skipped("without numbers (of the meta device)"),
     "torch._tensor._rebuild_from_type_v2": _rebuild_subclass,
+    "torch._utils._rebuild_wrapper_subclass": _rebuild_wrapper,
+    **{name: _attributes_of(name) for name in _TORCHAO},
     "torch.Size": lambda sizes=(): tuple(sizes),
     "torch.device": lambda *parts: ":".join(str(part) for part in parts if isinstance(part, str | int)),
     # numpy, in saved metrics and in the states of random generators
