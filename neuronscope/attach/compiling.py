@@ -373,8 +373,6 @@ def while_tracing(
             constant of the graph.
     """
 
-    from torch._dynamo.variables import ConstantVariable
-
     def run(context: ComptimeContext) -> None:
         with torch._C.DisableTorchFunction():
             translator = context._ComptimeContext__tx  # type: ignore[attr-defined]
@@ -387,6 +385,8 @@ def while_tracing(
             with _tracing(translator):
                 found = function(*(_value(_variable(context.get_local(name))) for name in names))
             if into:
+                from torch._dynamo.variables import ConstantVariable
+
                 translator.symbolic_locals[into] = ConstantVariable.create(found)
 
     return run
