@@ -10,6 +10,7 @@ import contextlib
 import os
 import statistics
 import time
+import warnings
 from collections.abc import Callable, Iterator
 
 import torch
@@ -97,7 +98,8 @@ def tables(*, quick: bool = False) -> Iterator[Table]:
     sites = {"small MLP": 6, "MLP": 4, "CNN": 9, "transformer": 4, "SwiGLU": 8}
     cases = [(name, backend, False) for backend in ROUNDS for name in nets]
     cases += [(name, "aot_eager", True) for name in ("CNN", "transformer")]
-    with torch._inductor.config.patch(force_disable_caches=True, compile_threads=1):
+    with torch._inductor.config.patch(force_disable_caches=True, compile_threads=1), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the compiler's own
         for name, backend, by_blocks in [("small MLP", "aot_eager", False)] if quick else cases:
             plain, watched = compare(nets[name], backend, 1 if quick else ROUNDS[backend], by_blocks=by_blocks)
             more = statistics.median(watched.seconds) - statistics.median(plain.seconds)

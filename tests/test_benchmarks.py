@@ -24,9 +24,6 @@ from benchmarks.turns import Times, take_turns
 ROOT = Path(__file__).resolve().parents[1]
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")  # the compiler's own
-@pytest.mark.filterwarnings("ignore::FutureWarning:torch")
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf Tensor:UserWarning")
 @pytest.mark.parametrize("part", PARTS)
 def test_every_part_of_the_benchmarks_returns_complete_tables(part: str) -> None:
     pieces = list(importlib.import_module(f"benchmarks.{part}").tables(quick=True))

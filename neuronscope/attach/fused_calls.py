@@ -43,7 +43,7 @@ REASON = (
 #: Devices for which torch has no such kernel.
 _WITHOUT_KERNEL = ("mps", "meta")
 #: What a graph calls that runs an encoder layer fused.
-TRACED_KERNEL: Callable[..., Tensor] = torch._transformer_encoder_layer_fwd  # type: ignore[attr-defined]
+TRACED_KERNEL: Callable[..., Tensor] = torch._transformer_encoder_layer_fwd
 _WEIGHTS_OF_ATTENTION = attrgetter("in_proj_weight", "in_proj_bias", "out_proj.weight", "out_proj.bias")
 _WEIGHTS_OF_LAYER = attrgetter(
     "norm1.weight", "norm1.bias", "norm2.weight", "norm2.bias", "linear1.weight", "linear1.bias", "linear2.weight",
