@@ -357,7 +357,7 @@ def code_of_forward(module: nn.Module) -> CodeType | None:
 
 
 def while_tracing(
-    function: Callable[..., Any], *names: str, listener: GraphListener | None = None, into: str = ""
+    function: Callable[..., None], *names: str, listener: GraphListener | None = None
 ) -> Callable[[ComptimeContext], None]:
     """Return a function for ``comptime``: it runs while ``torch.compile`` traces the code that calls ``comptime``.
 
@@ -369,8 +369,6 @@ def while_tracing(
         function: Receives the variables, in their order.
         names: Names of the variables.
         listener: Is told that the graph begins, if this is the first call in it, and when it ends.
-        into: Name of the variable of the traced code that is set to what the function returns: a string, which is a
-            constant of the graph.
     """
 
     def run(context: ComptimeContext) -> None:
@@ -383,11 +381,7 @@ def while_tracing(
                 if _leave_uncounted(root.f_code, state):
                     listener.trace_error = RuntimeError(_CROWDED.format(root.f_code.co_qualname))
             with _tracing(translator):
-                found = function(*(_value(_variable(context.get_local(name))) for name in names))
-            if into:
-                from torch._dynamo.variables import ConstantVariable
-
-                translator.symbolic_locals[into] = ConstantVariable.create(found)
+                function(*(_value(_variable(context.get_local(name))) for name in names))
 
     return run
 

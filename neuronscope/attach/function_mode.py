@@ -17,7 +17,6 @@ from torch.overrides import TorchFunctionMode
 from neuronscope.attach.activations import Activation, Registry
 from neuronscope.attach.compiling import (
     ask_modes_about,
-    at_graph_end,
     comptime,
     in_compiled_graph,
     is_tracing,
@@ -91,10 +90,8 @@ class ActivationFunctionMode(TorchFunctionMode):
         self._functions = frozenset(manager.registry.functions if manager.functional else ())  # quick to look through
         self._end_fused_while_tracing = while_tracing(manager.end_fused_while_tracing, "args", "output")
         self._follow_while_tracing = while_tracing(
-            self._follow_traced, "func", "args", "kwargs", "output", listener=manager.recorder
+            self._follow_traced, "func", "args", "kwargs", "output", "inputs", listener=manager.recorder
         )
-        self._kind_while_tracing = while_tracing(self._kind_traced, "func", into="kind")
-        self._in_graph = False
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -147,69 +144,27 @@ class ActivationFunctionMode(TorchFunctionMode):
             self.manager.entered.take_off_next()
 
     def _trace(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Do what :meth:`__torch_function__` does while ``torch.compile`` traces.
-
-        The compiler takes long for each line that it traces: so most of what there is to do is run, and not traced.
-        """
-        kind = ""
-        comptime(self._kind_while_tracing)
-        manager = self.manager
-        if kind:
-            return self._trace_special(kind, func, args, kwargs)
-        if manager.running or not manager.observing:
-            return func(*args, **kwargs)
-        output = func(*args, **kwargs)
-        comptime(self._follow_while_tracing)
-        return output
-
-    def _trace_special(self, kind: str, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        manager = self.manager
-        if kind == "unflatten":
+        """Do what :meth:`__torch_function__` does while ``torch.compile`` traces."""
+        if func is Tensor.unflatten:
             func = torch.unflatten  # the same; torch.compile cannot trace the method under a function mode
-        elif kind == "kernel":
+        manager = self.manager
+        if func is TRACED_KERNEL:
             output = func(*args, **kwargs)
             comptime(self._end_fused_while_tracing)
             return output
-        inputs = manager.recorder.forward.parts.inputs  # noqa: F841, the graph is for these
         if manager.running or not manager.observing:
             return func(*args, **kwargs)
-        call = None
-        if kind == "activation":
-            activation = manager.registry.of_call(func, args, kwargs)
-            call = None if activation is None else self._begin(activation, args, kwargs, traced=True)
+        activation = manager.registry.of_call(func, args, kwargs) if manager.functional else None
+        call = None if activation is None else self._begin(activation, args, kwargs, traced=True)
         output = func(*args, **kwargs)
-        if call is not None:
-            self._end_traced(call, args, kwargs, output)
-        else:
-            comptime(self._follow_while_tracing)
-            if kind == "selecting" and manager.functional:
-                manager.recorder.select(func, args, kwargs, output)
-        return output
-
-    def _kind_traced(self, func: Any) -> str:
-        """Return what more is to be done about a function that is called in a graph than to follow it."""
-        if func in self._functions:
-            return "activation"
-        if func in SELECTING:
-            return "selecting"
-        if func is Tensor.unflatten:
-            return "unflatten"
-        if func is TRACED_KERNEL:
-            return "kernel"
-        if self._in_graph:
-            return ""
-        self._in_graph = True
-        at_graph_end(self._end_graph)
-        return "first"
-
-    def _end_graph(self) -> None:
-        self._in_graph = False
-
-    def _end_traced(self, call: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         try:
-            self.manager.recorder.end(call, first_input(args, kwargs), output)
+            if call is not None:
+                manager.recorder.end(call, first_input(args, kwargs), output)
+            elif isinstance(output, (Tensor, tuple, list)) or func is Tensor.__setitem__:
+                self._follow_in_graph(func, args, kwargs, output)
         except Exception as error:
-            self.manager.fail(error)
+            manager.fail(error)
+        return output
 
     def _begin(self, activation: Activation, args: tuple[Any, ...], kwargs: dict[str, Any], *, traced: bool) -> Any:
         """Begin the call of an activation function; return ``None`` if it is no site, though what follows may be."""
@@ -222,6 +177,14 @@ class ActivationFunctionMode(TorchFunctionMode):
         except Exception as error:
             self.manager.fail(error)
 
-    def _follow_traced(self, func: Any, args: Any, kwargs: Any, output: Any) -> None:
-        if isinstance(output, (Tensor, tuple, list)) or func is Tensor.__setitem__:
-            self.manager.recorder.forward.flow.follow(func, args, kwargs, output)
+    def _follow_in_graph(
+        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> None:
+        """Follow a function while ``torch.compile`` traces; `comptime` reads the arguments and variables."""
+        inputs = self.manager.recorder.forward.parts.inputs  # noqa: F841, the graph is for these
+        comptime(self._follow_while_tracing)
+        if func in SELECTING and self.manager.functional:
+            self.manager.recorder.select(func, args, kwargs, output)
+
+    def _follow_traced(self, func: Any, args: Any, kwargs: Any, output: Any, _: str) -> None:
+        self.manager.recorder.forward.flow.follow(func, args, kwargs, output)
