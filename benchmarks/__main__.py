@@ -24,7 +24,7 @@ from benchmarks.tables import Picture
 
 #: In the order in which they are printed: modules of this package.
 PARTS = (
-    *("importing", "counting", "sites", "steps", "trainers", "windows"),
+    *("importing", "counting", "sites", "steps", "compile_times", "trainers", "windows"),
     *("writing", "reports", "growth", "memory", "profiling", "peers", "planted"),
 )
 

@@ -36,11 +36,13 @@ __all__ = [
     "OptimizedModule",
     "TracedEnd",
     "ask_modes_about",
+    "at_graph_end",
     "code_of_forward",
     "compiles_here",
     "comptime",
     "count_compilations",
     "enters_graph",
+    "guards_hooks",
     "has_real_tensors",
     "hidden",
     "in_backward",
@@ -49,6 +51,7 @@ __all__ = [
     "is_tracing",
     "skip_frames",
     "skip_when_hooked",
+    "stop_asking_modes_about",
     "stop_skipping",
     "thread_id",
     "trace_attempt",
@@ -245,6 +248,22 @@ def ask_modes_about(functions: Iterable[Callable[..., Any]]) -> None:
     get_overridable_functions().update(functions)
 
 
+def stop_asking_modes_about(functions: Iterable[Callable[..., Any]]) -> None:
+    """Undo what :func:`ask_modes_about` did.
+
+    Args:
+        functions: Functions that torch's own list does not hold.
+    """
+    from torch._dynamo.variables.torch import get_overridable_functions
+
+    get_overridable_functions().difference_update(functions)
+
+
+def guards_hooks() -> bool:
+    """Whether the compiler is set to look at the hooks of a module again each time that a graph is about to run."""
+    return not torch._dynamo.config.skip_nnmodule_hook_guards
+
+
 def _functions(module: ModuleType) -> Iterator[FunctionType]:
     for value in vars(module).values():
         if getattr(value, "__module__", None) != module.__name__:
@@ -426,6 +445,17 @@ def _leave_uncounted(code: CodeType, state: Hashable) -> bool:
 
 
 _translators: list[Any] = []  # what traces the code that called `comptime`
+
+
+def at_graph_end(function: Callable[[], None]) -> None:
+    """Call a function when the graph that is traced ends, or is dropped.
+
+    For a function that :func:`while_tracing` runs.
+
+    Args:
+        function: The function.
+    """
+    _translators[-1].output.add_cleanup_hook(function)
 
 
 @contextlib.contextmanager

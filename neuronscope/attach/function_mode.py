@@ -23,6 +23,7 @@ from neuronscope.attach.compiling import (
     unwatched,
     while_tracing,
 )
+from neuronscope.attach.fused_calls import TRACED_KERNEL
 from neuronscope.attach.interrupts import CallStack
 from neuronscope.attach.neuron_flow import LEAVING
 from neuronscope.attach.recorder import SiteRecorder
@@ -54,6 +55,9 @@ class Watch(Protocol):
     def runs(self, caller: FrameType) -> bool:
         """Return whether anything that is watched runs in this thread, around ``caller``."""
 
+    def end_fused_while_tracing(self, args: Any, output: Any) -> None:
+        """Note that the fused kernel of a transformer's encoder layer is in the graph that is traced."""
+
     def fail(self, error: Exception) -> None:
         """Handle an error in our own code."""
 
@@ -84,6 +88,7 @@ class ActivationFunctionMode(TorchFunctionMode):
         self.handling = False
         ask_modes_about(manager.registry.functions)
         self._functions = frozenset(manager.registry.functions if manager.functional else ())  # quick to look through
+        self._end_fused_while_tracing = while_tracing(manager.end_fused_while_tracing, "args", "output")
         self._follow_while_tracing = while_tracing(
             self._follow_traced, "func", "args", "kwargs", "output", "inputs", listener=manager.recorder
         )
@@ -153,6 +158,10 @@ class ActivationFunctionMode(TorchFunctionMode):
         if func is Tensor.unflatten:
             func = torch.unflatten  # the same; torch.compile cannot trace the method under a function mode
         manager = self.manager
+        if func is TRACED_KERNEL:
+            output = func(*args, **kwargs)
+            comptime(self._end_fused_while_tracing)
+            return output
         if manager.running or not manager.observing:
             return func(*args, **kwargs)
         activation = manager.registry.of_call(func, args, kwargs) if manager.functional else None

@@ -3,6 +3,9 @@
 In evaluation without gradients, attention and a transformer's encoder layer have such a *fast path*. It rounds
 differently, so a watched model must take it whenever an unwatched one would. Torch looks for hooks on every module of
 an encoder layer, and for function modes at all three classes.
+
+``torch.compile`` traces the same code. It sees no function mode there, and of the three classes only an encoder layer
+goes the fast path in a graph. So its hooks are off while it is traced (:class:`TracedLayers`).
 """
 
 from __future__ import annotations
@@ -14,13 +17,23 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules.module import register_module_forward_hook
 from torch.utils.hooks import RemovableHandle
 
-from neuronscope.attach.compiling import unwatched
+from neuronscope.attach.compiling import ask_modes_about, at_graph_end, guards_hooks, stop_asking_modes_about, unwatched
 from neuronscope.attach.hook_handles import Taken, put_back, tables, take_off
 
-__all__ = ["FUSABLE", "REASON", "HiddenHooks", "hidden_activation", "last_weight", "runs_fused"]
+__all__ = [
+    "FUSABLE",
+    "REASON",
+    "TRACED_KERNEL",
+    "HiddenHooks",
+    "TracedLayers",
+    "hidden_activation",
+    "last_weight",
+    "runs_fused",
+]
 
 FUSABLE = (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerEncoder)
 REASON = (
@@ -29,6 +42,8 @@ REASON = (
 )
 #: Devices for which torch has no such kernel.
 _WITHOUT_KERNEL = ("mps", "meta")
+#: What a graph calls that runs an encoder layer fused.
+TRACED_KERNEL: Callable[..., Tensor] = torch._transformer_encoder_layer_fwd
 _WEIGHTS_OF_ATTENTION = attrgetter("in_proj_weight", "in_proj_bias", "out_proj.weight", "out_proj.bias")
 _WEIGHTS_OF_LAYER = attrgetter(
     "norm1.weight", "norm1.bias", "norm2.weight", "norm2.bias", "linear1.weight", "linear1.bias", "linear2.weight",
@@ -37,7 +52,12 @@ _WEIGHTS_OF_LAYER = attrgetter(
 
 
 def runs_fused(
-    module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], is_ours: Callable[[Any], bool]
+    module: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    is_ours: Callable[[Any], bool],
+    *,
+    compiled: bool = False,
 ) -> bool:
     """Return whether torch would run a call in a fused kernel if nothing of ours was in its way.
 
@@ -48,11 +68,14 @@ def runs_fused(
         args: The positional arguments of its forward.
         kwargs: The keyword arguments of its forward.
         is_ours: Whether a hook or a function mode is one of Neuronscope's.
+        compiled: Whether ``torch.compile`` traces the call, or runs a graph of it.
     """
     if module.training or torch.is_autocast_enabled() or not torch.backends.mha.get_fastpath_enabled():
         return False
+    if compiled and (not isinstance(module, nn.TransformerEncoderLayer) or guards_hooks()):
+        return False
     modes = (torch._C._get_function_stack_at(depth) for depth in range(torch._C._len_torch_function_stack()))
-    if not all(map(is_ours, modes)):
+    if not compiled and not all(map(is_ours, modes)):
         return False
     with contextlib.suppress(AttributeError), unwatched():  # a subclass has other parts, and a forward of its own
         x = args[0] if args else kwargs.get("query", kwargs.get("src"))
@@ -84,7 +107,7 @@ def _takes_plain_tensors(module: Any, x: Tensor) -> bool:
         tensors = (x, *_WEIGHTS_OF_ATTENTION(module))
     else:
         tensors = (x, *_WEIGHTS_OF_ATTENTION(module.self_attn), *_WEIGHTS_OF_LAYER(module))
-    if not all(type(each) in (Tensor, nn.Parameter) for each in tensors):
+    if not all(type(each) in (Tensor, nn.Parameter, FakeTensor) for each in tensors):
         return False
     return not (torch.is_grad_enabled() and any(each.requires_grad for each in tensors))
 
@@ -188,3 +211,39 @@ class HiddenHooks:
         if self._handle is not None:
             self._handle.remove()
             self._handle = None
+
+
+class TracedLayers:
+    """Takes the hooks off an encoder layer and all inside it while ``torch.compile`` traces it.
+
+    The compiler asks a module for its hooks each time anew, and makes no guard of the answer. The hooks are back as
+    soon as the fused kernel is written into the graph, and at the end of the graph in any case. The methods are run
+    while the compiler traces, and are not traced themselves.
+    """
+
+    def __init__(self) -> None:
+        self._layer: nn.TransformerEncoderLayer | None = None
+        self._taken: Taken = []
+
+    @property
+    def layer(self) -> nn.TransformerEncoderLayer | None:
+        """The layer whose kernel is to be written into the graph next."""
+        return self._layer
+
+    def take_off(self, layer: nn.TransformerEncoderLayer) -> None:
+        """Take the hooks off a layer whose hooks before its forward have been traced.
+
+        Args:
+            layer: The layer.
+        """
+        if not self._taken:
+            at_graph_end(self.put_back)
+        self._layer = layer
+        self._taken += take_off(layer.modules(), running=True)
+        ask_modes_about([TRACED_KERNEL])
+
+    def put_back(self) -> None:
+        """Put the hooks back, if they are off."""
+        put_back(self._taken)
+        self._layer, self._taken = None, []
+        stop_asking_modes_about([TRACED_KERNEL])

@@ -35,8 +35,16 @@ from neuronscope.attach.compiling import (
 from neuronscope.attach.dtensor import is_tensor_parallel, sharded_dims
 from neuronscope.attach.examples import ExampleCounter, is_time_first
 from neuronscope.attach.function_mode import ActivationFunctionMode
-from neuronscope.attach.fused_calls import FUSABLE, REASON, HiddenHooks, hidden_activation, last_weight
-from neuronscope.attach.hook_handles import HookHandles, looks_at_hooks
+from neuronscope.attach.fused_calls import (
+    FUSABLE,
+    REASON,
+    HiddenHooks,
+    TracedLayers,
+    hidden_activation,
+    last_weight,
+    runs_fused,
+)
+from neuronscope.attach.hook_handles import HookHandles, is_ours, looks_at_hooks
 from neuronscope.attach.interrupts import CallStack, is_on_stack
 from neuronscope.attach.layer_names import LayerNames
 from neuronscope.attach.masks import PositionMask
@@ -128,6 +136,7 @@ class HookManager:
         #: Calls that torch fuses: how many modules run around each, the module, its input.
         self._fused_calls: list[tuple[int, nn.Module, Any]] = []
         self._hidden = HiddenHooks(self._leave_fused)
+        self.traced_layers = TracedLayers()
         self._step_open = False  # in the counted thread
         self._handles = HookHandles()
         self._hooked: weakref.WeakSet[nn.Module] = weakref.WeakSet()
@@ -463,6 +472,32 @@ class HookManager:
         if not is_root or is_compiled(module):
             self.recorder.forward.parts.enter(module, args, kwargs, (self.recorder.running_phase,))
 
+    def enter_fused_while_tracing(self, path: str, module: Any, args: Any, kwargs: Any) -> None:
+        """Take the hooks off an encoder layer while ``torch.compile`` traces it, if it goes its fast path in the graph.
+
+        Args:
+            path: Path of the layer.
+            module: The layer.
+            args: Positional arguments of its forward.
+            kwargs: Keyword arguments of its forward.
+        """
+        if runs_fused(module, args, kwargs, is_ours, compiled=True):
+            self.traced_layers.take_off(module)
+            if self.observing:
+                self._note_fused(path, module)
+
+    def end_fused_while_tracing(self, args: Any, output: Any) -> None:
+        """Put the hooks back, because the fused kernel of the layer is in the graph, and follow what it returned.
+
+        Args:
+            args: Positional arguments of the kernel.
+            output: What it returned.
+        """
+        layer = self.traced_layers.layer
+        self.traced_layers.put_back()
+        if layer is not None:
+            self._follow_fused(layer, args[0], output)
+
     def enter_fused(self, path: str, module: nn.Module, x: Any) -> None:
         """Stand aside during a call that torch runs in a fused kernel.
 
@@ -474,9 +509,12 @@ class HookManager:
         self._fused_calls.append((len(self.recorder.forward.module_stack) - 1, module, x))
         self.entered.leave(handling=self._mode.handling)
         if isinstance(module, nn.TransformerEncoderLayer):
-            prefix = f"{path}." if path else ""
-            self.recorder.unmeasured.note_ran(f"{prefix}activation", self.recorder.running_phase)
-            self.recorder.unmeasured.note(f"{prefix}linear1/{hidden_activation(module)}", REASON)
+            self._note_fused(path, module)
+
+    def _note_fused(self, path: str, layer: nn.TransformerEncoderLayer) -> None:
+        prefix = f"{path}." if path else ""
+        self.recorder.unmeasured.note_ran(f"{prefix}activation", self.recorder.running_phase)
+        self.recorder.unmeasured.note(f"{prefix}linear1/{hidden_activation(layer)}", REASON)
 
     def hide_hooks(self, module: nn.Module) -> None:
         """Take all hooks off a module and what is inside it while it runs, if torch looks for hooks there."""
@@ -531,10 +569,13 @@ class HookManager:
             return
         self.entered.enter(handling=self._mode.handling)
         _, module, x = found
-        y, weight = output[0] if isinstance(output, tuple) else output, last_weight(module)
+        with unwatched():
+            self._follow_fused(module, x, output[0] if isinstance(output, tuple) else output)
+
+    def _follow_fused(self, module: nn.Module, x: Any, y: Any) -> None:
+        weight = last_weight(module)
         if isinstance(y, Tensor) and weight is not None:
-            with unwatched():
-                self.recorder.forward.flow.follow(F.linear, (x, weight), {}, y)
+            self.recorder.forward.flow.follow(F.linear, (x, weight), {}, y)
 
     def _forget_interrupted(self, module: nn.Module, caller: FrameType) -> None:
         """Forget what an interrupt ended, if the hook of a module is called from a place where it does not run."""

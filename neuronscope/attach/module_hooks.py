@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from neuronscope.attach.activations import Activation
-from neuronscope.attach.compiling import is_tracing, unwatched
+from neuronscope.attach.compiling import compiles_here, comptime, is_compiled, is_tracing, unwatched, while_tracing
 from neuronscope.attach.examples import ExampleCounter
 from neuronscope.attach.function_mode import ActivationFunctionMode, first_input
 from neuronscope.attach.fused_calls import runs_fused
@@ -61,6 +61,10 @@ class EnterModule(InertHook):
 class EnterFusable(EnterModule):
     """A hook on a module that torch may run in a fused kernel."""
 
+    def __init__(self, manager: HookManager, path: str) -> None:
+        super().__init__(manager, path)
+        self._enter_while_tracing = while_tracing(manager.enter_fused_while_tracing, "path", "module", "args", "kwargs")
+
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] = _NOTHING) -> None:
         manager = self.manager
         try:
@@ -69,12 +73,25 @@ class EnterFusable(EnterModule):
                 manager.enter(self.path, module, args, kwargs, None if traced else sys._getframe(1))
             elif manager.failure is not None:
                 manager.recorder.forward.module_stack.append(self.path)
-            if not traced and manager.failure is None and runs_fused(module, args, kwargs, _is_ours):
+            if manager.failure is not None:
+                return
+            if traced:
+                self._enter_traced(self.path, module, args, kwargs)
+            elif runs_fused(module, args, kwargs, _is_ours, compiled=is_compiled(module) or compiles_here()):
                 if manager.watches_here(traced):
                     manager.enter_fused(self.path, module, first_input(args, kwargs))
                 manager.hide_hooks(module)
         except Exception as error:
             manager.fail(error)
+
+    def _enter_traced(  # `comptime` reads its arguments
+        self,
+        path: str,
+        module: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+    ) -> None:
+        comptime(self._enter_while_tracing)
 
 
 def _is_ours(found: Any) -> bool:

@@ -449,10 +449,11 @@ def _add_outputs_in_graph(
     not_finite.add_(bad)
     abs_sum.add_(magnitudes)
     fired = zeros + bad < positions
-    last_active.copy_(torch.where(fired, step, last_active))
-    first_active.copy_(torch.where(fired & (first_active == NEVER), step, first_active))
+    last_active.masked_fill_(fired, step)
+    first_active.masked_fill_(fired & (first_active == NEVER), step)
     traced[0].add_(positions)
-    traced[1].add_(examples)
+    if not isinstance(examples, int) or examples:  # a site adds them once a forward
+        traced[1].add_(examples)
 
 
 @_one_call_in_graph

@@ -161,3 +161,31 @@ def test_before_the_limit_of_all_graphs_is_met_the_watch_ends_and_training_goes_
         states.append(state_of(model))
     assert_bits(*states)
     assert "accumulated_recompile_limit" in str(watcher.scope.report())
+
+
+def test_windows_and_phases_that_ran_before_compile_nothing_again():
+    """And a phase that did not is compiled then, so that torch raises: see the known limits in `docs/design.md`."""
+    model, backend = Variants(), Counter("aot_eager")
+    run = torch.compile(model, backend=backend, fullgraph=True)
+    policy = ns.Policy(max_rate=0.5, confidence=0.5)
+    with ns.watch(model, every_n_steps=2, window_steps=4, policy=policy) as scope:
+
+        def train_and_evaluate(steps: int, phase: str) -> None:
+            for _ in range(steps):
+                run(torch.ones(4, 5)).sum().backward()
+                scope.step()
+            with scope.phase(phase), torch.no_grad():
+                run(torch.ones(4, 5))
+
+        train_and_evaluate(2, "val")  # a step that is observed, and one that is not
+        graphs = backend.graphs
+        with torch.compiler.set_stance("fail_on_recompile"), torch._dynamo.config.patch(error_on_recompile=True):
+            for _ in range(3):
+                train_and_evaluate(6, "val")
+            with pytest.raises(RuntimeError, match="recompile"):
+                train_and_evaluate(2, "test")
+        assert backend.graphs == graphs
+        assert scope._hooks.failure is None
+    assert scope.census()["layer/relu"].gradient_positions == 4 * 11  # every second one of 2 + 3 · 6 + 2 steps
+    assert scope.census("val")["layer/relu"].positions == 4 * 4
+    assert scope.report()["layer/relu"].history.steps.tolist() == [2, 6, 10, 14, 18, 20]

@@ -63,6 +63,9 @@ class CompiledRuns:
 def run(network: Network, backend: str = "aot_eager", *, fullgraph: bool = True) -> CompiledRuns:
     """Train a network three times from the same seed: compiled unwatched, compiled watched, and eager watched.
 
+    Torch runs a function that met its limit of recompilations uncompiled, and a watched run may meet it later, so that
+    the two would be compared with each other's last bits: the limit is higher than any network needs.
+
     Args:
         network: Which.
         backend: What compiles its graphs.
@@ -73,7 +76,7 @@ def run(network: Network, backend: str = "aot_eager", *, fullgraph: bool = True)
         AssertionError: The watching ended, or the one graph is another one watched.
     """
     states, graphs, censuses, listed = [], [], [], []
-    with _threads(1), _quiet(bool(network.unseen)):
+    with _threads(1), _quiet(bool(network.unseen)), torch._dynamo.config.patch(recompile_limit=64):
         for watcher, compiles in ((Nobody(), True), (Watched(), True), (Watched(), False)):
             torch._dynamo.reset()
             torch.manual_seed(0)
