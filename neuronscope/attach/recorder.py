@@ -348,7 +348,7 @@ class SiteRecorder:
     def _note_traced(self, call: Call) -> None:
         counters = call.counters if isinstance(call.counters, SiteCounters) else None
         if counters is not None:
-            counters.in_graph = True
+            counters.enter_graph()
         self._found.append(len(self._traced))
         part = self.forward.parts.tracing
         first = part or (counters is not None and counters.is_first_call(self.forward.number, trace_attempt()))

@@ -71,6 +71,7 @@ class ScratchBuffers(threading.local):
                 (), dtype=torch.float32, device="cpu"
             )  # comparing with a tensor is quicker than with a number
             self.buffer = torch.empty(0, dtype=torch.float32, device="cpu")
+            self._row = torch.empty(0, dtype=torch.float32, device="cpu")
             self.words = torch.empty(0, dtype=torch.int64, device="cpu")
             self.sums = torch.empty(0, dtype=torch.int64, device="cpu")
 
@@ -107,6 +108,19 @@ class ScratchBuffers(threading.local):
             with torch.inference_mode(False):
                 self.buffer = torch.empty(size, dtype=torch.float32, device="cpu")
         return self.buffer
+
+    def row(self, quantities: int, neurons: int) -> Tensor:
+        """Return a buffer for the counts of one tensor, float32 ``(quantities, N)``: of wide layers none are kept.
+
+        Args:
+            quantities: 1 for zeros, 2 for zeros and magnitudes.
+            neurons: ``N``.
+        """
+        size = quantities * neurons
+        if self._row.numel() < size:
+            with torch.inference_mode(False):
+                self._row = torch.empty(size, dtype=torch.float32, device="cpu")
+        return self._row[:size].view(quantities, neurons)
 
     def _make(self, tensor: Tensor, axis: int, quantities: int) -> Plan:
         small = tensor.numel() <= _SMALL
@@ -315,7 +329,9 @@ class _Rows:
         rows = part.squeeze(2)
         in_place = len(out) > 1 and self._in_place(rows)
         in_pieces = len(out) > 1 and not in_place
-        with_flags = in_pieces and tolerance == 0 and rows.dtype is not torch.float64  # its smallest are zeros in float32
+        with_flags = (
+            in_pieces and tolerance == 0 and rows.dtype is not torch.float64
+        )  # its smallest are zeros in float32
         if tolerance != 0:
             compare(rows, tolerance, self._zero, self._numbers)
             self._flags.copy_(self._numbers)

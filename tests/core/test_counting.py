@@ -14,7 +14,8 @@ import torch
 from hypothesis import given
 from torch import Tensor
 
-from neuronscope.count.counters import NEVER, SiteCounters, add_gradients, add_outputs
+from neuronscope.count.counter_tensors import NEVER
+from neuronscope.count.counters import SiteCounters, add_gradients, add_outputs
 from neuronscope.count.counting import ScratchBuffers, count_outputs, count_zeros
 
 SCRATCH = ScratchBuffers()
