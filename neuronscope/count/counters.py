@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, ParamSpec, TypeVar
 
@@ -72,7 +73,6 @@ class SiteCounters:
         self.shared = False
         self.window: WindowCounts | None = None
         self._wide: CounterTensors | None = None
-        self._held = False  # whether somebody else may hold them
         self.unreadable = False
         self.gate: SiteCounters | None = None
         self.sharded_dims: tuple[int | None, ...] = ()
@@ -94,10 +94,9 @@ class SiteCounters:
         self._forward_positions = 0  # its positions and its examples so far
         self._forward_examples = 0
 
-    @property
+    @functools.cached_property
     def tensors(self) -> CounterTensors:
-        """Counts in 64 bits, which keep their identity over resets, so that a graph may hold them."""
-        self._held = True
+        """Counts in 64 bits, which keep their identity over resets from the first use on: a graph may hold them."""
         return self._in_64_bits()
 
     @property
@@ -112,9 +111,9 @@ class SiteCounters:
         return self._wide
 
     def enter_graph(self) -> None:
-        """Note that a graph holds the tensors from now on; it is called before they are traced."""
-        self.in_graph = self._held = True
-        self._in_64_bits()
+        """Note that a graph holds the tensors from now on. They are there before they are traced."""
+        self.in_graph = True
+        self.tensors = self._in_64_bits()
 
     def room_for(self, positions: int, first: int, last: int) -> tuple[CounterTensors, WindowCounts | None]:
         """Return the tensors to which outputs are to be added, and the window that these belong to, if to any.
@@ -233,7 +232,8 @@ class SiteCounters:
         with torch.inference_mode(False), torch.no_grad(), torch._C.DisableTorchFunction():
             for mine, view in zip(self.flush(), tensors, strict=True):
                 view.copy_(mine)
-        self._wide, self.shared = tensors, True
+        self.tensors = self._wide = tensors
+        self.shared = True
         self.traced, self.traced_gradients = tensors.traced, tensors.traced_gradients
 
     def make_room(self, scratch: ScratchBuffers) -> None:
@@ -360,7 +360,7 @@ class SiteCounters:
         for waiting in (self.outputs, self.gradients, self.small_outputs, self.small_gradients):
             waiting.clear()
         self.window = None
-        if not self._held:
+        if "tensors" not in vars(self):
             self._wide = None
         with torch.inference_mode(False), torch.no_grad():
             for counter in self._wide or (self.traced, self.traced_gradients):

@@ -329,9 +329,8 @@ class _Rows:
         rows = part.squeeze(2)
         in_place = len(out) > 1 and self._in_place(rows)
         in_pieces = len(out) > 1 and not in_place
-        with_flags = (
-            in_pieces and tolerance == 0 and rows.dtype is not torch.float64
-        )  # its smallest are zeros in float32
+        in_float32 = rows.dtype is not torch.float64  # whose smallest numbers are zeros in float32
+        with_flags = in_pieces and tolerance == 0 and in_float32
         if tolerance != 0:
             compare(rows, tolerance, self._zero, self._numbers)
             self._flags.copy_(self._numbers)
@@ -346,9 +345,10 @@ class _Rows:
                 flags.copy_(numbers)  # they are still in the cache
         self._blank.zero_()
         torch.sum(self._words, 0, out=self._sums)
-        out[0].copy_(self._bytes)
         if tolerance == 0:
-            torch.sub(self._positions, out[0], out=out[0])
+            torch.sub(self._positions, self._bytes, out=out[0])
+        else:
+            out[0].copy_(self._bytes)
 
     def _in_place(self, rows: Tensor) -> bool:
         """Whether the numbers are their magnitudes: they are float32, and no sign bit is set."""
