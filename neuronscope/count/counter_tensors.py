@@ -17,6 +17,8 @@ IntArray = npt.NDArray[np.int64]
 NEVER = 1 << 62
 #: The same among the steps of a window, which are counted in 16 bits from its first one on.
 _NEVER_IN_WINDOW = 2**15 - 1
+#: The device where the host sees at once whether outputs are finite: there a window leaves out those that are not.
+_SEEN_BY_HOST = "cpu"
 #: Most positions of a window: 32 bits hold the count.
 _POSITIONS = 2**31 - 1
 #: Most sums that a window adds up in float32, each wrong by 2**-24 of the sum at most.
@@ -97,7 +99,7 @@ class WindowCounts:
         self.tensors = CounterTensors(
             count,
             count.clone(),
-            torch.zeros(0 if device.type == "cpu" else neurons, dtype=torch.int32, device=device),
+            count.clone() if device.type != _SEEN_BY_HOST else torch.zeros(0, dtype=torch.int32, device=device),
             torch.zeros(neurons, dtype=torch.float32, device=device),
             torch.full((neurons,), -1, dtype=torch.int16, device=device),
             torch.full((neurons,), _NEVER_IN_WINDOW, dtype=torch.int16, device=device),

@@ -329,8 +329,9 @@ class SiteCounters:
         zeros, bad, magnitudes = plain_outputs(y, axis, tolerance)
         positions = y.numel() // self.neurons
         fired = zeros + bad < positions
-        on_host = y.device.type == "cpu"  # where a window has no counter of what is not finite
-        tensors, window = (self._in_64_bits(), None) if on_host else self.room_for(positions, step, step)
+        tensors, window = self.room_for(positions, step, step)
+        if not tensors.not_finite.numel():
+            tensors, window = self._in_64_bits(), None
         tensors.not_finite.add_(bad)
         self._add(tensors, window, zeros, magnitudes, torch.where(fired, step, -1), torch.where(fired, step, NEVER))
 

@@ -327,12 +327,17 @@ def test_the_counters_of_a_site_are_right_after_each_step():
     assert counters.flush().first_active.tolist() == [NEVER] * 3
 
 
-@pytest.mark.parametrize("full", [{}, {"_POSITIONS": 100}, {"_SUMS": 2}, {"_NEVER_IN_WINDOW": 9}], ids=str)
+@pytest.mark.parametrize(
+    "full",
+    [{}, {"_POSITIONS": 100}, {"_SUMS": 2}, {"_NEVER_IN_WINDOW": 9}, {"_SEEN_BY_HOST": "nowhere"}],
+    ids=["roomy", "positions", "sums", "steps", "other devices"],
+)
 @pytest.mark.parametrize("neurons", [1, 7, 3000, 20_000])
 def test_many_calls_of_one_site_are_counted_exactly(neurons, full, monkeypatch):
     """More calls than rows wait, of many sizes and steps, some not finite, read in between: as if each were added.
 
-    So it is, too, if a window is full after a hundred positions, two sums or nine steps, or none fits into one.
+    So it is, too, if a window is full after a hundred positions, two sums or nine steps, or none fits into one; and if
+    it counts what is not finite, as on other devices.
     """
     for name, value in full.items():
         monkeypatch.setattr(counter_tensors, name, value)
