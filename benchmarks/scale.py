@@ -51,6 +51,7 @@ class Costs(NamedTuple):
         given: Bytes given to an exchange.
         collectives: That the last exchange took.
         join_s: The quickest exchange, reading the counts included.
+        join_cpu_s: The least processor time of an exchange, reading the counts included.
         join_peak: Bytes of the process at its largest, when the windows are closed.
         close_s: To judge a window and write it down, the quickest.
         state: Bytes of a checkpoint's state, after the windows.
@@ -65,6 +66,7 @@ class Costs(NamedTuple):
     given: int
     collectives: int
     join_s: float
+    join_cpu_s: float
     join_peak: int
     close_s: float
     state: int
@@ -122,12 +124,14 @@ def measure(rank: int, sites: int, neurons: int) -> Costs | None:
     all_counters = [
         record.add_site(key, info, neurons, torch.device("cpu")) for key, info in zip(keys, infos, strict=True)
     ]
-    joins, closes, collectives, held = [], [], [0], 0
+    joins, processor, closes, collectives, held = [], [], [], [0], 0
     for window in range(WINDOWS):
         count(all_counters, window)
         held = sum(size(list(counters.window.tensors)) for counters in all_counters if counters.window is not None)
         record.note_step(window)
+        used = time.process_time()
         joins.append(seconds(lambda: record.flush(lambda census: ranks.join(census, phase="train"))))
+        processor.append(time.process_time() - used)
         closes.append(seconds(record.close))
         collectives.append(ranks.exchanges.collectives)
     join_peak = peak()
@@ -151,6 +155,7 @@ def measure(rank: int, sites: int, neurons: int) -> Costs | None:
         given=ranks.exchanges.bytes,
         collectives=collectives[-1] - collectives[-2],
         join_s=min(joins),
+        join_cpu_s=min(processor),
         join_peak=join_peak,
         close_s=min(closes),
         state=saved.size,
@@ -200,7 +205,8 @@ def tables(shapes: list[tuple[int, int]], worlds: list[int]) -> list[Table]:
         "Joining",
         [
             *("S × N", "R", "given by a rank", "worked out", "collectives"),
-            *(f"quickest of {WINDOWS}, reading the counts included", "largest the process was"),
+            *(f"quickest of {WINDOWS}, reading the counts included", "processor time of a rank"),
+            "largest the process was",
         ],
     )
     logging = Table(
@@ -219,7 +225,7 @@ def tables(shapes: list[tuple[int, int]], worlds: list[int]) -> list[Table]:
             given, wanted = (
                 ("–", "–") if alone else (megabytes(size) for size in (costs.given, worked_out(sites, neurons)))
             )
-            times = [f"{costs.join_s:.3f} s", f"{costs.join_peak / 1e9:.2f} GB"]
+            times = [f"{costs.join_s:.3f} s", f"{costs.join_cpu_s:.3f} s", f"{costs.join_peak / 1e9:.2f} GB"]
             joining.rows.append([shape, str(world), given, wanted, str(costs.collectives), *times])
             if place == 0:
                 expected = f"{megabytes(16 * total)}, {megabytes((177 + WINDOWS) * total)}"

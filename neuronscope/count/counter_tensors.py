@@ -107,7 +107,6 @@ class WindowCounts:
             traced_gradients,
         )
         self.first_step = 0
-        self._none, self._unset = (torch.full((), value, dtype=torch.int16) for value in (-1, _NEVER_IN_WINDOW))
         self._positions = self._gradient_positions = self._sums = 0
 
     def take(self, positions: int, first: int, last: int) -> bool:
@@ -149,6 +148,7 @@ class WindowCounts:
         """
         tensors, offset = self.tensors, step - self.first_step
         size = len(work) // 2
+        none, unset = torch.tensor([-1, _NEVER_IN_WINDOW], dtype=torch.int16, device="cpu").unbind()
         add_whole(row[0], tensors.zero_outputs, work)
         tensors.abs_sum.add_(row[1])
         for start in range(0, row.shape[1], size):
@@ -162,8 +162,8 @@ class WindowCounts:
             flags.copy_(floats)
             fired.copy_(flags)
             last, first = (each[start : start + size] for each in (tensors.last_active, tensors.first_active))
-            torch.maximum(last, torch.add(self._none, fired, alpha=offset + 1, out=steps), out=last)
-            torch.minimum(first, torch.add(self._unset, fired, alpha=offset - _NEVER_IN_WINDOW, out=steps), out=first)
+            torch.maximum(last, torch.add(none, fired, alpha=offset + 1, out=steps), out=last)
+            torch.minimum(first, torch.add(unset, fired, alpha=offset - _NEVER_IN_WINDOW, out=steps), out=first)
 
     def carry_to(self, wide: CounterTensors) -> None:
         """Add the counts to counters in 64 bits. Does not synchronize.

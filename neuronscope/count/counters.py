@@ -145,9 +145,10 @@ class SiteCounters:
 
     def _new_window(self) -> WindowCounts:
         """Begin a new window; the counts of the one before it, if any, go on in 64 bits."""
-        with torch.inference_mode(False), torch.no_grad(), torch._C.DisableTorchFunction():
-            if self.window is not None:
+        if self.window is not None:
+            with torch.inference_mode(False), torch.no_grad(), torch._C.DisableTorchFunction():
                 self.window.carry_to(self._in_64_bits())
+        with torch.inference_mode(False):
             self.window = WindowCounts(self.neurons, self.traced, self.traced_gradients)
         return self.window
 
