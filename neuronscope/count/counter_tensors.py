@@ -87,6 +87,7 @@ class WindowCounts:
     Attributes:
         tensors: The counts.
         first_step: The step from which ``last_active`` and ``first_active`` are counted; 0 if there is none yet.
+        never: ``first_active`` of a neuron that never fired.
 
     >>> window = WindowCounts(2, torch.zeros(2, dtype=torch.int64), torch.zeros(1, dtype=torch.int64))
     >>> window.take(2**31 - 2, first=70_000, last=70_001), window.take(2, first=70_002, last=70_002)
@@ -107,6 +108,7 @@ class WindowCounts:
             traced_gradients,
         )
         self.first_step = 0
+        self.never = _NEVER_IN_WINDOW
         self._positions = self._gradient_positions = self._sums = 0
 
     def take(self, positions: int, first: int, last: int) -> bool:
@@ -119,7 +121,7 @@ class WindowCounts:
         """
         begin = self.first_step if self._sums else first
         fits = self._positions + positions <= _POSITIONS and self._sums < _SUMS
-        if not fits or first < begin or last - begin >= _NEVER_IN_WINDOW:
+        if not fits or first < begin or last - begin >= self.never:
             return False
         self.first_step = begin
         self._positions += positions
@@ -148,7 +150,7 @@ class WindowCounts:
         """
         tensors, offset = self.tensors, step - self.first_step
         size = len(work) // 2
-        none, unset = torch.tensor([-1, _NEVER_IN_WINDOW], dtype=torch.int16, device="cpu").unbind()
+        none, unset = torch.tensor([-1, self.never], dtype=torch.int16, device="cpu").unbind()
         add_whole(row[0], tensors.zero_outputs, work)
         tensors.abs_sum.add_(row[1])
         for start in range(0, row.shape[1], size):
@@ -163,7 +165,7 @@ class WindowCounts:
             fired.copy_(flags)
             last, first = (each[start : start + size] for each in (tensors.last_active, tensors.first_active))
             torch.maximum(last, torch.add(none, fired, alpha=offset + 1, out=steps), out=last)
-            torch.minimum(first, torch.add(unset, fired, alpha=offset - _NEVER_IN_WINDOW, out=steps), out=first)
+            torch.minimum(first, torch.add(unset, fired, alpha=offset - self.never, out=steps), out=first)
 
     def carry_to(self, wide: CounterTensors) -> None:
         """Add the counts to counters in 64 bits. Does not synchronize.
@@ -176,7 +178,7 @@ class WindowCounts:
                 theirs.add_(mine)
         last, first, begin = self.tensors.last_active.long(), self.tensors.first_active.long(), self.first_step
         torch.maximum(wide.last_active, torch.where(last < 0, -1, last + begin), out=wide.last_active)
-        first = torch.where(first == _NEVER_IN_WINDOW, NEVER, first + begin)
+        first = torch.where(first == self.never, NEVER, first + begin)
         torch.minimum(wide.first_active, first, out=wide.first_active)
 
     def in_run(self, last: IntArray, first: IntArray) -> tuple[IntArray, IntArray]:
@@ -187,7 +189,7 @@ class WindowCounts:
             first: The same of ``first_active``.
         """
         begin = self.first_step
-        return np.where(last < 0, -1, last + begin), np.where(first == _NEVER_IN_WINDOW, NEVER, first + begin)
+        return np.where(last < 0, -1, last + begin), np.where(first == self.never, NEVER, first + begin)
 
 
 def add_whole(row: Tensor, counts: Tensor, work: Tensor) -> None:

@@ -278,11 +278,15 @@ class SiteCounters:
     def _add_rows(self) -> None:
         if len(self.outputs):
             rows = self.outputs
-            self._add(*self.room_for(*rows.span), rows.zeros(), rows.magnitudes(), *rows.active())
+            tensors, window = self.room_for(*rows.span)
+            tensors.zero_outputs.add_(rows.zeros(tensors.zero_outputs.dtype))
+            tensors.abs_sum.add_(rows.magnitudes(tensors.abs_sum.dtype))
+            self._add_steps(tensors, *rows.active(*_steps_of(window), tensors.last_active.dtype))
             rows.clear()
         if len(self.gradients):
             positions, *_ = self.gradients.span
-            self.room_for_gradients(positions).add_(self.gradients.zeros())
+            zero_gradients = self.room_for_gradients(positions)
+            zero_gradients.add_(self.gradients.zeros(zero_gradients.dtype))
             self.gradients.clear()
 
     def add_row(self, row: Tensor, positions: int, step: int, scratch: ScratchBuffers) -> None:
@@ -303,20 +307,10 @@ class SiteCounters:
             if window is not None:  # there is room in a new one: the positions are fewer than 2**24
                 window.add_row(row, positions, step, work)
 
-    def _add(
-        self,
-        tensors: CounterTensors,
-        window: WindowCounts | None,
-        zeros: Tensor,
-        magnitudes: Tensor,
-        last: Tensor,
-        first: Tensor,
-    ) -> None:
-        begin = 0 if window is None else window.first_step
-        tensors.zero_outputs.add_(zeros)
-        tensors.abs_sum.add_(magnitudes)
-        torch.maximum(tensors.last_active, (last - begin).clamp(min=-1), out=tensors.last_active)
-        torch.minimum(tensors.first_active, first - begin, out=tensors.first_active)
+    @staticmethod
+    def _add_steps(tensors: CounterTensors, last: Tensor, first: Tensor) -> None:
+        torch.maximum(tensors.last_active, last, out=tensors.last_active)
+        torch.minimum(tensors.first_active, first, out=tensors.first_active)
 
     def add_plain(self, y: Tensor, axis: int, step: int, tolerance: float) -> None:
         """Count one output by the plain formula.
@@ -334,7 +328,10 @@ class SiteCounters:
         if not tensors.not_finite.numel():
             tensors, window = self._in_64_bits(), None
         tensors.not_finite.add_(bad)
-        self._add(tensors, window, zeros, magnitudes, torch.where(fired, step, -1), torch.where(fired, step, NEVER))
+        tensors.zero_outputs.add_(zeros)
+        tensors.abs_sum.add_(magnitudes)
+        begin, never = _steps_of(window)
+        self._add_steps(tensors, torch.where(fired, step - begin, -1), torch.where(fired, step - begin, never))
 
     @property
     def counts_on_device(self) -> bool:
@@ -372,6 +369,11 @@ class SiteCounters:
                 self._wide.first_active.fill_(NEVER)
         self.positions = self.gradient_positions = self.examples = 0
         self._by_step.clear()
+
+
+def _steps_of(window: WindowCounts | None) -> tuple[int, int]:
+    """Return the step from which steps are counted, and the first one of a neuron that never fired."""
+    return (0, NEVER) if window is None else (window.first_step, window.never)
 
 
 def add_outputs(

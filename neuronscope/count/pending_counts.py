@@ -12,8 +12,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from neuronscope.count.counter_tensors import NEVER
-
 __all__ = ["PendingCounts"]
 
 #: Maximal number of rows, and of numbers in them (128 kB of float32).
@@ -33,9 +31,9 @@ class PendingCounts:
     >>> rows = PendingCounts(1, 3)
     >>> _ = rows.next().copy_(torch.tensor([[4.0, 1.0, 0.0]]))
     >>> rows.add_rows(4, [7])
-    >>> last, first = rows.active()
-    >>> rows.zeros(), last, first.eq(NEVER)
-    (tensor([4, 1, 0]), tensor([-1,  7,  7]), tensor([ True, False, False]))
+    >>> last, first = rows.active(begin=0, never=99, dtype=torch.int64)
+    >>> rows.zeros(torch.int64), last, first
+    (tensor([4, 1, 0]), tensor([-1,  7,  7]), tensor([99,  7,  7]))
     """
 
     def __init__(self, quantities: int, neurons: int) -> None:
@@ -93,19 +91,34 @@ class PendingCounts:
         """The positions of all rows together, their first step and their last one."""
         return sum(self._positions), min(self._steps), max(self._steps)
 
-    def zeros(self) -> Tensor:
-        """Return the zeros of all rows together, int64 ``(N,)``."""
-        return self._kept(0).sum(0, dtype=torch.float64).long()  # whole numbers below 2**53: exact
+    def zeros(self, dtype: torch.dtype) -> Tensor:
+        """Return the zeros of all rows together ``(N,)``.
 
-    def magnitudes(self) -> Tensor:
-        """Return the magnitudes of all rows together, float64 ``(N,)``."""
-        return self._kept(1).sum(0, dtype=torch.float64)
+        Args:
+            dtype: An integer type.
+        """
+        return self._kept(0).sum(0, dtype=torch.float64).to(dtype)  # whole numbers below 2**53: exact
 
-    def active(self) -> tuple[Tensor, Tensor]:
-        """Return the last and the first step at which each neuron fired, int64 ``(N,)``; −1 and ``NEVER`` if none."""
-        positions, steps = torch.tensor([self._positions, self._steps], dtype=torch.int64, device="cpu")[:, :, None]
+    def magnitudes(self, dtype: torch.dtype) -> Tensor:
+        """Return the magnitudes of all rows together ``(N,)``, which are added up in float64.
+
+        Args:
+            dtype: The type of what is returned.
+        """
+        return self._kept(1).sum(0, dtype=torch.float64).to(dtype)
+
+    def active(self, begin: int, never: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Return the last and the first step at which each neuron fired ``(N,)``.
+
+        Args:
+            begin: The step from which steps are counted.
+            never: The first step of a neuron that never fired; its last one is −1.
+            dtype: The type of what is returned.
+        """
+        positions = torch.tensor(self._positions, dtype=torch.float32, device="cpu")[:, None]
+        steps = torch.tensor([step - begin for step in self._steps], dtype=dtype, device="cpu")[:, None]
         fired = self._kept(0) < positions
-        return torch.where(fired, steps, -1).amax(0), torch.where(fired, steps, NEVER).amin(0)
+        return torch.where(fired, steps, -1).amax(0), torch.where(fired, steps, never).amin(0)
 
     def _kept(self, quantity: int) -> Tensor:
         return self._rows[: len(self), quantity]
