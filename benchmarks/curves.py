@@ -18,6 +18,7 @@ from neuronscope.writers.pictures.colours import FRAME, INK, MUTED, PAPER, SERIE
 
 __all__ = ["Curve", "draw", "draw_panel", "load_figure"]
 
+_FEW = 5  # sizes that have a tick each on a plain axis
 _WIDTH, _HEIGHT, _DPI = 11.0, 3.8, 110  # the width of a picture and the height of a row, in inches
 
 
@@ -61,10 +62,10 @@ def draw(curves: Sequence[Curve]) -> bytes:
     rows = -(-len(curves) // 2)
     figure = load_figure()(figsize=(_WIDTH, _HEIGHT * rows), dpi=_DPI, facecolor=_hex(PAPER), layout="constrained")
     figure.get_layout_engine().set(w_pad=0.12, h_pad=0.12)
-    panels = figure.subplots(rows, 2, squeeze=False).flat
+    panels = list(figure.subplots(rows, 2, squeeze=False).flat)
     for panel, curve in zip(panels, curves, strict=False):
         draw_panel(panel, curve)
-    for panel in list(panels)[len(curves) :]:
+    for panel in panels[len(curves) :]:
         panel.set_axis_off()
     content = io.BytesIO()
     figure.savefig(content, format="png", metadata={"Software": None}, pil_kwargs={"optimize": True})
@@ -93,7 +94,10 @@ def draw_panel(panel: Any, curve: Curve) -> None:
     else:
         panel.set_xlim(0, None)
         panel.set_ylim(0, 1.5e6 * max(max(seconds) for seconds in curve.lines.values()))
-        panel.xaxis.set_major_formatter("{x:,.0f}")
+        if len(curve.sizes) > _FEW:
+            panel.xaxis.set_major_formatter("{x:,.0f}")
+        else:
+            panel.set_xticks(curve.sizes, [f"{size:,}" for size in curve.sizes])
     panel.yaxis.set_major_formatter("{x:,.0f}")
     panel.legend(frameon=False, labelcolor=_hex(INK), loc="upper left", fontsize=9)
 
