@@ -11,7 +11,7 @@ from fnmatch import fnmatchcase
 import torch.distributed as dist
 
 from neuronscope.attach.dtensor import NeuronShard
-from neuronscope.options import Shards
+from neuronscope.options import Patterns, Shards
 
 __all__ = ["HandSplit"]
 
@@ -28,7 +28,8 @@ class HandSplit:
     """
 
     def __init__(self, shards: Shards | None) -> None:
-        self._shards = shards
+        self._group = None if shards is None else shards.process_group
+        self._units, self._inputs = ((), ()) if shards is None else (_patterns(shards.units), _patterns(shards.inputs))
 
     def holds(self, layer: str) -> bool:
         """Whether this rank has a part of a layer's weights, which differs from that of other ranks.
@@ -36,8 +37,7 @@ class HandSplit:
         Args:
             layer: Path of the layer.
         """
-        shards = self._shards
-        return shards is not None and any(fnmatchcase(layer, each) for each in (*shards.units, *shards.inputs))
+        return any(fnmatchcase(layer, each) for each in (*self._units, *self._inputs))
 
     def shard(self, layer: str, neurons: int) -> NeuronShard | None:
         """Return which neurons of a layer this rank has; ``None`` if its units are not shared by hand.
@@ -46,8 +46,7 @@ class HandSplit:
             layer: Path of the layer.
             neurons: How many it has.
         """
-        shards = self._shards
-        if shards is None or not any(fnmatchcase(layer, each) for each in shards.units):
+        if not any(fnmatchcase(layer, each) for each in self._units):
             return None
         place, ranks = self._place()
         return NeuronShard(place * neurons, ranks * neurons)
@@ -59,8 +58,11 @@ class HandSplit:
 
     def _place(self) -> tuple[int, int]:
         """Return the place of this rank among those that share layers, and how many these are."""
-        if self._shards is None or not (dist.is_available() and dist.is_initialized()):
+        if not (self._units or self._inputs) or not (dist.is_available() and dist.is_initialized()):
             return 0, 1
-        group = self._shards.process_group
-        group = group() if callable(group) else group
+        group = self._group() if callable(self._group) else self._group
         return dist.get_rank(group), dist.get_world_size(group)
+
+
+def _patterns(patterns: Patterns) -> tuple[str, ...]:
+    return (patterns,) if isinstance(patterns, str) else tuple(patterns or ())
