@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -45,8 +46,8 @@ def tables(*, quick: bool = False) -> Iterator[Table]:
         table = Table(
             f"Counting, {str(dtype).removeprefix('torch.')}",
             ("layout", "shape", "size", "one read", "outputs ÷ read", "gradients ÷ read", "(y == 0).sum ÷ read"),
-            note="Ratios of medians, of minima in brackets. *Outputs* are zeros, non-finite values and the sum of "
-            "magnitudes; *gradients* are zeros.",
+            note="Ratios of medians, of minima in brackets, of processor time. *Outputs* are zeros, non-finite "
+            "values and the sum of magnitudes; *gradients* are zeros.",
         )
         for layout, shapes in SHAPES.items():
             for shape in shapes[:1] if quick else shapes:
@@ -67,6 +68,7 @@ def _row(case: Case, dtype: torch.dtype, *, quick: bool) -> tuple[str, ...]:
             "naive": lambda: (y == 0).sum(others),
         },
         rounds=few,
+        clock=time.thread_time,
     )
     read = times["read"]
     shape = " × ".join(f"{length:,}" if length > 9999 else str(length) for length in case.shape)

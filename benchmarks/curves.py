@@ -18,7 +18,8 @@ from neuronscope.writers.pictures.colours import FRAME, INK, MUTED, PAPER, SERIE
 
 __all__ = ["Curve", "draw", "draw_panel", "load_figure"]
 
-_INCHES, _DPI = (11.0, 7.6), 110
+_FEW = 5  # sizes that have a tick each on a plain axis
+_WIDTH, _HEIGHT, _DPI = 11.0, 3.8, 110  # the width of a picture and the height of a row, in inches
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,7 @@ class Curve:
         sizes: Rising, ``S`` of them.
         lines: Seconds, ``S`` of them, by what they are called.
         grows: Whether linear growth is what is expected; otherwise none is.
+        what: What costs.
     """
 
     title: str
@@ -38,6 +40,7 @@ class Curve:
     sizes: Sequence[int]
     lines: Mapping[str, Sequence[float]]
     grows: bool
+    what: str = "an observed step"
 
 
 def load_figure() -> Any:
@@ -56,12 +59,13 @@ def load_figure() -> Any:
 
 def draw(curves: Sequence[Curve]) -> bytes:
     """A picture with a panel a curve, two in a row, as PNG."""
-    figure = load_figure()(figsize=_INCHES, dpi=_DPI, facecolor=_hex(PAPER), layout="constrained")
+    rows = -(-len(curves) // 2)
+    figure = load_figure()(figsize=(_WIDTH, _HEIGHT * rows), dpi=_DPI, facecolor=_hex(PAPER), layout="constrained")
     figure.get_layout_engine().set(w_pad=0.12, h_pad=0.12)
-    panels = figure.subplots(-(-len(curves) // 2), 2, squeeze=False).flat
+    panels = list(figure.subplots(rows, 2, squeeze=False).flat)
     for panel, curve in zip(panels, curves, strict=False):
         draw_panel(panel, curve)
-    for panel in list(panels)[len(curves) :]:
+    for panel in panels[len(curves) :]:
         panel.set_axis_off()
     content = io.BytesIO()
     figure.savefig(content, format="png", metadata={"Software": None}, pil_kwargs={"optimize": True})
@@ -73,7 +77,7 @@ def draw_panel(panel: Any, curve: Curve) -> None:
     panel.set_facecolor(_hex(PAPER))
     panel.set_title(curve.title, loc="left", color=_hex(INK), fontsize=11)
     panel.set_xlabel(curve.unit, color=_hex(INK))
-    panel.set_ylabel("an observed step costs, µs", color=_hex(INK))
+    panel.set_ylabel(f"{curve.what} costs, µs", color=_hex(INK))
     panel.tick_params(which="both", colors=_hex(MUTED))
     panel.grid(color=_hex(FRAME), linewidth=0.6)
     for edge in panel.spines.values():
@@ -90,7 +94,10 @@ def draw_panel(panel: Any, curve: Curve) -> None:
     else:
         panel.set_xlim(0, None)
         panel.set_ylim(0, 1.5e6 * max(max(seconds) for seconds in curve.lines.values()))
-        panel.xaxis.set_major_formatter("{x:,.0f}")
+        if len(curve.sizes) > _FEW:
+            panel.xaxis.set_major_formatter("{x:,.0f}")
+        else:
+            panel.set_xticks(curve.sizes, [f"{size:,}" for size in curve.sizes])
     panel.yaxis.set_major_formatter("{x:,.0f}")
     panel.legend(frameon=False, labelcolor=_hex(INK), loc="upper left", fontsize=9)
 

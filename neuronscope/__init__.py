@@ -42,6 +42,7 @@ _NAMES = {
     "judge.verdicts": ("Policy", "Verdict"),
     "linear.check": ("check_linear",),
     "linear.linear_report": ("LinearLayers", "LinearReport"),
+    "options": ("Shards",),
     "report.reading": ("read_report",),
     "report.report": ("Report",),
     "sampled_features": ("LayerRepresentation", "Representation", "representation"),

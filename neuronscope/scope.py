@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from neuronscope.attach.activations import Activation, Registry
 from neuronscope.attach.compiling import hidden, skip_frames
 from neuronscope.attach.copies import WeightDigest
+from neuronscope.attach.hand_split import HandSplit
 from neuronscope.attach.hooks import HookManager
 from neuronscope.attach.layer_names import lacking_layers
 from neuronscope.attach.module_paths import model_name
@@ -28,7 +29,7 @@ from neuronscope.build_report import INFERENCE_APART, MASK_IGNORED, ONLY_INFEREN
 from neuronscope.count.counters import SiteCounters
 from neuronscope.errors import DetachedError, NothingToWatchError, UsageError, warn_user
 from neuronscope.judge.verdicts import Policy
-from neuronscope.options import Examples, Mask, Patterns, ProcessGroup, WatchOptions
+from neuronscope.options import Examples, Mask, Patterns, ProcessGroup, Shards, WatchOptions
 from neuronscope.report.acts import Act
 from neuronscope.report.fault import Fault
 from neuronscope.report.report import Report
@@ -79,7 +80,8 @@ class Scope:
         self.window_steps = options.window_steps
         self.policy = options.thresholds
         self._claims_bounds = options.examples is not None
-        self._weights = WeightDigest(model)
+        self._split = HandSplit(options.shards)
+        self._weights = WeightDigest(model, self._split.holds)
         self._ranks = RankSync(
             together=options.join_ranks, process_group=options.process_group, digest=self._weights.digest
         )
@@ -120,6 +122,7 @@ class Scope:
             observe=self._apply,
         )
         recorder = self._hooks.recorder
+        recorder.sites.split = self._split
         self._threads = ThreadPhases(self._hooks.thread, lambda: recorder.got_gradients)
         self._phases = RecordedPhases(
             self.policy,
@@ -565,7 +568,7 @@ class Scope:
         return self._phases.flush(phase, join=join)
 
     def _tell_ranks(self, *, acting: bool = False) -> None:
-        self._ranks.duplicate = self._hooks.recorder.forward.flow.duplicate
+        self._ranks.duplicate = self._hooks.recorder.forward.flow.duplicate or self._split.duplicate
         self._ranks.acting = acting
 
     def _observe(self) -> None:
@@ -727,6 +730,7 @@ def watch(
     window_steps: int = 100,
     join_ranks: bool = True,
     process_group: ProcessGroup = None,
+    shards: Shards | None = None,
     optimizer: Optimizers | None = None,
 ) -> Scope:
     """Count zero outputs and zero gradients of a model's neurons while it trains, in any PyTorch loop.
@@ -762,6 +766,8 @@ def watch(
         process_group: The ranks that join their counts: a ``torch.distributed.ProcessGroup`` that is used for nothing
             else meanwhile, such as a new one, or a function that returns it, if it is made later. By default all ranks,
             on a group that the library makes.
+        shards: Which layers ranks share by hand, in plain tensors; see :class:`neuronscope.Shards`. What distributed
+            tensors share is known without it.
         optimizer: The optimizer whose steps are the steps of the training; then do not call :meth:`Scope.step`. Of
             several (a GAN) those of the first count. A step that ``GradScaler`` skips is none.
 
@@ -795,6 +801,7 @@ def watch(
         window_steps=window_steps,
         join_ranks=join_ranks,
         process_group=process_group,
+        shards=shards,
     )
     return Scope(model, options, optimizer=optimizer)
 

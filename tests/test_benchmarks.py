@@ -16,6 +16,7 @@ import benchmarks.__main__
 import neuronscope as ns
 from benchmarks.__main__ import PARTS, THREADS
 from benchmarks.curves import Curve, draw
+from benchmarks.growth import in_words
 from benchmarks.pages import MARK, check, put_into, section
 from benchmarks.profiling import Spent, time_of_ours
 from benchmarks.tables import Picture, Table
@@ -200,6 +201,13 @@ def test_growth_curves_are_drawn_and_linear_growth_follows_its_guide_line() -> N
     assert level.lines[0].get_ydata() == pytest.approx([2.0, 2.0])
     assert level.get_ylim()[0] == 0
     assert "µs" in linear.get_ylabel()
+    bent = Curve("By ranks", "ranks", (1, 2, 4), {"measured": (1e-3, 2e-3, 2e-3)}, grows=False, what="an exchange")
+    assert in_words(growing) == (
+        "From 1 to 10 sites the cost is linear (slope 1.00). From 10 to 100 sites the cost is linear (slope 1.00)."
+    )
+    assert in_words(bent) == (
+        "From 1 to 2 ranks the cost is linear (slope 1.00). From 2 to 4 ranks the cost is nearly constant (slope 0.00)."
+    )
     picture = draw([growing, growing, lasting])
     assert picture.startswith(b"\x89PNG")
     assert picture == draw([growing, growing, lasting])  # the same figures give the same file

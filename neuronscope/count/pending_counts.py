@@ -12,16 +12,17 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["NEVER", "PendingCounts"]
+__all__ = ["PendingCounts"]
 
-#: ``first_active_step`` of a neuron that never fired.
-NEVER = 1 << 62
 #: Maximal number of rows, and of numbers in them (128 kB of float32).
 _ROWS, _NUMBERS = 64, 1 << 15
 
 
 class PendingCounts:
     """Rows for the counts ``(quantities, N)`` of several calls, on the CPU.
+
+    Attributes:
+        room: How many there are; 0 for so wide a layer that not even two fit.
 
     Args:
         quantities: 1 for zeros, 2 for zeros and magnitudes.
@@ -30,13 +31,14 @@ class PendingCounts:
     >>> rows = PendingCounts(1, 3)
     >>> _ = rows.next().copy_(torch.tensor([[4.0, 1.0, 0.0]]))
     >>> rows.add_rows(4, [7])
-    >>> last, first = rows.active()
-    >>> rows.zeros(), last, first.eq(NEVER)
-    (tensor([4, 1, 0]), tensor([-1,  7,  7]), tensor([ True, False, False]))
+    >>> last, first = rows.active(begin=0, never=99, dtype=torch.int64)
+    >>> rows.zeros(torch.int64), last, first
+    (tensor([4, 1, 0]), tensor([-1,  7,  7]), tensor([99,  7,  7]))
     """
 
     def __init__(self, quantities: int, neurons: int) -> None:
-        self.room = max(1, min(_ROWS, _NUMBERS // max(quantities * neurons, 1)))
+        room = min(_ROWS, _NUMBERS // max(quantities * neurons, 1))
+        self.room = room if room > 1 else 0
         self._shape = (self.room, quantities, neurons)
         with torch.inference_mode(False):
             self._rows = torch.empty(0, dtype=torch.float32, device="cpu")  # made when it is needed
@@ -84,26 +86,39 @@ class PendingCounts:
         """Whether no row is free."""
         return len(self._steps) == self.room
 
-    def zeros(self) -> Tensor:
-        """Return the zeros of all rows together, int64 ``(N,)``."""
-        if len(self) == 1:  # of wide layers there is one: each tensor less is a good part of the cost
-            return self._each[0][0].long()
-        return self._kept(0).sum(0, dtype=torch.float64).long()  # whole numbers below 2**53: exact
+    @property
+    def span(self) -> tuple[int, int, int]:
+        """The positions of all rows together, their first step and their last one."""
+        return sum(self._positions), min(self._steps), max(self._steps)
 
-    def magnitudes(self) -> Tensor:
-        """Return the magnitudes of all rows together, float64 ``(N,)``."""
-        if len(self) == 1:
-            return self._each[0][1].double()
-        return self._kept(1).sum(0, dtype=torch.float64)
+    def zeros(self, dtype: torch.dtype) -> Tensor:
+        """Return the zeros of all rows together ``(N,)``.
 
-    def active(self) -> tuple[Tensor, Tensor]:
-        """Return the last and the first step at which each neuron fired, int64 ``(N,)``; −1 and ``NEVER`` if none."""
-        if len(self) == 1:
-            fired, step = self._each[0][0] < self._positions[0], self._steps[0]
-            return torch.where(fired, step, -1), torch.where(fired, step, NEVER)
-        positions, steps = torch.tensor([self._positions, self._steps], dtype=torch.int64, device="cpu")[:, :, None]
+        Args:
+            dtype: An integer type.
+        """
+        return self._kept(0).sum(0, dtype=torch.float64).to(dtype)  # whole numbers below 2**53: exact
+
+    def magnitudes(self, dtype: torch.dtype) -> Tensor:
+        """Return the magnitudes of all rows together ``(N,)``, which are added up in float64.
+
+        Args:
+            dtype: The type of what is returned.
+        """
+        return self._kept(1).sum(0, dtype=torch.float64).to(dtype)
+
+    def active(self, begin: int, never: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Return the last and the first step at which each neuron fired ``(N,)``.
+
+        Args:
+            begin: The step from which steps are counted.
+            never: The first step of a neuron that never fired; its last one is −1.
+            dtype: The type of what is returned.
+        """
+        positions = torch.tensor(self._positions, dtype=torch.float32, device="cpu")[:, None]
+        steps = torch.tensor([step - begin for step in self._steps], dtype=dtype, device="cpu")[:, None]
         fired = self._kept(0) < positions
-        return torch.where(fired, steps, -1).amax(0), torch.where(fired, steps, NEVER).amin(0)
+        return torch.where(fired, steps, -1).amax(0), torch.where(fired, steps, never).amin(0)
 
     def _kept(self, quantity: int) -> Tensor:
         return self._rows[: len(self), quantity]
