@@ -78,6 +78,5 @@ def test_exceptions_of_ours_are_suppressed_and_interrupts_are_not() -> None:
     with pytest.warns(NeuronscopeWarning, match="could not do anything"):
         fail()
     fail()  # a second warning would be an error here
-    assert isinstance(faults.first, ValueError)
     with pytest.raises(KeyboardInterrupt), faults:
         raise KeyboardInterrupt

@@ -303,7 +303,7 @@ def test_two_reports_are_compared_layer_by_layer() -> None:
     assert died.size == 2
     assert revived.size == 0
     assert "Compared with phase val at step 2,000" in text
-    assert "2 neurons dead only here and 0 neurons dead only there, in 2 layers that both have;" in text
+    assert "2 neurons dead only here and 0 neurons dead only there, in 2 layers that both have." in text
     said = " ".join("".join(Page(text).words).split())
     assert f"fc1/relu352: {ranges(died, 20)[0]}·" in said
     assert said.count("fc2/relu") < said.count("fc1/relu")
