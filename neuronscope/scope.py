@@ -27,6 +27,7 @@ from neuronscope.attach.optimizer_steps import Optimizers, OptimizerSteps
 from neuronscope.attach.site_finder import Names
 from neuronscope.attach.site_patterns import SitePatterns
 from neuronscope.build_report import INFERENCE_APART, MASK_IGNORED, ONLY_INFERENCE, make_report, not_measured
+from neuronscope.count.backends import backend_notes
 from neuronscope.count.counters import SiteCounters
 from neuronscope.errors import DetachedError, NothingToWatchError, UsageError, warn_user
 from neuronscope.judge.verdicts import Policy
@@ -200,7 +201,8 @@ class Scope:
     def _count_step(self, step: int | None = None) -> bool:
         with self._lock:
             now = self._step + 1 if step is None else step
-            if now < self._quiet_until and not (self._phases or self._pauses):
+            quiet = now < self._quiet_until and not self._hooks.recorder.clock.captured
+            if quiet and not (self._phases or self._pauses):
                 self._step = now
                 return False
             return self._count_one_step(now)
@@ -218,6 +220,8 @@ class Scope:
                 if not self._checked:
                     self._check_patterns()
         self._step = step
+        if hooks.recorder.clock.captured:
+            hooks.recorder.clock.set(step)
         waited = step - record.checked_step >= self.window_steps
         closed = waited and self._close_if_due(record, inference)
         self._observe()
@@ -695,6 +699,7 @@ class Scope:
             note = ONLY_INFERENCE if record.empty else INFERENCE_APART
             if record.empty:
                 phase, record = INFERENCE, inference
+        ignored_mask = MASK_IGNORED if self._hooks.recorder.ignored_mask else ""
         return make_report(
             record,
             model=self._model_name,
@@ -708,7 +713,7 @@ class Scope:
                 self._hooks.recorder.unmeasured.phases_of_modules,
                 self._patterns.wants,
             ),
-            notes=(note, self._ranks.note, MASK_IGNORED if self._hooks.recorder.ignored_mask else ""),
+            notes=(note, self._ranks.note, ignored_mask, *backend_notes()),
             exchanges=self._ranks.exchanges,
             fault=self._current_fault(),
             acts=self.act_record.acts,

@@ -14,6 +14,7 @@ from torch._dynamo.variables import TorchInGraphFunctionVariable
 from neuronscope.count.counting import ScratchBuffers, is_finite, measure, plain_outputs, plain_zeros
 from neuronscope.count.neuron_layout import Dims, neurons_first
 from neuronscope.count.pending_counts import NEVER, PendingCounts
+from neuronscope.count.pieces import has_float64
 from neuronscope.count.positions import blank_positions
 from neuronscope.count.small_tensors import SMALL, SmallTensors
 
@@ -40,7 +41,7 @@ class CounterTensors(NamedTuple):
         zero_outputs: int64.
         zero_gradients: int64.
         not_finite: int64.
-        abs_sum: float64.
+        abs_sum: float64; float32 on a device that has no float64.
         last_active: int64; −1 = never.
         first_active: int64; ``NEVER`` = never.
         traced: int64 ``(2,)``: positions and examples that compiled graphs added, less the positions that
@@ -74,7 +75,8 @@ class SiteCounters:
     Attributes:
         tensors: The counts; complete after :meth:`flush`.
         open: Whether gradients are still counted; false after the watch has ended.
-        in_graph: Whether a compiled graph holds the tensors.
+        in_graph: Whether a compiled graph, or a captured one, holds the tensors.
+        clock: Where compiled graphs read the optimizer step, int64 without dimensions; set when there is a graph.
         shared: Whether the tensors are counted in together with those of other sites: they are views then.
         unreadable: Whether an output was seen that cannot be counted. Then the gradients do not belong to what is
             counted, and a tally has none.
@@ -94,9 +96,11 @@ class SiteCounters:
         self.shared = False
         self.unreadable = False
         self.gate: SiteCounters | None = None
+        self.clock: Tensor
         self.sharded_dims: tuple[int | None, ...] = ()
         with torch.inference_mode(False):
-            long, double = (torch.zeros(neurons, dtype=kind, device=device) for kind in (torch.int64, torch.float64))
+            real = torch.float64 if has_float64(device.type) else torch.float32
+            long, double = (torch.zeros(neurons, dtype=kind, device=device) for kind in (torch.int64, real))
             self.tensors = CounterTensors(
                 zero_outputs=long,
                 zero_gradients=long.clone(),
