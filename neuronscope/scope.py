@@ -26,7 +26,7 @@ from neuronscope.attach.named_tensors import NamedTensor
 from neuronscope.attach.optimizer_steps import Optimizers, OptimizerSteps
 from neuronscope.attach.site_finder import Names
 from neuronscope.attach.site_patterns import SitePatterns
-from neuronscope.build_report import INFERENCE_APART, MASK_IGNORED, ONLY_INFERENCE, make_report, not_measured
+from neuronscope.build_report import INFERENCE_APART, MASK_IGNORED, ONLY_INFERENCE, UNCALLED, make_report, not_measured
 from neuronscope.count.backends import backend_notes
 from neuronscope.count.counters import SiteCounters
 from neuronscope.errors import DetachedError, NothingToWatchError, UsageError, warn_user
@@ -99,6 +99,7 @@ class Scope:
         self._retired = False
         self._fault: Fault | None = None
         self._checked = False
+        self._uncalled_steps = 0  # observed steps at which the model was not called
         self._steps_without_model = 0
         self._model_name = model_name(model)
         self._model = weakref.ref(model)
@@ -213,6 +214,7 @@ class Scope:
             if hooks.note_weights is not None:
                 self._end_first_step()
             if self._counted_phase() == "train":
+                self._uncalled_steps += hooks.recorder.was_not_called()
                 record.note_step(self._step)
                 if inference is not None:
                     inference.note_step(self._step)
@@ -700,6 +702,7 @@ class Scope:
             if record.empty:
                 phase, record = INFERENCE, inference
         ignored_mask = MASK_IGNORED if self._hooks.recorder.ignored_mask else ""
+        uncalled = UNCALLED.format(self._uncalled_steps) if self._uncalled_steps else ""
         return make_report(
             record,
             model=self._model_name,
@@ -713,7 +716,7 @@ class Scope:
                 self._hooks.recorder.unmeasured.phases_of_modules,
                 self._patterns.wants,
             ),
-            notes=(note, self._ranks.note, ignored_mask, *backend_notes()),
+            notes=(note, self._ranks.note, ignored_mask, uncalled, *backend_notes()),
             exchanges=self._ranks.exchanges,
             fault=self._current_fault(),
             acts=self.act_record.acts,

@@ -109,6 +109,7 @@ class SiteRecorder:
         self.trace_error: Exception | None = None
         self.step = 0
         self.clock = StepClock()
+        self._asked_at = -1  # number of the forward when `was_not_called` was last asked
         self.forward = ForwardContext(names, examples, masks)
         self.sites = SiteFinder(self.forward, self, new_counters, declared_axis)
         self.unmeasured = self.sites.unmeasured
@@ -178,10 +179,15 @@ class SiteRecorder:
         """
         self.phase = phase
         self.forward.training = phase == "train"
-        self.step = step
+        self.step = self.clock.step = step
         if self.compiled or self.clock.devices:
             with unwatched():
                 self.clock.set(step)
+
+    def was_not_called(self) -> bool:
+        """Whether no forward began since this was last asked, on a device on which a CUDA graph may have run it."""
+        before, self._asked_at = self._asked_at, self.forward.number
+        return bool(before == self._asked_at and self.clock.devices) and not (self.clock.captured or self.compiled)
 
     def forget_phase(self, phase: str) -> set[SiteKey]:
         """Forget the counters of a phase, so that they are made anew if it runs again.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -53,12 +53,12 @@ class Case:
         if self.mask is not None:
             shape = self.tensor.shape
             covered = 2 if tuple(shape[:2]) == tuple(self.mask.shape) else 1
-            kept &= self.mask.reshape(shape[:covered] + (1,) * (len(shape) - covered))
+            kept &= self.mask.cpu().reshape(shape[:covered] + (1,) * (len(shape) - covered))
         return kept.numpy()
 
     def truth(self) -> dict[str, Any]:
         """What is to be counted, from whole tensors in float64."""
-        y, kept = self.tensor.double().numpy(), self.kept()
+        y, kept = self.tensor.cpu().double().numpy(), self.kept()
         size, finite = np.abs(y), np.isfinite(y)
         limit = rounded(self.tolerance, self.tensor.dtype)
 
@@ -149,6 +149,14 @@ def case(number: int, *, largest: int = 1) -> Case:
         covered = y.shape[:2] if axis >= 2 else (1, y.shape[0])
         mask = torch.rand(covered, generator=generator) < 0.6
     return Case(kind, y, NeuronLayout(axis, dims), neurons, mask, tolerance, draw.randint(0, 1000))
+
+
+def moved(one: Case, device: str) -> Case:
+    """Return a case on another device, with the same strides."""
+    whole = one.tensor.untyped_storage().nbytes() // one.tensor.element_size()
+    base = torch.as_strided(one.tensor, (whole,), (1,), 0).to(device)
+    tensor = base.as_strided(one.tensor.shape, one.tensor.stride(), one.tensor.storage_offset())
+    return replace(one, tensor=tensor, mask=None if one.mask is None else one.mask.to(device))
 
 
 def check(backend: Any, one: Case, *, captured: bool = False) -> Tensor:
