@@ -49,7 +49,6 @@ __all__ = [
     "is_tracing",
     "skip_frames",
     "skip_when_hooked",
-    "stay_in_place",
     "stop_skipping",
     "thread_id",
     "trace_attempt",
@@ -97,16 +96,6 @@ def hidden(function: Callable[Parameters, Result]) -> Callable[Parameters, Resul
             return function(*args, **kwargs)
 
     return call
-
-
-def stay_in_place(tensors: Iterable[Tensor]) -> None:
-    """Tell ``torch.compile`` that tensors stay where they are, so that a CUDA graph may change them.
-
-    Args:
-        tensors: Tensors that a graph is about to use.
-    """
-    for tensor in tensors:
-        torch._dynamo.mark_static_address(tensor)
 
 
 def thread_id() -> int:

@@ -24,7 +24,6 @@ from neuronscope.attach.compiling import (
     has_real_tensors,
     in_backward,
     is_tracing,
-    stay_in_place,
     trace_attempt,
     unwatched,
     while_tracing,
@@ -357,9 +356,7 @@ class SiteRecorder:
         counters = call.counters if isinstance(call.counters, SiteCounters) else None
         if counters is not None:
             counters.in_graph = True
-            counters.clock = clock = self.clock.on(counters.tensors.traced.device)
-            if clock is not self.clock.host:
-                stay_in_place((*counters.tensors, clock))
+            counters.clock = self.clock.on(counters.tensors.traced.device)
         self._found.append(len(self._traced))
         part = self.forward.parts.tracing
         first = part or (counters is not None and counters.is_first_call(self.forward.number, trace_attempt()))

@@ -22,6 +22,7 @@ import neuronscope as ns
 from neuronscope.attach import recorder, site_finder
 from neuronscope.count import backends
 from neuronscope.count.backends import Backend
+from neuronscope.count.captured_graphs import StepClock, _kept
 from neuronscope.errors import NeuronscopeWarning
 
 BATCH = 6
@@ -201,8 +202,6 @@ def test_what_a_graph_writes_to_outlives_the_watch(capture: Any) -> None:
         with capture():
             step()
         held = [each.data_ptr() for _, counters in scope._records["train"]._counters.values() for each in counters.tensors]
-    from neuronscope.count.captured_graphs import _kept
-
     assert len(held) == 4 * 8
     assert set(held) <= {tensor.data_ptr() for tensor in _kept.values()}
 
@@ -222,3 +221,41 @@ def test_replays_of_a_step_that_was_captured_unobserved_are_told() -> None:
         "The model was not called at 1 of the observed steps. If a CUDA graph ran it there, that was not counted: "
         "capture a step that is observed, as all are with every_n_steps=1."
     ]
+
+
+@pytest.mark.slow
+def test_nothing_keeps_a_compiled_graph_from_being_a_cuda_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inductor makes no CUDA graph that changes an input which may move, or that reads a tensor of the CPU."""
+    from torch._inductor.compile_fx import compile_fx, compile_fx_inner
+
+    def on_the_device(clock: StepClock, device: torch.device) -> Tensor:
+        return clock.devices.setdefault(device, torch.full((), clock.step, dtype=torch.int64))
+
+    monkeypatch.setattr(StepClock, "on", on_the_device)
+    changed: list[int] = []
+
+    def compile_and_look(graph: torch.fx.GraphModule, inputs: Any, **settings: Any) -> Any:
+        places = [node for node in graph.graph.nodes if node.op == "placeholder"]
+        written = {
+            place
+            for place, node in enumerate(places)
+            if any(user.target is torch.ops.aten.copy_.default and user.args[0] is node for user in node.users)
+        }
+        assert written <= set(settings["static_input_idxs"])
+        changed.append(len(written))
+        return compile_fx_inner(graph, inputs, **settings)
+
+    net = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 2))
+    run = torch.compile(net, backend=lambda *made: compile_fx(*made, inner_compile=compile_and_look), fullgraph=True)
+    with ns.watch(net) as scope:
+        for _ in range(3):
+            run(torch.randn(BATCH, 6)).square().sum().backward()
+            scope.step()
+        clock = scope._hooks.recorder.clock
+        assert [counters.clock for _, counters in scope._records["train"]._counters.values()] == [
+            clock.devices[torch.device("cpu")]
+        ] * 2
+    # of two sites six counters in the forward graph, and two in the backward graph
+    assert changed == [12, 4]
+    assert {tally.positions for tally in scope.census().values()} == {3 * BATCH}
+    assert all(tally.last_active_step.max() == 2 for tally in scope.census().values())
