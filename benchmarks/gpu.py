@@ -30,8 +30,8 @@ from benchmarks.steps import NEVER, by_default
 from benchmarks.tables import Table, microseconds, milliseconds, ratio, size
 from benchmarks.turns import take_turns
 from neuronscope.callbacks.monitor import DEFAULT_EVERY_N_STEPS
-from neuronscope.count.backends import backend_for
-from neuronscope.count.counters import SiteCounters
+from neuronscope.count.backends import Backend, backend_for
+from neuronscope.count.counters import CounterTensors, SiteCounters
 from neuronscope.count.neuron_layout import NeuronLayout
 from neuronscope.count.pieces import Moment, Pieces
 
@@ -118,26 +118,32 @@ def _bandwidth(device: str, *, quick: bool) -> Table:
     for name, (shape, axis, order, least) in (TINY_SHAPES if quick else SHAPES).items():
         for dtype in (torch.float32, torch.bfloat16):
             y = torch.randn(shape, device=device).relu_().to(dtype).contiguous(memory_format=order)
-            other, counters = torch.empty_like(y), SiteCounters(shape[axis], y.device)
-            seconds = [_device_seconds(run, y.device) for run in (y.sum, lambda: other.copy_(y), *_counting(counters, y, axis))]
-            speeds = (f"{y.nbytes / each / 1e9:.0f} GB/s" for each in seconds)
-            share = seconds[0] / seconds[2]
-            aim = f"≥ {least:g}: {'holds' if share >= least else 'MISSED'}"
-            kind = str(dtype).removeprefix("torch.")
-            table.rows.append((name, kind, size(y.nbytes), *speeds, f"{share:.2f}", aim))
-            del y, other
+            table.rows.append((name, str(dtype).removeprefix("torch."), size(y.nbytes), *_speeds(y, axis, least)))
     return table
+
+
+def _speeds(y: Tensor, axis: int, least: float) -> tuple[str, ...]:
+    other = torch.empty_like(y)
+    runs = (y.sum, lambda: other.copy_(y), *_counting(backend_for(y.device.type), y, axis)[1:])
+    seconds = [_device_seconds(run, y.device) for run in runs]
+    share = seconds[0] / seconds[2]
+    speeds = (f"{y.nbytes / each / 1e9:.0f} GB/s" for each in seconds)
+    return (*speeds, f"{share:.2f}", f"≥ {least:g}: {'holds' if share >= least else 'MISSED'}")
 
 
 def _name(device: str) -> str:
     backend = backend_for(device)
-    return "Triton kernels" if backend.kernels is not None else f"the plain formula in pieces ({backend.reason or device})"
+    plain = f"the plain formula in pieces ({backend.reason or device})"
+    return plain if backend.kernels is None else "Triton kernels"
 
 
-def _counting(counters: SiteCounters, y: Tensor, axis: int) -> tuple[Callable[[], None], Callable[[], None]]:
-    """Return what counts an output, and what counts a gradient."""
-    backend, layout = backend_for(y.device.type), NeuronLayout(axis)
+def _counting(
+    backend: Backend | Pieces, y: Tensor, axis: int
+) -> tuple[CounterTensors, Callable[[], None], Callable[[], None]]:
+    """Return new counters, what counts an output in them, and what counts a gradient."""
+    counters, layout = SiteCounters(y.shape[axis], y.device).tensors, NeuronLayout(axis)
     return (
+        counters,
         lambda: backend.add_outputs(counters, y, layout, None, Moment(1), 0.0),
         lambda: backend.add_gradients(counters, y, layout, None, Moment(1)),
     )
@@ -188,19 +194,8 @@ def _means(device: str, *, quick: bool) -> Table:
         return table
     for name, (shape, axis, order, _) in SHAPES.items():
         y = torch.zeros(shape, device=device, dtype=torch.bfloat16).contiguous(memory_format=order)
-        counters = SiteCounters(shape[axis], y.device)
-        plain_formula = Pieces()
-        ways: dict[str, tuple[tuple[Callable[[], None], ...], int]] = {
-            "kernels": (_counting(counters, y, axis), 4 << 20),
-            "in pieces": (
-                (
-                    lambda: plain_formula.add_outputs(counters.tensors, y, NeuronLayout(axis), None, Moment(1), 0.0),
-                    lambda: plain_formula.add_gradients(counters.tensors, y, NeuronLayout(axis), None, Moment(1)),
-                ),
-                32 << 20,
-            ),
-        }
-        for way, (runs, most) in ways.items():
+        for way, backend, most in (("kernels", backend_for(device), 4 << 20), ("in pieces", Pieces(), 32 << 20)):
+            _, *runs = _counting(backend, y, axis)
             before = torch.cuda.memory_allocated()
             torch.cuda.reset_peak_memory_stats()
             with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
@@ -212,7 +207,6 @@ def _means(device: str, *, quick: bool) -> Table:
             table.rows.append(("added peak memory", f"{name}, {way}", size(added), _holds(added, bound)))
             aim = _holds(launched, 4) if way == "kernels" else "—"
             table.rows.append(("kernels", f"{name}, {way}", str(launched), aim))
-        del y
     return table
 
 
@@ -222,17 +216,18 @@ def _bits(device: str, *, quick: bool) -> Table:
         y = torch.randn(shape, device=device, dtype=torch.bfloat16).contiguous(memory_format=order)
         sums = []
         for _ in range(2):
-            counters = SiteCounters(shape[axis], y.device)
-            _counting(counters, y, axis)[0]()
-            sums.append(counters.tensors.abs_sum)
+            counters, count, _ = _counting(backend_for(device), y, axis)
+            count()
+            sums.append(counters.abs_sum)
         aside = "not asked"
         if device == "cuda":
-            counters, stream = SiteCounters(shape[axis], y.device), torch.cuda.Stream()
+            counters, count, _ = _counting(backend_for(device), y, axis)
+            stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
-                _counting(counters, y, axis)[0]()
+                count()
             torch.cuda.synchronize()
-            aside = "equal" if torch.equal(sums[0], counters.tensors.abs_sum) else "DIFFERENT"
+            aside = "equal" if torch.equal(sums[0], counters.abs_sum) else "DIFFERENT"
         table.rows.append((name, "equal" if torch.equal(*sums) else "DIFFERENT", aside))
     return table
 

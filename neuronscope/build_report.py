@@ -23,11 +23,12 @@ __all__ = ["INFERENCE_APART", "MASK_IGNORED", "ONLY_INFERENCE", "UNCALLED", "mak
 INFERENCE_APART = "Forwards that began without gradients are not counted here, but in phase `inference`."
 #: The note of a report that was asked for on training if no other forwards were seen.
 ONLY_INFERENCE = "No forward with gradients was seen in training, so this report is on phase `inference`."
-#: The note of a report if rows of several experts were counted in a forward with a mask.
+#: The note of a report if nobody called the model on observed steps, on a device where a graph may have run it.
 UNCALLED = (
-    "The model was not called at {} of the observed steps. If a CUDA graph ran it there, that was not counted: capture a "
-    "step that is observed, as all are with every_n_steps=1."
+    "The model was not called at {} of the observed steps. If a CUDA graph ran it there, that was not counted: capture "
+    "a step that is observed, as all are with every_n_steps=1."
 )
+#: The note of a report if rows of several experts were counted in a forward with a mask.
 MASK_IGNORED = "The mask is not applied to the rows that experts are given: their counts include padding."
 #: The note of a report that claims no bound because the user, or a callback, says so.
 NO_BOUND = (

@@ -61,7 +61,8 @@ def test_the_gpu_benchmarks_run_on_a_cpu_too() -> None:
     assert [row[-2] for row in steps.rows] == counted
     assert {(row[-3], row[-1]) for row in steps.rows} == {("not asked", "not asked")}
     assert [row[-1] for row in captured.rows] == ["only CUDA has such graphs"]
-    assert {len(row) - len(table.columns) for table in (bandwidth, means, bits, captured, steps) for row in table.rows} == {0}
+    made = (bandwidth, means, bits, captured, steps)
+    assert {len(row) - len(table.columns) for table in made for row in table.rows} == {0}
 
 
 def test_the_default_overhead_is_that_of_one_observed_step_in_twenty() -> None:

@@ -24,8 +24,8 @@ BATCHED_GRADIENT = (
 
 #: Why a call that was captured in a CUDA graph is not measured.
 CAPTURED = (
-    "it was captured in a CUDA graph, whose replays run no Python, so that they cannot be counted: a capture is counted "
-    "if the same step ran watched and observed before it, and no rows in it are of several experts"
+    "it was captured in a CUDA graph, whose replays run no Python, so that they cannot be counted: a capture is "
+    "counted if the same step ran watched and observed before it, and no rows in it are of several experts"
 )
 
 

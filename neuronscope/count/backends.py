@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from neuronscope.count.captured_graphs import StepClock, is_capturing, keep_for_graphs
-from neuronscope.count.counters import SiteCounters
+from neuronscope.count.counters import CounterTensors, SiteCounters
 from neuronscope.count.neuron_layout import NeuronLayout
 from neuronscope.count.pieces import Moment, Pieces, has_float64
 from neuronscope.count.triton_counting import TritonKernels
@@ -38,8 +38,8 @@ __all__ = [
 _TRITON = ("cuda", "xpu")
 #: Why a tensor of a capture was not counted.
 NOT_WARM = (
-    "it was captured in a CUDA graph before a tensor of this shape was counted without one: run a watched step, on which "
-    "the hooks observe, before the capture"
+    "it was captured in a CUDA graph before a tensor of this shape was counted without one: run a step that is watched "
+    "and observed before the capture"
 )
 
 
@@ -60,7 +60,7 @@ class Backend:
 
     def add_outputs(
         self,
-        counters: SiteCounters,
+        counters: CounterTensors,
         y: Tensor,
         layout: NeuronLayout,
         mask: Tensor | None,
@@ -70,25 +70,25 @@ class Backend:
         """Count one output tensor; see :meth:`neuronscope.count.pieces.Pieces.add_outputs`."""
         if self.kernels is not None:
             try:
-                self.kernels.add_outputs(counters.tensors, y, layout, mask, moment, tolerance)
-            except Exception as error:
+                self.kernels.add_outputs(counters, y, layout, mask, moment, tolerance)
+            except Exception as error:  # noqa: BLE001  # the watch goes on
                 self._give_up(error)
             else:
                 return
-        self._plain.add_outputs(counters.tensors, y, layout, mask, moment, tolerance)
+        self._plain.add_outputs(counters, y, layout, mask, moment, tolerance)
 
     def add_gradients(
-        self, counters: SiteCounters, gradient: Tensor, layout: NeuronLayout, mask: Tensor | None, moment: Moment
+        self, counters: CounterTensors, gradient: Tensor, layout: NeuronLayout, mask: Tensor | None, moment: Moment
     ) -> None:
         """Count one gradient; see :meth:`neuronscope.count.pieces.Pieces.add_gradients`."""
         if self.kernels is not None:
             try:
-                self.kernels.add_gradients(counters.tensors, gradient, layout, mask, moment)
-            except Exception as error:
+                self.kernels.add_gradients(counters, gradient, layout, mask, moment)
+            except Exception as error:  # noqa: BLE001  # the watch goes on
                 self._give_up(error)
             else:
                 return
-        self._plain.add_gradients(counters.tensors, gradient, layout, mask, moment)
+        self._plain.add_gradients(counters, gradient, layout, mask, moment)
 
     def _give_up(self, error: Exception) -> None:
         """Use the plain formula from now on. The counters are as they were: no kernel has changed them."""
@@ -124,7 +124,7 @@ def _choose(device_type: str) -> Backend:
     try:
         kernels = TritonKernels()
         wrong = _disagreement(kernels, device_type)
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001  # the watch goes on
         kernels, wrong = None, f"triton failed ({_first_line(error)})"
     if not wrong:
         return Backend(device_type, kernels)
@@ -161,7 +161,7 @@ def _disagreement(kernels: TritonKernels, device_type: str) -> str:
             each.add_outputs(counters, y, NeuronLayout(1), None, Moment(3), 0.0)
             each.add_gradients(counters, y, NeuronLayout(1), None, Moment(3))
             counted.append([counter.cpu().double() for counter in counters])
-    same = all(torch.allclose(*pair, rtol=1e-5, atol=0) for pair in zip(*counted, strict=True))
+    same = all(torch.allclose(one, other, rtol=1e-5, atol=0) for one, other in zip(*counted, strict=True))
     return "" if same else "triton counted a sample wrong"
 
 
@@ -199,7 +199,7 @@ def add_outputs_on_device(
         moment = _captured(counters, y, clock, positions, examples)
     else:
         return NOT_WARM
-    backend_for(y.device.type).add_outputs(counters, y, layout, mask, moment, tolerance)
+    backend_for(y.device.type).add_outputs(counters.tensors, y, layout, mask, moment, tolerance)
     return ""
 
 
@@ -228,7 +228,7 @@ def add_gradients_on_device(
         moment = _captured(counters, gradient, clock, positions, 0)
     else:
         return NOT_WARM
-    backend_for(gradient.device.type).add_gradients(counters, gradient, layout, mask, moment)
+    backend_for(gradient.device.type).add_gradients(counters.tensors, gradient, layout, mask, moment)
     return ""
 
 

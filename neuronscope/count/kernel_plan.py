@@ -1,4 +1,4 @@
-"""Say how a device's kernels walk through a tensor: which elements each program reads, from its sizes and strides alone.
+"""Say which elements of a tensor each program of a kernel reads, from the tensor's sizes and strides alone.
 
 A program takes some neurons and a share of the positions, and goes through them tile by tile. What is next to each
 other in memory decides the tile: neurons (rows, channels last), or the positions of one neuron (images). If these are

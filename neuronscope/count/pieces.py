@@ -193,7 +193,7 @@ class _Part:
         work = self._work
         view = work.view[self._place]
         for place in _places(view.shape[work.count :], work.cuts[work.count :]):
-            piece = view[(..., *place)]
+            piece = view[(slice(None),) * work.count + place]
             size, shape = piece.numel(), piece.shape
             keep = None if work.keep is None else work.keep[place]
             yield piece, keep, work.numbers[:size].view(shape), work.flags[:size].view(shape)
@@ -276,7 +276,7 @@ def _cuts(view: Tensor, count: int, most: int) -> tuple[int, ...]:
         most: Most elements of a piece.
     """
     cuts = list(view.shape)
-    outermost = sorted(range(view.dim()), key=lambda dim: -view.stride(dim))
+    outermost = sorted(range(view.dim()), key=lambda dim: -view.stride()[dim])
     for least in (_POSITIONS, 1):
         for dim in outermost:
             size = math.prod(cuts)
@@ -292,5 +292,8 @@ def _cuts(view: Tensor, count: int, most: int) -> tuple[int, ...]:
 def _places(shape: Sequence[int], cuts: Sequence[int]) -> Iterator[tuple[slice, ...]]:
     """Yield the slices of all pieces."""
     yield from itertools.product(
-        *([slice(start, start + cut) for start in range(0, size, max(cut, 1))] for size, cut in zip(shape, cuts, strict=True))
+        *(
+            [slice(start, start + cut) for start in range(0, size, max(cut, 1))]
+            for size, cut in zip(shape, cuts, strict=True)
+        )
     )

@@ -107,15 +107,13 @@ class TritonKernels:
         return tensor.shape, tensor.stride(), tensor.dtype, tensor.device, layout, strides, aligned, kind
 
     def _plan(self, key: _Key, tensor: Tensor, layout: NeuronLayout, keep: Tensor | None) -> KernelPlan | None:
-        plan = self._plans.get(key, _UNKNOWN)
-        if plan is _UNKNOWN:
+        if key not in self._plans:
             if len(self._plans) >= _PLANS:
                 self._plans.clear()
                 self._launched.clear()
             fits = tensor.numel() > 0 and tensor.dtype in _TYPES
-            plan = plan_for(tensor, layout, keep, self._programs) if fits else None
-            self._plans[key] = plan
-        return plan
+            self._plans[key] = plan_for(tensor, layout, keep, self._programs) if fits else None
+        return self._plans[key]
 
     def _launch(
         self,
@@ -222,9 +220,6 @@ class _Room(NamedTuple):
                 torch.empty(2 * -(-sums // 2), dtype=dtype, device=device),  # also as float64
                 torch.empty(PROGRAMS, dtype=torch.int32, device=device),
             )
-
-
-_UNKNOWN: Any = object()
 
 
 def _sum_type(tensor: Tensor) -> torch.dtype:

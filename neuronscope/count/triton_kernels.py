@@ -93,10 +93,7 @@ def count_share(
         at = a * stride_a + b * stride_b + c * stride_c + d * stride_d
         read = counted[:, None] & in_row[None, :]
         size = tl.abs(tl.load(tensor + at[:, None] + unit_at[None, :], mask=read, other=0).to(wide))
-        if EXACT:
-            zero = size == 0
-        else:
-            zero = size <= limit.to(wide)
+        zero = size == 0 if EXACT else size <= limit.to(wide)
         zeros += (zero & read).to(tl.int32)
         if OUTPUTS:
             finite = size < float("inf")
@@ -175,10 +172,7 @@ def add_shares(
         tl.store(not_finite + unit, (old + bad).to(old.dtype), mask=in_row)
         held = tl.load(abs_sum + unit, mask=in_row, other=0)
         tl.store(abs_sum + unit, (held + tl.sum(total, 0)).to(held.dtype), mask=in_row)
-        if CAPTURED:
-            now = tl.load(clock)
-        else:
-            now = step.to(tl.int64)
+        now = tl.load(clock) if CAPTURED else step.to(tl.int64)
         fired = zero + bad < positions - left_out
         last = tl.load(last_active + unit, mask=in_row, other=0)
         tl.store(last_active + unit, tl.where(fired, tl.maximum(last, now.to(last.dtype)), last), mask=in_row)

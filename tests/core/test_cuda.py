@@ -258,7 +258,7 @@ def test_subnormal_numbers_are_not_zeros_on_cuda() -> None:
     for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
         y = torch.full((64, 32), torch.finfo(dtype).smallest_normal, dtype=dtype).div_(4).cuda()
         counters = SiteCounters(32, y.device)
-        backend_for("cuda").add_outputs(counters, y, NeuronLayout(1), None, Moment(0), 0.0)
+        backend_for("cuda").add_outputs(counters.tensors, y, NeuronLayout(1), None, Moment(0), 0.0)
         assert counters.tensors.zero_outputs.tolist() == [0] * 32
 
 

@@ -124,10 +124,12 @@ def off_the_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def train(scope: ns.Scope, net: nn.Module) -> None:
-    """Three steps, of 5 examples each; the last of five tokens are masked."""
+    """Three steps, of 5 examples each, and a pass of validation."""
     for _ in range(3):
         F.cross_entropy(net(torch.randn(5, 3, 8, 8)), torch.arange(5) % 4).backward()
         scope.step()
+    with scope.phase("val"), torch.inference_mode():
+        net(torch.randn(7, 3, 8, 8))
 
 
 def network() -> nn.Module:
@@ -142,22 +144,23 @@ def test_a_network_on_a_device_without_float64_has_the_counts_of_the_cpu(request
     net = network()
     with ns.watch(net) as here:
         train(here, net)
-    counted = here.census()
+    counted = here.census(), here.census("val")
     request.getfixturevalue("off_the_cpu")
     net = network()
     with WithoutFloat64(), ns.watch(net) as there:
         train(there, net)
         first = next(iter(there._records["train"]._counters.values()))[1]
         assert first.tensors.abs_sum.dtype is torch.float32
-    census = there.census()
-    assert list(census) == list(counted) == ["1/relu", "4/gelu", "6/glu"]
-    for name, tally in census.items():
-        for field in ("zero_outputs", "zero_gradients", "last_active_step", "first_active_step", "not_finite_outputs"):
-            assert getattr(tally, field).tolist() == getattr(counted[name], field).tolist(), (name, field)
-        for field in ("positions", "gradient_positions", "examples"):
-            assert getattr(tally, field) == getattr(counted[name], field), (name, field)
-        torch.testing.assert_close(*map(torch.from_numpy, (tally.abs_sum, counted[name].abs_sum)), rtol=1e-6, atol=0)
-    assert 0 < counted["1/relu"].zero_outputs.sum() < counted["1/relu"].positions * 8
+    for expected, census in zip(counted, (there.census(), there.census("val")), strict=True):
+        assert list(census) == list(expected) == ["1/relu", "4/gelu", "6/glu"]
+        for name, tally in census.items():
+            for field in ("zero_outputs", "zero_gradients", "last_active_step", "first_active_step"):
+                assert getattr(tally, field).tolist() == getattr(expected[name], field).tolist(), (name, field)
+            for field in ("positions", "gradient_positions", "examples", "not_finite"):
+                assert getattr(tally, field) == getattr(expected[name], field), (name, field)
+            sums = map(torch.from_numpy, (tally.abs_sum, expected[name].abs_sum))
+            torch.testing.assert_close(*sums, rtol=1e-6, atol=0)
+        assert 0 < expected["1/relu"].zero_outputs.sum() < expected["1/relu"].positions * 8
     assert not there.report().not_measured
 
 
@@ -175,9 +178,8 @@ def test_kernels_that_fail_are_one_warning_and_the_plain_formula(
 ) -> None:
     monkeypatch.setitem(backends._used, "cpu", Backend("cpu", Broken()))
     net = network()
-    with ns.watch(net) as scope:
-        with pytest.warns(NeuronscopeWarning, match="no ptxas") as warned:
-            train(scope, net)
+    with ns.watch(net) as scope, pytest.warns(NeuronscopeWarning, match="no ptxas") as warned:
+        train(scope, net)
     assert len(warned) == 1
     tally = scope.census()["1/relu"]
     assert tally.positions == tally.gradient_positions == 3 * 5 * 36

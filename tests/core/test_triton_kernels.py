@@ -1,4 +1,4 @@
-"""The kernels that count on GPUs, without a GPU: in triton's interpreter against a slow twin, and compiled for three."""
+"""The kernels that count on GPUs, without one: in triton's interpreter against a slow twin, and compiled for three."""
 
 from __future__ import annotations
 
