@@ -29,6 +29,8 @@ _WIDE, _NARROW, _LONG = 128, 16, 512
 _MAP, _FOLDED = 128, 1 << 18
 #: Most dimensions of positions, and of neurons, after those were joined that lie regularly in memory.
 _POSITION_DIMS, _NEURON_DIMS = 4, 2
+#: Most tiles of a program, which counts in 15 bits for each place of a tile.
+_SHARE = (1 << 15) - 1
 #: Indices are 32 bits wide.
 _MOST = 1 << 31
 
@@ -123,7 +125,9 @@ def plan_for(tensor: Tensor, layout: NeuronLayout, keep: Tensor | None, programs
         wide = min(wide, _power(row), TILE)
         tile = min(TILE // wide, _power(positions // fold)), wide
         tiles = -(-(positions // fold) // tile[0])
-    shares = min(max(programs // -(-row // tile[1]), 1), tiles)
+    shares = min(max(programs // -(-row // tile[1]), -(-tiles // _SHARE), 1), tiles)
+    if shares > PROGRAMS:
+        return None
     share = -(-tiles // shares)
     return KernelPlan(
         neurons=neurons,

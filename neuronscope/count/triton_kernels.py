@@ -64,8 +64,7 @@ def count_share(
         unit_at = unit.to(tl.int64) * unit_stride
     limit = tolerance.to(tl.int64).to(tl.float64, bitcast=True)
     wide: tl.constexpr = tl.float64 if tensor.dtype.element_ty == tl.float64 else tl.float32
-    zeros = tl.zeros([POSITIONS, UNITS], tl.int32)
-    broken = tl.zeros([POSITIONS, UNITS], tl.int32)
+    both = tl.zeros([POSITIONS, UNITS], tl.int32)  # zeros, and above 16 bits what is not finite: fewer registers
     total = tl.zeros([POSITIONS, UNITS], wide)
     used = tl.zeros([POSITIONS], tl.int32)
     first = which * share
@@ -94,17 +93,17 @@ def count_share(
         read = counted[:, None] & in_row[None, :]
         size = tl.abs(tl.load(tensor + at[:, None] + unit_at[None, :], mask=read, other=0).to(wide))
         zero = size == 0 if EXACT else size <= limit.to(wide)
-        zeros += (zero & read).to(tl.int32)
+        both += (zero & read).to(tl.int32)
         if OUTPUTS:
             finite = size < float("inf")
-            broken += (~finite).to(tl.int32)  # what is not read is finite
+            both += (~finite).to(tl.int32) << 16  # what is not read is finite
             total += tl.where(finite, size, 0)
     begin = which.to(tl.int64) * row
     if OUTPUTS:
         tl.store(sums + begin + unit, tl.sum(total, 0), mask=in_row)
         begin *= 2
-        tl.store(counts + begin + row + unit, tl.sum(broken, 0), mask=in_row)
-    tl.store(counts + begin + unit, tl.sum(zeros, 0), mask=in_row)
+        tl.store(counts + begin + row + unit, tl.sum(both >> 16, 0), mask=in_row)
+    tl.store(counts + begin + unit, tl.sum(both & 0xFFFF, 0), mask=in_row)
     if MASKED and one == 0:
         tl.store(kept + which, tl.sum(used, 0))
 
