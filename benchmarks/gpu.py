@@ -33,7 +33,7 @@ from neuronscope.callbacks.monitor import DEFAULT_EVERY_N_STEPS
 from neuronscope.count.backends import Backend, backend_for
 from neuronscope.count.counters import CounterTensors, SiteCounters
 from neuronscope.count.neuron_layout import NeuronLayout
-from neuronscope.count.pieces import Moment, Pieces
+from neuronscope.count.pieces import CountedAt, Pieces
 
 __all__ = ["MODES", "main", "tables"]
 
@@ -144,8 +144,8 @@ def _counting(
     counters, layout = SiteCounters(y.shape[axis], y.device).tensors, NeuronLayout(axis)
     return (
         counters,
-        lambda: backend.add_outputs(counters, y, layout, None, Moment(1), 0.0),
-        lambda: backend.add_gradients(counters, y, layout, None, Moment(1)),
+        lambda: backend.add_outputs(counters, y, layout, None, CountedAt(1), 0.0),
+        lambda: backend.add_gradients(counters, y, layout, None, CountedAt(1)),
     )
 
 

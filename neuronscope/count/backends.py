@@ -21,7 +21,7 @@ from torch import Tensor
 from neuronscope.count.captured_graphs import StepClock, is_capturing, keep_for_graphs
 from neuronscope.count.counters import CounterTensors, SiteCounters
 from neuronscope.count.neuron_layout import NeuronLayout
-from neuronscope.count.pieces import Moment, Pieces, has_float64
+from neuronscope.count.pieces import CountedAt, Pieces, has_float64
 from neuronscope.count.triton_counting import TritonKernels
 from neuronscope.errors import warn_user
 
@@ -64,10 +64,19 @@ class Backend:
         y: Tensor,
         layout: NeuronLayout,
         mask: Tensor | None,
-        moment: Moment,
+        moment: CountedAt,
         tolerance: float,
     ) -> None:
-        """Count one output tensor; see :meth:`neuronscope.count.pieces.Pieces.add_outputs`."""
+        """Count one output tensor.
+
+        Args:
+            counters: As in :meth:`neuronscope.count.pieces.Pieces.add_outputs`, and so are the others.
+            y: Output ``(…, N, …)``, detached.
+            layout: Where its neurons lie.
+            mask: Which positions are counted.
+            moment: When.
+            tolerance: ``|y| <= tolerance`` counts as zero.
+        """
         if self.kernels is not None:
             try:
                 self.kernels.add_outputs(counters, y, layout, mask, moment, tolerance)
@@ -78,9 +87,17 @@ class Backend:
         self._plain.add_outputs(counters, y, layout, mask, moment, tolerance)
 
     def add_gradients(
-        self, counters: CounterTensors, gradient: Tensor, layout: NeuronLayout, mask: Tensor | None, moment: Moment
+        self, counters: CounterTensors, gradient: Tensor, layout: NeuronLayout, mask: Tensor | None, moment: CountedAt
     ) -> None:
-        """Count one gradient; see :meth:`neuronscope.count.pieces.Pieces.add_gradients`."""
+        """Count one gradient.
+
+        Args:
+            counters: As in :meth:`neuronscope.count.pieces.Pieces.add_gradients`, and so are the others.
+            gradient: Gradient ``(…, N, …)``, detached.
+            layout: Where its neurons lie.
+            mask: Which positions are counted.
+            moment: When.
+        """
         if self.kernels is not None:
             try:
                 self.kernels.add_gradients(counters, gradient, layout, mask, moment)
@@ -158,8 +175,8 @@ def _disagreement(kernels: TritonKernels, device_type: str) -> str:
         counted = []
         for each in (kernels, Pieces()):
             counters = SiteCounters(24, y.device).tensors
-            each.add_outputs(counters, y, NeuronLayout(1), None, Moment(3), 0.0)
-            each.add_gradients(counters, y, NeuronLayout(1), None, Moment(3))
+            each.add_outputs(counters, y, NeuronLayout(1), None, CountedAt(3), 0.0)
+            each.add_gradients(counters, y, NeuronLayout(1), None, CountedAt(3))
             counted.append([counter.cpu().double() for counter in counters])
     same = all(torch.allclose(one, other, rtol=1e-5, atol=0) for one, other in zip(*counted, strict=True))
     return "" if same else "triton counted a sample wrong"
@@ -240,15 +257,15 @@ def _is_warm(tensor: Tensor, layout: NeuronLayout, mask: Tensor | None, toleranc
     return backend.kernels is None or backend.kernels.is_warm(tensor, layout, mask, tolerance)
 
 
-def _moment(tensor: Tensor, clock: StepClock) -> Moment:
+def _moment(tensor: Tensor, clock: StepClock) -> CountedAt:
     if tensor.is_cuda:
         clock.on(tensor.device)  # a later capture needs it
-    return Moment(clock.step)
+    return CountedAt(clock.step)
 
 
-def _captured(counters: SiteCounters, tensor: Tensor, clock: StepClock, positions: int, examples: int) -> Moment:
+def _captured(counters: SiteCounters, tensor: Tensor, clock: StepClock, positions: int, examples: int) -> CountedAt:
     """Return when a captured tensor is counted, and keep what the graph writes to and reads."""
     now = clock.on(tensor.device)
     counters.in_graph = clock.captured = True
     keep_for_graphs((*counters.tensors, now))
-    return Moment(clock.step, now, positions, examples)
+    return CountedAt(clock.step, now, positions, examples)

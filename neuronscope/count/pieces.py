@@ -24,7 +24,7 @@ from neuronscope.count.positions import mask_dims
 if TYPE_CHECKING:
     from neuronscope.count.counters import CounterTensors
 
-__all__ = ["Moment", "Pieces", "has_float64", "keep_view", "rounded"]
+__all__ = ["CountedAt", "Pieces", "has_float64", "keep_view", "rounded"]
 
 #: Most bytes of the magnitudes of a piece: 2**22 numbers of float32.
 _BYTES = 1 << 24
@@ -32,7 +32,7 @@ _BYTES = 1 << 24
 _POSITIONS = 64
 
 
-class Moment(NamedTuple):
+class CountedAt(NamedTuple):
     """When a tensor is counted, and what of it is counted on the host.
 
     Attributes:
@@ -53,7 +53,7 @@ class Pieces:
 
     >>> from neuronscope.count.counters import SiteCounters
     >>> counters = SiteCounters(2, torch.device("cpu")).tensors
-    >>> Pieces().add_outputs(counters, torch.tensor([[0.0, 1.5], [0.0, 0.0]]), NeuronLayout(1), None, Moment(7), 0.0)
+    >>> Pieces().add_outputs(counters, torch.tensor([[0.0, 1.5], [0.0, 0.0]]), NeuronLayout(1), None, CountedAt(7), 0.0)
     >>> counters.zero_outputs.tolist(), counters.abs_sum.tolist(), counters.last_active.tolist()
     ([2, 1], [0.0, 1.5], [-1, 7])
     """
@@ -64,7 +64,7 @@ class Pieces:
         y: Tensor,
         layout: NeuronLayout,
         mask: Tensor | None,
-        moment: Moment,
+        moment: CountedAt,
         tolerance: float,
     ) -> None:
         """Count one output tensor.
@@ -95,7 +95,7 @@ class Pieces:
             counters.traced[1].add_(moment.examples)
 
     def add_gradients(
-        self, counters: CounterTensors, gradient: Tensor, layout: NeuronLayout, mask: Tensor | None, moment: Moment
+        self, counters: CounterTensors, gradient: Tensor, layout: NeuronLayout, mask: Tensor | None, moment: CountedAt
     ) -> None:
         """Count one gradient at the pre-activation.
 
@@ -133,18 +133,18 @@ class _Work:
         self.numbers = torch.empty(most, dtype=wide, device=tensor.device)
         self.flags = torch.empty(most, dtype=torch.bool, device=tensor.device)
 
-    def neurons(self) -> Iterator[_Part]:
+    def neurons(self) -> Iterator[_SomeNeurons]:
         """Yield the parts of the neurons."""
         if self.view.numel():
             for place in _places(self.view.shape[: self.count], self.cuts[: self.count]):
-                yield _Part(self, place)
+                yield _SomeNeurons(self, place)
 
-    def add_positions(self, counted: Tensor, moment: Moment) -> None:
+    def add_positions(self, counted: Tensor, moment: CountedAt) -> None:
         """Add to the positions that are counted on the device; take off what the mask leaves out.
 
         Args:
             counted: int64 without dimensions.
-            moment: See :class:`Moment`.
+            moment: See :class:`CountedAt`.
         """
         if self.keep is not None:
             counted.add_(self.kept - (self.positions - moment.positions))
@@ -152,7 +152,7 @@ class _Work:
             counted.add_(moment.positions)
 
 
-class _Part:
+class _SomeNeurons:
     """Some of the neurons of a tensor, at all positions."""
 
     def __init__(self, work: _Work, place: tuple[slice, ...]) -> None:
@@ -172,12 +172,16 @@ class _Part:
         """
         zeros, finite, sums = self._row(torch.int64), self._row(torch.int64), self._row(self._work.numbers.dtype)
         for piece, keep, numbers, flags in self._pieces():
-            numbers.copy_(piece).abs_()
+            if piece.dtype is numbers.dtype:
+                torch.abs(piece, out=numbers)
+            else:
+                numbers.copy_(piece).abs_()
             torch.le(numbers, tolerance, out=flags)
             zeros.add(flags if keep is None else flags.logical_and_(keep))
             torch.lt(numbers, math.inf, out=flags)  # NaN is not
             finite.add(flags if keep is None else flags.logical_and_(keep))
-            sums.add(numbers.masked_fill_(flags.logical_not_(), 0))
+            numbers.nan_to_num_(nan=0.0, posinf=0.0)
+            sums.add(numbers if keep is None else numbers.mul_(keep))
         return zeros.total, finite.total, sums.total
 
     def count_zeros(self) -> Tensor:
@@ -198,13 +202,13 @@ class _Part:
             keep = None if work.keep is None else work.keep[place]
             yield piece, keep, work.numbers[:size].view(shape), work.flags[:size].view(shape)
 
-    def _row(self, dtype: torch.dtype) -> _Row:
+    def _row(self, dtype: torch.dtype) -> _NeuronSums:
         work = self._work
         several = work.cuts[work.count :] != tuple(work.view.shape[work.count :])
-        return _Row(self._shape, self._dims, dtype, work.view.device, several=several)
+        return _NeuronSums(self._shape, self._dims, dtype, work.view.device, several=several)
 
 
-class _Row:
+class _NeuronSums:
     """A sum for each neuron of a part, over all pieces.
 
     Attributes:
@@ -260,6 +264,10 @@ def keep_view(tensor: Tensor, layout: NeuronLayout, mask: Tensor | None) -> Tens
 
 def rounded(tolerance: float, dtype: torch.dtype) -> float:
     """Return a tolerance as torch compares it with numbers of a type: in that type.
+
+    Args:
+        tolerance: The tolerance.
+        dtype: The type.
 
     >>> rounded(0.1, torch.bfloat16)
     0.10009765625

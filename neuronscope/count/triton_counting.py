@@ -17,7 +17,7 @@ from torch import Tensor
 from neuronscope.count.captured_graphs import is_capturing
 from neuronscope.count.kernel_plan import PROGRAMS, KernelPlan, plan_for
 from neuronscope.count.neuron_layout import NeuronLayout
-from neuronscope.count.pieces import Moment, Pieces, keep_view, rounded
+from neuronscope.count.pieces import CountedAt, Pieces, keep_view, rounded
 
 if TYPE_CHECKING:
     from neuronscope.count.counters import CounterTensors
@@ -60,10 +60,19 @@ class TritonKernels:
         y: Tensor,
         layout: NeuronLayout,
         mask: Tensor | None,
-        moment: Moment,
+        moment: CountedAt,
         tolerance: float,
     ) -> None:
-        """Count one output tensor; see :meth:`neuronscope.count.pieces.Pieces.add_outputs`."""
+        """Count one output tensor.
+
+        Args:
+            counters: As in :meth:`neuronscope.count.pieces.Pieces.add_outputs`, and so are the others.
+            y: Output ``(…, N, …)``, detached.
+            layout: Where its neurons lie.
+            mask: Which positions are counted.
+            moment: When.
+            tolerance: ``|y| <= tolerance`` counts as zero.
+        """
         keep = keep_view(y, layout, mask)
         key = self._key(y, layout, keep, tolerance)
         plan = self._plan(key, y, layout, keep)
@@ -75,9 +84,17 @@ class TritonKernels:
         self._launched.add(key)
 
     def add_gradients(
-        self, counters: CounterTensors, gradient: Tensor, layout: NeuronLayout, mask: Tensor | None, moment: Moment
+        self, counters: CounterTensors, gradient: Tensor, layout: NeuronLayout, mask: Tensor | None, moment: CountedAt
     ) -> None:
-        """Count one gradient; see :meth:`neuronscope.count.pieces.Pieces.add_gradients`."""
+        """Count one gradient.
+
+        Args:
+            counters: As in :meth:`neuronscope.count.pieces.Pieces.add_gradients`, and so are the others.
+            gradient: Gradient ``(…, N, …)``, detached.
+            layout: Where its neurons lie.
+            mask: Which positions are counted.
+            moment: When.
+        """
         keep = keep_view(gradient, layout, mask)
         key = self._key(gradient, layout, keep, None)
         plan = self._plan(key, gradient, layout, keep)
@@ -121,7 +138,7 @@ class TritonKernels:
         counters: CounterTensors,
         tensor: Tensor,
         keep: Tensor | None,
-        moment: Moment,
+        moment: CountedAt,
         tolerance: float | None,
     ) -> None:
         """Launch both kernels: for an output if there is a tolerance, otherwise for a gradient."""

@@ -50,9 +50,38 @@ def count_share(
 ):
     """Count a share of the positions for some of the neurons; see :class:`neuronscope.count.kernel_plan.KernelPlan`.
 
-    ``counts`` gets zeros and values that are not finite, int32 ``(shares, 2, row)``, or zeros alone for gradients;
-    ``sums`` gets magnitudes ``(shares, row)``; ``kept`` the positions that the mask keeps, int32 ``(shares,)``.
-    ``tolerance`` has the bits of a float64.
+    Args:
+        tensor: What is counted.
+        keep: Bytes that say which positions are counted.
+        counts: Gets zeros and values that are not finite, int32 ``(shares, 2, row)``; for gradients zeros alone.
+        sums: Gets magnitudes, ``(shares, row)``.
+        kept: Gets the number of positions that the mask keeps, int32 ``(shares,)``.
+        row: Numbers of a row of a share.
+        inner_units: The size of the inner one of two dimensions of neurons, and of one if there is one.
+        outer_unit_stride: The stride of the outer one.
+        unit_stride: That of the inner one.
+        size_b: The positions are four dimensions, a to d, of which the outermost has the rest of them.
+        size_c: See there, and so are the strides.
+        size_d: See there.
+        positions: Number of positions.
+        stride_a: In the tensor.
+        stride_b: See there.
+        stride_c: See there.
+        stride_d: See there.
+        keep_a: In the mask.
+        keep_b: See there.
+        keep_c: See there.
+        keep_d: See there.
+        tiles: Number of tiles of positions.
+        share: How many of them a program takes.
+        tolerance: ``|x|`` up to which a number is zero: the bits of a float64.
+        OUTPUTS: Whether it is an output, and no gradient.
+        EXACT: Whether the tolerance is 0.
+        MASKED: Whether there is a mask.
+        ALONG: Whether a tile holds adjacent positions of dimension d.
+        HEADS: Whether two dimensions index the neurons.
+        POSITIONS: Positions of a tile.
+        UNITS: Numbers of a row in a tile.
     """
     one, which = tl.program_id(0), tl.program_id(1)
     unit = one * UNITS + tl.arange(0, UNITS)
@@ -136,8 +165,30 @@ def add_shares(
 ):
     """Add up what the programs of :func:`count_share` left, and add it to the counters.
 
-    For gradients ``zeros_of`` and ``traced`` are those of the gradients, and the other counters are not touched.
-    ``positions`` is how many the host has added, or would have: what the mask leaves out is taken off.
+    Args:
+        counts: As in :func:`count_share`.
+        sums: See there.
+        kept: See there.
+        zeros_of: The counter of zeros, of outputs or of gradients. The next five are not touched for gradients.
+        not_finite: Counter of values that are not finite.
+        abs_sum: Counter of magnitudes.
+        last_active: Step at which each neuron fired last.
+        first_active: Step at which it fired first.
+        traced: Positions and examples that are counted on the device; for gradients positions alone.
+        clock: Has the optimizer step.
+        neurons: Number of neurons.
+        fold: How many numbers of a row belong to one neuron.
+        shares: Number of shares.
+        step: The optimizer step, if it is not read from the clock.
+        positions: Number of positions. What the mask leaves out of them is taken off ``traced``.
+        added_positions: How many to add to ``traced``.
+        added_examples: How many examples to add.
+        OUTPUTS: As in :func:`count_share`, and so is the next.
+        MASKED: See there.
+        CAPTURED: Whether to read the clock.
+        SHARES: Most shares.
+        ROWS: Numbers of a neuron in a tile.
+        UNITS: Neurons of a tile.
     """
     unit = tl.program_id(0) * UNITS + tl.arange(0, UNITS)
     in_row = unit < neurons

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from neuronscope.count.counters import NEVER, SiteCounters
 from neuronscope.count.neuron_layout import NeuronLayout
-from neuronscope.count.pieces import Moment, rounded
+from neuronscope.count.pieces import CountedAt, rounded
 
 TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 KINDS = (
@@ -169,9 +169,9 @@ def check(backend: Any, one: Case, *, captured: bool = False) -> Tensor:
     """
     counters = SiteCounters(one.count, one.tensor.device)
     tensors, positions = counters.tensors, one.tensor.numel() // one.count
-    moment = Moment(one.step)
+    moment = CountedAt(one.step)
     if captured:
-        moment = Moment(-5, torch.tensor(one.step, device=one.tensor.device), positions, 3)
+        moment = CountedAt(-5, torch.tensor(one.step, device=one.tensor.device), positions, 3)
     before = one.tensor.clone()
     backend.add_outputs(tensors, one.tensor, one.layout, one.mask, moment, one.tolerance)
     backend.add_gradients(tensors, one.tensor, one.layout, one.mask, moment)

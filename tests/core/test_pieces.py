@@ -18,7 +18,7 @@ from neuronscope.count import backends, pieces
 from neuronscope.count.backends import Backend
 from neuronscope.count.counters import SiteCounters
 from neuronscope.count.neuron_layout import NeuronLayout
-from neuronscope.count.pieces import Moment, Pieces
+from neuronscope.count.pieces import CountedAt, Pieces
 from neuronscope.errors import NeuronscopeWarning
 from tests.core.device_cases import KINDS, case, check
 
@@ -89,9 +89,9 @@ def test_temporaries_are_bounded_whatever_the_activation(name: str, dtype: torch
     for outputs in (True, False):
         with Allocations() as memory:
             if outputs:
-                Pieces().add_outputs(counters, y, NeuronLayout(axis), None, Moment(0), 0.0)
+                Pieces().add_outputs(counters, y, NeuronLayout(axis), None, CountedAt(0), 0.0)
             else:
-                Pieces().add_gradients(counters, y, NeuronLayout(axis), None, Moment(0))
+                Pieces().add_gradients(counters, y, NeuronLayout(axis), None, CountedAt(0))
         assert 4 * MB < memory.made <= 32 * MB + 100 * shape[axis], memory.made
     positions = y.numel() // shape[axis]
     assert counters.abs_sum.tolist()[:2] == [positions] * min(shape[axis], 2)
