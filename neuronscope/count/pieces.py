@@ -81,7 +81,7 @@ class Pieces:
         work = _Work(y, layout, mask)
         step: int | Tensor = moment.step if moment.clock is None else moment.clock
         for part in work.neurons():
-            zeros, finite, sums = part.count(rounded(tolerance, y.dtype))
+            zeros, finite, sums = part.count(rounded(tolerance, y.dtype.to_real() if y.is_complex() else y.dtype))
             bad = work.kept - finite
             fired = zeros < finite  # neither zero nor broken: a zero is finite
             part.of(counters.zero_outputs).add_(zeros)
@@ -127,7 +127,7 @@ class _Work:
         self.view, self.count = view, count
         self.positions = math.prod(view.shape[count:])
         self.kept: int | Tensor = self.positions if self.keep is None else self.keep.sum()
-        wide = tensor.dtype if tensor.dtype is torch.float64 else torch.float32
+        wide = torch.float64 if tensor.dtype in (torch.float64, torch.complex128) else torch.float32
         self.cuts = _cuts(view, count, _BYTES // wide.itemsize)
         most = math.prod(self.cuts)
         self.numbers = torch.empty(most, dtype=wide, device=tensor.device)
@@ -172,7 +172,7 @@ class _SomeNeurons:
         """
         zeros, finite, sums = self._row(torch.int64), self._row(torch.int64), self._row(self._work.numbers.dtype)
         for piece, keep, numbers, flags in self._pieces():
-            if piece.dtype is numbers.dtype:
+            if piece.dtype is numbers.dtype or piece.is_complex():
                 torch.abs(piece, out=numbers)
             else:
                 numbers.copy_(piece).abs_()

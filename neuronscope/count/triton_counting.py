@@ -165,6 +165,7 @@ class TritonKernels:
             EXACT=limit == 0,
             MASKED=keep is not None,
             ALONG=plan.along,
+            KEEP_ALONG=plan.keep_strides[-1] != 0,
             HEADS=plan.neuron_sizes[0] != plan.neuron_sizes[1],
             POSITIONS=plan.tile[0],
             UNITS=plan.tile[1],

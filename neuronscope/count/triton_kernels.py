@@ -44,6 +44,7 @@ def count_share(
     EXACT: tl.constexpr,
     MASKED: tl.constexpr,
     ALONG: tl.constexpr,
+    KEEP_ALONG: tl.constexpr,
     HEADS: tl.constexpr,
     POSITIONS: tl.constexpr,
     UNITS: tl.constexpr,
@@ -79,6 +80,7 @@ def count_share(
         EXACT: Whether the tolerance is 0.
         MASKED: Whether there is a mask.
         ALONG: Whether a tile holds adjacent positions of dimension d.
+        KEEP_ALONG: Whether the mask differs along dimension d.
         HEADS: Whether two dimensions index the neurons.
         POSITIONS: Positions of a tile.
         UNITS: Numbers of a row in a tile.
@@ -115,8 +117,11 @@ def count_share(
         c = c.to(tl.int64)
         d = d.to(tl.int64)
         if MASKED:
-            keep_at = a * keep_a + b * keep_b + c * keep_c + d * keep_d
-            counted = counted & (tl.load(keep + keep_at, mask=counted, other=0) != 0)
+            keep_at = a * keep_a + b * keep_b + c * keep_c
+            if ALONG and not KEEP_ALONG:  # one number for the tile, so that the tensor can be read in long words
+                counted = counted & (tl.load(keep + keep_at) != 0)
+            else:
+                counted = counted & (tl.load(keep + keep_at + d * keep_d, mask=counted, other=0) != 0)
             used += counted.to(tl.int32)
         at = a * stride_a + b * stride_b + c * stride_c + d * stride_d
         read = counted[:, None] & in_row[None, :]

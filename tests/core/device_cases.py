@@ -18,7 +18,7 @@ from neuronscope.count.pieces import CountedAt, rounded
 TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 KINDS = (
     *("rows", "sequence", "images", "channels last", "NCL", "NCDHW", "small maps", "half", "transposed", "slice"),
-    *("heads", "expanded", "alone", "channels last 3d"),
+    *("heads", "expanded", "alone", "channels last 3d", "sequence from channels"),
 )
 
 
@@ -118,6 +118,8 @@ def case(number: int, *, largest: int = 1) -> Case:
     elif kind == "half":  # of a GLU
         whole = new(size(6), size(9), 2 * size(30))
         y, axis = whole.chunk(2, -1)[draw.randint(0, 1)], 2
+    elif kind == "sequence from channels":  # the positions of a mask lie side by side
+        y, axis = new(size(4), size(9), size(200)).transpose(1, 2), 2
     elif kind == "transposed":
         y = new(size(40), size(70)).t()
     elif kind == "slice":

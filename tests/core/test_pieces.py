@@ -42,6 +42,18 @@ def test_any_number_of_pieces_gives_the_same(bytes_of_a_piece: int, monkeypatch:
         check(Pieces(), case(number))
 
 
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128, torch.int64, torch.bool], ids=str)
+def test_outputs_of_other_types_are_counted_too(dtype: torch.dtype) -> None:
+    y = torch.tensor([[0, 3], [0, 0], [4, 0]]).to(dtype)
+    if dtype.is_complex:
+        y = y * (0.6 + 0.8j)  # of magnitude 1
+    counters = SiteCounters(2, y.device).tensors
+    Pieces().add_outputs(counters, y, NeuronLayout(1), None, CountedAt(0), 0.0)
+    assert counters.zero_outputs.tolist() == [2, 2]
+    assert counters.not_finite.tolist() == [0, 0]
+    assert counters.abs_sum.tolist() == pytest.approx([1, 1] if dtype is torch.bool else [4, 3])
+
+
 class Allocations(TorchDispatchMode):
     """Adds up the memory of all tensors that are made, and follows how much of it is alive."""
 
