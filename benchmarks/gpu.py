@@ -31,7 +31,8 @@ from benchmarks.tables import Table, microseconds, milliseconds, ratio, size
 from benchmarks.turns import take_turns
 from neuronscope.callbacks.monitor import DEFAULT_EVERY_N_STEPS
 from neuronscope.count.backends import Backend, backend_for
-from neuronscope.count.counters import CounterTensors, SiteCounters
+from neuronscope.count.counter_tensors import CounterTensors
+from neuronscope.count.counters import SiteCounters
 from neuronscope.count.neuron_layout import NeuronLayout
 from neuronscope.count.pieces import CountedAt, Pieces
 

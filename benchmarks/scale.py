@@ -104,11 +104,12 @@ def count(all_counters: list[SiteCounters], step: int) -> None:
     for counters in all_counters:
         zeros = torch.randint(POSITIONS // 2, POSITIONS, (counters.neurons,))
         zeros[: counters.neurons // 100] = POSITIONS
-        counters.tensors.zero_outputs.copy_(zeros)
-        counters.tensors.zero_gradients.copy_(zeros)
-        counters.tensors.abs_sum.copy_(POSITIONS - zeros)
-        counters.tensors.last_active.fill_(step)
-        counters.tensors.first_active.fill_(step)
+        tensors, window = counters.room_for(POSITIONS, step, step)
+        counters.room_for_gradients(POSITIONS).copy_(zeros)
+        tensors.zero_outputs.copy_(zeros)
+        tensors.abs_sum.copy_(POSITIONS - zeros)
+        tensors.last_active.fill_(step - (0 if window is None else window.first_step))
+        tensors.first_active.copy_(tensors.last_active)
         counters.positions = counters.gradient_positions = counters.examples = POSITIONS
 
 
@@ -121,9 +122,10 @@ def measure(rank: int, sites: int, neurons: int) -> Costs | None:
     all_counters = [
         record.add_site(key, info, neurons, torch.device("cpu")) for key, info in zip(keys, infos, strict=True)
     ]
-    joins, closes, collectives = [], [], [0]
+    joins, closes, collectives, held = [], [], [0], 0
     for window in range(WINDOWS):
         count(all_counters, window)
+        held = sum(size(list(counters.window.tensors)) for counters in all_counters if counters.window is not None)
         record.note_step(window)
         joins.append(seconds(lambda: record.flush(lambda census: ranks.join(census, phase="train"))))
         closes.append(seconds(record.close))
@@ -140,7 +142,7 @@ def measure(rank: int, sites: int, neurons: int) -> Costs | None:
         log_s = seconds(lambda: (tensorboard.write(reports[0], writer, WINDOWS), writer.flush()))
         log = sum(path.stat().st_size for path in Path(folder).iterdir())
     return Costs(
-        all_counters=sum(size(list(counters.tensors)) for counters in all_counters),
+        all_counters=held,
         rows=sum(
             size([rows.next_rows(rows.room)])
             for counters in all_counters
@@ -192,7 +194,7 @@ def worked_out(sites: int, neurons: int) -> int:
 
 def tables(shapes: list[tuple[int, int]], worlds: list[int]) -> list[Table]:
     memory = Table(
-        "Memory", ["S × N", "running counts", "rows", f"state after {WINDOWS} windows", "worked out: 48 T, 180 T"]
+        "Memory", ["S × N", "running counts", "rows", f"state after {WINDOWS} windows", "worked out: 16 T, 180 T"]
     )
     joining = Table(
         "Joining",
@@ -220,7 +222,7 @@ def tables(shapes: list[tuple[int, int]], worlds: list[int]) -> list[Table]:
             times = [f"{costs.join_s:.3f} s", f"{costs.join_peak / 1e9:.2f} GB"]
             joining.rows.append([shape, str(world), given, wanted, str(costs.collectives), *times])
             if place == 0:
-                expected = f"{megabytes(48 * total)}, {megabytes((177 + WINDOWS) * total)}"
+                expected = f"{megabytes(16 * total)}, {megabytes((177 + WINDOWS) * total)}"
                 memory.rows.append([shape, *map(megabytes, (costs.all_counters, costs.rows, costs.state)), expected])
                 spent = [f"{costs.close_s:.3f} s", f"{costs.report_s:.3f} s", f"{costs.log_s:.1f} s"]
                 logging.rows.append([shape, *spent, f"{costs.log / 1e6:.2g} MB", f"{costs.peak / 1e9:.2f} GB"])

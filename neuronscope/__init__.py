@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from neuronscope.judge.verdicts import Policy, Verdict
     from neuronscope.linear.check import check_linear
     from neuronscope.linear.linear_report import LinearLayers, LinearReport
+    from neuronscope.options import Shards
     from neuronscope.report.reading import read_report
     from neuronscope.report.report import Report
     from neuronscope.sampled_features import LayerRepresentation, Representation, representation
@@ -50,6 +51,7 @@ _MODULE_OF = {
     "Revival": "neuronscope.act.revival",
     "Rule": "neuronscope.act.rules",
     "Scope": "neuronscope.scope",
+    "Shards": "neuronscope.options",
     "SelfNormalizedResets": "neuronscope.act.rules",
     "Shrunk": "neuronscope.act.shrink",
     "Tally": "neuronscope.tally.census",
@@ -86,6 +88,7 @@ __all__ = [
     "Rule",
     "Scope",
     "SelfNormalizedResets",
+    "Shards",
     "Shrunk",
     "Tally",
     "Verdict",

@@ -21,6 +21,7 @@ __all__ = [
     "Patterns",
     "ProcessGroup",
     "ScanArguments",
+    "Shards",
     "WatchArguments",
     "WatchOptions",
     "positive_integer",
@@ -34,6 +35,40 @@ Examples = Callable[[tuple[Any, ...], Mapping[str, Any]], int | None] | int | Li
 Mask = Callable[[tuple[Any, ...], Mapping[str, Any]], "Tensor | None"] | str | None
 #: The process group of the ranks that join their counts; a function returns one that the trainer makes later.
 ProcessGroup = Union["TorchGroup", Callable[[], "TorchGroup"], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shards:
+    """Which layers ranks share by hand, each with a plain tensor of its own part, as Megatron's layers do.
+
+    Args:
+        units: Glob patterns on the paths of layers whose units are shared (column-parallel): each rank computes as many
+            of them, in the order of ranks.
+        inputs: The same for layers of which each rank has some of the inputs (row-parallel, an embedding with a part of
+            the vocabulary): after their sum over ranks, each rank has all units.
+        process_group: The ranks that share them and get the same data, or a function that returns the group, if it is
+            made later. By default all ranks.
+
+    Raises:
+        UsageError: A pattern is not a string, or is empty.
+
+    >>> Shards(units="layers.*.fc1", inputs=["layers.*.fc2", "embedding"]).units
+    ('layers.*.fc1',)
+    """
+
+    units: Patterns = ()
+    inputs: Patterns = ()
+    process_group: ProcessGroup = None
+
+    def __post_init__(self) -> None:
+        for name in ("units", "inputs"):
+            given: Any = getattr(self, name)
+            patterns = (given,) if isinstance(given, str) else tuple(given or ())
+            if not all(isinstance(each, str) and each for each in patterns):
+                raise UsageError(
+                    f"Expected argument `{name}` to be glob patterns on paths of layers, but got {given!r}."
+                )
+            object.__setattr__(self, name, patterns)
 
 
 class ScanArguments(TypedDict, total=False):
@@ -56,6 +91,7 @@ class WatchArguments(ScanArguments, total=False):
     window_steps: int
     join_ranks: bool
     process_group: ProcessGroup
+    shards: Shards | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,6 +119,7 @@ class WatchOptions:
     window_steps: int = 100
     join_ranks: bool = True
     process_group: ProcessGroup = field(default=None, repr=False)
+    shards: Shards | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         positive_integer("every_n_steps", self.every_n_steps)
@@ -98,6 +135,9 @@ class WatchOptions:
                 "Expected argument `process_group` to be a torch.distributed.ProcessGroup that this rank is in, or a "
                 f"function that returns one, but got {type(group).__name__}."
             )
+        shards: Any = self.shards
+        if shards is not None and not isinstance(shards, Shards):
+            raise UsageError(f"Expected argument `shards` to be a neuronscope.Shards, but got {type(shards).__name__}.")
 
     @property
     def thresholds(self) -> Policy:

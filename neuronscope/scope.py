@@ -19,6 +19,7 @@ from neuronscope.attach.activations import Activation, Registry
 from neuronscope.attach.compiling import hidden, skip_frames
 from neuronscope.attach.copies import WeightDigest
 from neuronscope.attach.forward import INFERENCE
+from neuronscope.attach.hand_split import HandSplit
 from neuronscope.attach.hooks import HookManager
 from neuronscope.attach.layer_names import lacking_layers
 from neuronscope.attach.module_paths import model_name
@@ -31,7 +32,7 @@ from neuronscope.count.backends import backend_notes
 from neuronscope.count.counters import SiteCounters
 from neuronscope.errors import DetachedError, NothingToWatchError, UsageError, warn_user
 from neuronscope.judge.verdicts import Policy
-from neuronscope.options import Examples, Mask, Patterns, ProcessGroup, WatchOptions
+from neuronscope.options import Examples, Mask, Patterns, ProcessGroup, Shards, WatchOptions
 from neuronscope.report.acts import Act
 from neuronscope.report.fault import Fault
 from neuronscope.report.report import Report
@@ -77,7 +78,8 @@ class Scope:
         self.window_steps = options.window_steps
         self.policy = options.thresholds
         self._claims_bounds = options.examples is not None
-        self._weights = WeightDigest(model)
+        self._split = HandSplit(options.shards)
+        self._weights = WeightDigest(model, self._split.holds)
         self._ranks = RankSync(
             together=options.join_ranks, process_group=options.process_group, digest=self._weights.digest
         )
@@ -124,6 +126,7 @@ class Scope:
             mask=options.mask,
             observe=self._apply,
         )
+        self._hooks.recorder.sites.split = self._split
         self._hooks.note_weights = self._note_weights
         self._optimizer_steps.attach(self._count_step, fail=self._hooks.fail)
         self._observe()
@@ -550,7 +553,7 @@ class Scope:
         """
         record, inference = self._record(phase), self._records.get(INFERENCE)
         record.describe_sites(self._hooks.recorder.sites.current_info)
-        self._ranks.duplicate = self._hooks.recorder.forward.flow.duplicate
+        self._ranks.duplicate = self._hooks.recorder.forward.flow.duplicate or self._split.duplicate
         self._ranks.acting = acting
         more = phase == "train" and inference is not None and not inference.empty
         record.flush(partial(self._ranks.join, phase=phase, done=done, more=more) if join else None)
@@ -828,6 +831,7 @@ def watch(
     window_steps: int = 100,
     join_ranks: bool = True,
     process_group: ProcessGroup = None,
+    shards: Shards | None = None,
     optimizer: Optimizers | None = None,
 ) -> Scope:
     """Count zero outputs and zero gradients of a model's neurons while it trains, in any PyTorch loop.
@@ -863,6 +867,8 @@ def watch(
         process_group: The ranks that join their counts: a ``torch.distributed.ProcessGroup`` that is used for nothing
             else meanwhile, such as a new one, or a function that returns it, if it is made later. By default all ranks,
             on a group that the library makes.
+        shards: Which layers ranks share by hand, in plain tensors; see :class:`neuronscope.Shards`. What distributed
+            tensors share is known without it.
         optimizer: The optimizer whose steps are the steps of the training; then do not call :meth:`Scope.step`. Of
             several (a GAN) those of the first count. A step that ``GradScaler`` skips is none.
 
@@ -896,6 +902,7 @@ def watch(
         window_steps=window_steps,
         join_ranks=join_ranks,
         process_group=process_group,
+        shards=shards,
     )
     return Scope(model, options, optimizer=optimizer)
 

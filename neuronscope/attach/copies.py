@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -40,10 +40,12 @@ class WeightDigest:
 
     Args:
         model: The model. It is not kept alive.
+        is_split: Returns whether ranks share a layer by hand, by its path: its weights are not compared then.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, is_split: Callable[[str], bool] = lambda _: False) -> None:
         self._model = weakref.ref(model)
+        self._is_split = is_split
         self._sums: list[list[Tensor]] = []
 
     @property
@@ -56,21 +58,29 @@ class WeightDigest:
         if len(self._sums) == _MAX_NOTES:
             return
         with torch.inference_mode(False), torch.no_grad(), torch._C.DisableTorchFunction():
-            self._sums.append([_sum_of_bits(weight) for _, weight in self._weights() if _is_comparable(weight)])
+            self._sums.append(
+                [
+                    _sum_of_bits(weight)
+                    for path, name, weight in self._weights()
+                    if _is_comparable(weight) and not (self._is_split(path) or self._is_split(f"{path}.{name}"))
+                ]
+            )
 
     def digest(self) -> NetworkDigest:
         """Return what is compared. Synchronizes with the devices of the weights."""
         layout = [
-            (name, tuple(weight.shape), str(weight.dtype)) for name, weight in self._weights() if _is_whole(weight)
+            (f"{path}.{name}", tuple(weight.shape), str(weight.dtype))
+            for path, name, weight in self._weights()
+            if _is_whole(weight)
         ]
         weights = frozenset(_number([each.item() for each in sums]) for sums in self._sums)
         return NetworkDigest(_number(layout), weights)
 
-    def _weights(self) -> Iterator[tuple[str, Tensor]]:
+    def _weights(self) -> Iterator[tuple[str, str, Tensor]]:
         model = self._model()
         for path, module in () if model is None else walk(model):
             for name, weight in module.named_parameters(recurse=False):
-                yield f"{path}.{name}", weight
+                yield path, name, weight
 
 
 def _number(values: object) -> int:

@@ -355,8 +355,8 @@ class SiteRecorder:
     def _note_traced(self, call: Call) -> None:
         counters = call.counters if isinstance(call.counters, SiteCounters) else None
         if counters is not None:
-            counters.in_graph = True
-            counters.clock = self.clock.on(counters.tensors.traced.device)
+            counters.enter_graph()
+            counters.clock = self.clock.on(counters.traced.device)
         self._found.append(len(self._traced))
         part = self.forward.parts.tracing
         first = part or (counters is not None and counters.is_first_call(self.forward.number, trace_attempt()))
@@ -539,7 +539,7 @@ class SiteRecorder:
             examples = counters.new_examples(forward.number, forward.examples, plain.numel() // counters.neurons)
             if counters.in_graph and forward.parts.exist:  # a graph may have counted some of this forward
                 new = once_a_forward(examples, forward.number_tensor, counters.last_forward)
-                counters.tensors.traced[1].add_(new)
+                counters.traced[1].add_(new)
                 examples = 0
             if here:
                 add_outputs(counters, plain, axis, examples, self.step, self._scratch, self._tolerance)

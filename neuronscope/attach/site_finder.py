@@ -14,6 +14,7 @@ from neuronscope.attach.activations import ROWS, Activation
 from neuronscope.attach.dtensor import NeuronShard, is_distributed, local_tensor, neuron_shard, sharded_dims
 from neuronscope.attach.forward import ForwardContext
 from neuronscope.attach.gradient_hooks import CountedGradient, Counters, Gradients
+from neuronscope.attach.hand_split import HandSplit
 from neuronscope.attach.incoming import Incoming
 from neuronscope.attach.origins import ACTIVATED, CONSTANT, LOST, UNITS, WEIGHT, Operand, Origin
 from neuronscope.attach.readers import carry_site
@@ -102,6 +103,7 @@ class SiteFinder:
     Attributes:
         unmeasured: What is not measured.
         is_tensor_parallel: Returns whether ranks share the neurons of the model's layers.
+        split: The layers that ranks share by hand.
         paths: Returns the paths of the model's modules.
     """
 
@@ -114,6 +116,7 @@ class SiteFinder:
     ) -> None:
         self.unmeasured = Unmeasured(forward.flow)
         self.is_tensor_parallel: Callable[[], bool] = lambda: False
+        self.split = HandSplit(None)
         self.paths: Callable[[], Collection[str]] = tuple
         self._forward = forward
         self._gradients = gradients
@@ -200,6 +203,8 @@ class SiteFinder:
         notes += tuple(
             f"read by `{layer}`, which {reason}" for layer in readers if (reason := flow.applied_elsewhere(layer))
         )
+        if self.split.holds(info.layer):
+            incoming.notes["ranks share its layer by hand"] = None
         return replace(
             info,
             output=output,
@@ -561,6 +566,9 @@ class SiteFinder:
     def _shard(self, x: Tensor, layout: NeuronLayout, units: Units | None, key: SiteKey) -> NeuronShard | None:
         """Return which neurons of the layer this rank holds; ``None`` after noting why that is not known."""
         if not is_distributed(x):
+            by_hand = None if units is None else self.split.shard(units.layer, neurons_in(x.shape, layout))
+            if by_hand is not None:
+                return by_hand
             found = self._forward.flow.shard(x, layout.axis, "" if units is None else units.layer)
             if found is None:
                 self.unmeasured.note(key.name, "ranks share its layer, and it has a part of each rank's units")

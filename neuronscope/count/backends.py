@@ -19,9 +19,10 @@ import torch
 from torch import Tensor
 
 from neuronscope.count.captured_graphs import StepClock, is_capturing, keep_for_graphs
-from neuronscope.count.counters import CounterTensors, SiteCounters
+from neuronscope.count.counter_tensors import CounterTensors, has_float64
+from neuronscope.count.counters import SiteCounters
 from neuronscope.count.neuron_layout import NeuronLayout
-from neuronscope.count.pieces import CountedAt, Pieces, has_float64
+from neuronscope.count.pieces import CountedAt, Pieces
 from neuronscope.count.triton_counting import TritonKernels
 from neuronscope.errors import warn_user
 
@@ -211,12 +212,14 @@ def add_outputs_on_device(
     if not is_capturing(y):
         counters.positions += positions
         counters.examples += examples
-        moment = _moment(y, clock)
+        tensors, begin = _room_for(counters, y, clock, positions)
+        moment = CountedAt(clock.step - begin)
     elif _is_warm(y, layout, mask, tolerance):
         moment = _captured(counters, y, clock, positions, examples)
+        tensors = counters.tensors
     else:
         return NOT_WARM
-    backend_for(y.device.type).add_outputs(counters.tensors, y, layout, mask, moment, tolerance)
+    backend_for(y.device.type).add_outputs(tensors, y, layout, mask, moment, tolerance)
     return ""
 
 
@@ -240,12 +243,14 @@ def add_gradients_on_device(
         return ""
     if not is_capturing(gradient):
         counters.gradient_positions += positions
-        moment = _moment(gradient, clock)
+        zeros = counters.tensors.zero_gradients if gradient.is_cuda else counters.room_for_gradients(positions)
+        moment = CountedAt(clock.step)
     elif _is_warm(gradient, layout, mask, None):
         moment = _captured(counters, gradient, clock, positions, 0)
+        zeros = counters.tensors.zero_gradients
     else:
         return NOT_WARM
-    backend_for(gradient.device.type).add_gradients(counters.tensors, gradient, layout, mask, moment)
+    backend_for(gradient.device.type).add_gradients(_gradients(counters, zeros), gradient, layout, mask, moment)
     return ""
 
 
@@ -257,15 +262,30 @@ def _is_warm(tensor: Tensor, layout: NeuronLayout, mask: Tensor | None, toleranc
     return backend.kernels is None or backend.kernels.is_warm(tensor, layout, mask, tolerance)
 
 
-def _moment(tensor: Tensor, clock: StepClock) -> CountedAt:
-    if tensor.is_cuda:
-        clock.on(tensor.device)  # a later capture needs it
-    return CountedAt(clock.step)
+def _room_for(counters: SiteCounters, y: Tensor, clock: StepClock, positions: int) -> tuple[CounterTensors, int]:
+    """Return the tensors to which an output is added, and the step from which they count steps.
+
+    On CUDA they are 64 bits wide, and not those of a window: a capture may follow, whose replays nobody counts on the
+    host, and in which nothing can be made. It needs the clock too.
+    """
+    if y.is_cuda:
+        clock.on(y.device)
+        return counters.tensors, 0
+    tensors, window = counters.room_for(positions, clock.step, clock.step)
+    return tensors, 0 if window is None else window.first_step
+
+
+def _gradients(counters: SiteCounters, zeros: Tensor) -> CounterTensors:
+    """Return counters whose zeros of gradients are these; the kernels touch no other one but ``traced_gradients``."""
+    window = counters.window
+    held = counters.tensors if window is None or counters.wide is not None else window.tensors
+    return held._replace(zero_gradients=zeros)
 
 
 def _captured(counters: SiteCounters, tensor: Tensor, clock: StepClock, positions: int, examples: int) -> CountedAt:
     """Return when a captured tensor is counted, and keep what the graph writes to and reads."""
     now = clock.on(tensor.device)
-    counters.in_graph = clock.captured = True
+    counters.enter_graph()
+    clock.captured = True
     keep_for_graphs((*counters.tensors, now))
     return CountedAt(clock.step, now, positions, examples)

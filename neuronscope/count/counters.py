@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 import torch.fx.experimental.proxy_tensor
@@ -11,16 +12,14 @@ from torch import Tensor
 from torch._dynamo.trace_rules import get_torch_obj_rule_map, manual_torch_name_rule_map
 from torch._dynamo.variables import TorchInGraphFunctionVariable
 
+from neuronscope.count.counter_tensors import NEVER, CounterTensors, WindowCounts, add_whole, wide_tensors
 from neuronscope.count.counting import ScratchBuffers, is_finite, measure, plain_outputs, plain_zeros
 from neuronscope.count.neuron_layout import Dims, neurons_first
-from neuronscope.count.pending_counts import NEVER, PendingCounts
-from neuronscope.count.pieces import has_float64
+from neuronscope.count.pending_counts import PendingCounts
 from neuronscope.count.positions import blank_positions
 from neuronscope.count.small_tensors import SMALL, SmallTensors
 
 __all__ = [
-    "NEVER",
-    "CounterTensors",
     "SiteCounters",
     "add_gradients",
     "add_outputs",
@@ -30,50 +29,27 @@ __all__ = [
     "register_gradient_hook",
 ]
 
+#: Size of the buffer in which the counts of a wide layer are added up, part by part: 512 kB stay in the cache.
+_AT_ONCE = 1 << 17
+
 Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")
-
-
-class CounterTensors(NamedTuple):
-    """The tensors of one site's running counts, ``(N,)`` each; see :class:`~neuronscope.tally.census.Tally`.
-
-    Attributes:
-        zero_outputs: int64.
-        zero_gradients: int64.
-        not_finite: int64.
-        abs_sum: float64; float32 on a device that has no float64.
-        last_active: int64; −1 = never.
-        first_active: int64; ``NEVER`` = never.
-        traced: int64 ``(2,)``: positions and examples that compiled graphs added, less the positions that
-            :func:`leave_out` took off.
-        traced_gradients: int64 ``(1,)``: the same for gradient positions. Like ``zero_gradients``, no forward graph
-            changes it: a backward graph keeps the tensors that it changes from its forward on, and the forward may run
-            again in between.
-    """
-
-    zero_outputs: Tensor
-    zero_gradients: Tensor
-    not_finite: Tensor
-    abs_sum: Tensor
-    last_active: Tensor
-    first_active: Tensor
-    traced: Tensor
-    traced_gradients: Tensor
 
 
 class SiteCounters:
     """Count the outputs and gradients of one site in one phase, on the site's device.
 
-    The tensors are updated in place and keep their identity over resets, so that a compiled graph may hold them. In
-    eager mode on the CPU, counts wait in ``outputs``, ``gradients``, ``small_outputs`` and ``small_gradients``;
-    :meth:`flush` adds them to the tensors.
+    In eager mode the host knows what is added, and counts are kept in ``window``, in 16 bytes a neuron, until it is
+    full. What counts by itself on the device adds to ``tensors``, in 64 bits: nobody knows there how much it adds.
+    Either is made when it is needed. On the CPU counts wait first, in ``outputs``, ``gradients``, ``small_outputs`` and
+    ``small_gradients``; :meth:`add_waiting` adds them.
 
     Args:
         neurons: Number of neurons, ``N``.
         device: Device of the activation.
 
     Attributes:
-        tensors: The counts; complete after :meth:`flush`.
+        window: The newest counts; complete after :meth:`add_waiting`. ``None`` if there are none.
         open: Whether gradients are still counted; false after the watch has ended.
         in_graph: Whether a compiled graph, or a captured one, holds the tensors.
         clock: Where compiled graphs read the optimizer step, int64 without dimensions; set when there is a graph.
@@ -86,6 +62,8 @@ class SiteCounters:
         positions: Positions that were counted in eager mode; those of compiled graphs are in ``tensors.traced``.
         gradient_positions: The same for gradients.
         examples: The same for examples.
+        traced: See :class:`~neuronscope.count.counter_tensors.CounterTensors`, and so is the next.
+        traced_gradients: See there.
         last_forward: Number of the last forward that a graph of a part of the model counted: int64, without dimensions.
     """
 
@@ -94,23 +72,15 @@ class SiteCounters:
         self.open = True
         self.in_graph = False
         self.shared = False
+        self.window: WindowCounts | None = None
+        self._wide: CounterTensors | None = None
         self.unreadable = False
         self.gate: SiteCounters | None = None
         self.clock: Tensor
         self.sharded_dims: tuple[int | None, ...] = ()
         with torch.inference_mode(False):
-            real = torch.float64 if has_float64(device.type) else torch.float32
-            long, double = (torch.zeros(neurons, dtype=kind, device=device) for kind in (torch.int64, real))
-            self.tensors = CounterTensors(
-                zero_outputs=long,
-                zero_gradients=long.clone(),
-                not_finite=long.clone(),
-                abs_sum=double,
-                last_active=torch.full((neurons,), -1, dtype=torch.int64, device=device),
-                first_active=torch.full((neurons,), NEVER, dtype=torch.int64, device=device),
-                traced=torch.zeros(2, dtype=torch.int64, device=device),
-                traced_gradients=torch.zeros(1, dtype=torch.int64, device=device),
-            )
+            self.traced = torch.zeros(2, dtype=torch.int64, device=device)
+            self.traced_gradients = torch.zeros(1, dtype=torch.int64, device=device)
             self.last_forward = torch.full((), -1, dtype=torch.int64, device=device)
         self.outputs = PendingCounts(2, neurons)
         self.gradients = PendingCounts(1, neurons)
@@ -126,6 +96,63 @@ class SiteCounters:
         self._forward_positions = 0  # its positions and its examples so far
         self._forward_examples = 0
 
+    @functools.cached_property
+    def tensors(self) -> CounterTensors:
+        """Counts in 64 bits, which keep their identity over resets from the first use on: a graph may hold them."""
+        return self._in_64_bits()
+
+    @property
+    def wide(self) -> CounterTensors | None:
+        """Counts in 64 bits as far as there are any; with those of ``window`` they are all."""
+        return self._wide
+
+    def _in_64_bits(self) -> CounterTensors:
+        if self._wide is None:
+            with torch.inference_mode(False), torch.no_grad(), torch._C.DisableTorchFunction():
+                self._wide = wide_tensors(self.neurons, self.traced, self.traced_gradients)
+        return self._wide
+
+    def enter_graph(self) -> None:
+        """Note that a graph holds the tensors from now on. They are there before they are traced."""
+        self.in_graph = True
+        self.tensors = self._in_64_bits()
+
+    def room_for(self, positions: int, first: int, last: int) -> tuple[CounterTensors, WindowCounts | None]:
+        """Return the tensors to which outputs are to be added, and the window that these belong to, if to any.
+
+        Args:
+            positions: Positions of the outputs.
+            first: Their first optimizer step.
+            last: Their last one.
+        """
+        window = self.window
+        if window is None or not window.take(positions, first, last):
+            window = self._new_window()
+            if not window.take(positions, first, last):
+                return self._in_64_bits(), None
+        return window.tensors, window
+
+    def room_for_gradients(self, positions: int) -> Tensor:
+        """Return the tensor to which the zeros of gradients are to be added.
+
+        Args:
+            positions: Positions of the gradients.
+        """
+        window = self.window
+        if window is None or not window.take_gradients(positions):
+            window = self._new_window()
+            if not window.take_gradients(positions):
+                return self._in_64_bits().zero_gradients
+        return window.tensors.zero_gradients
+
+    def _new_window(self) -> WindowCounts:
+        """Begin a new window; the counts of the one before it, if any, go on in 64 bits."""
+        with torch.inference_mode(False), torch.no_grad(), torch._C.DisableTorchFunction():
+            if self.window is not None:
+                self.window.carry_to(self._in_64_bits())
+            self.window = WindowCounts(self.neurons, self.traced, self.traced_gradients)
+        return self.window
+
     def note_step(self, step: int) -> None:
         """Note that everything counted so far is of this optimizer step or an earlier one. Does not synchronize.
 
@@ -137,7 +164,7 @@ class SiteCounters:
         traced = None
         if self.in_graph:
             with torch.inference_mode(False), torch.no_grad(), torch._C.DisableTorchFunction():
-                traced = self.tensors.traced[0].clone()
+                traced = self.traced[0].clone()
         self._by_step.append((step, self.positions, traced))
 
     def positions_by_step(self) -> tuple[tuple[int, int], ...]:
@@ -171,20 +198,17 @@ class SiteCounters:
             attempt: Which compilation it is, and which attempt.
         """
         *first_attempt, changes = self._first_traced
-        now = self.tensors.traced._version
+        now = self.traced._version
         if forward == self._forward and (attempt == tuple(first_attempt) or changes != now):
             return False
         self._forward, self._first_traced = forward, (*attempt, now)
         return True
 
-    def flush(self, scratch: ScratchBuffers | None = None) -> CounterTensors:
-        """Add everything that waits to the tensors.
+    def add_waiting(self, scratch: ScratchBuffers | None = None) -> None:
+        """Add everything that waits to the tensors, which are complete until the next output or gradient is counted.
 
         Args:
-            scratch: Buffers to reuse, for a caller that flushes the counters of many sites.
-
-        Returns:
-            The tensors. They are complete until the next output or gradient is counted.
+            scratch: Buffers to reuse, for a caller that does this for the counters of many sites.
         """
         with torch.inference_mode(False), torch.no_grad(), torch._C.DisableTorchFunction():
             if len(self.small_outputs) or len(self.small_gradients):
@@ -192,6 +216,13 @@ class SiteCounters:
                 self._count_small_outputs(scratch)
                 self._count_small_gradients(scratch)
             self._add_rows()
+
+    def flush(self) -> CounterTensors:
+        """Return everything that was counted in 64 bits: complete until the next output or gradient is counted."""
+        self.add_waiting()
+        if self.window is not None:
+            self.window.carry_to(self.tensors)
+            self.window = None
         return self.tensors
 
     def share(self, tensors: CounterTensors) -> None:
@@ -203,7 +234,9 @@ class SiteCounters:
         with torch.inference_mode(False), torch.no_grad(), torch._C.DisableTorchFunction():
             for mine, view in zip(self.flush(), tensors, strict=True):
                 view.copy_(mine)
-        self.tensors, self.shared = tensors, True
+        self.tensors = self._wide = tensors
+        self.shared = True
+        self.traced, self.traced_gradients = tensors.traced, tensors.traced_gradients
 
     def make_room(self, scratch: ScratchBuffers) -> None:
         """Count the small tensors that wait, if there is no room for more."""
@@ -245,18 +278,46 @@ class SiteCounters:
 
     def _add_rows(self) -> None:
         if len(self.outputs):
-            self._add(self.outputs.zeros(), self.outputs.magnitudes(), *self.outputs.active())
-            self.outputs.clear()
+            rows = self.outputs
+            self._add(*self.room_for(*rows.span), rows.zeros(), rows.magnitudes(), *rows.active())
+            rows.clear()
         if len(self.gradients):
-            self.tensors.zero_gradients.add_(self.gradients.zeros())
+            positions, *_ = self.gradients.span
+            self.room_for_gradients(positions).add_(self.gradients.zeros())
             self.gradients.clear()
 
-    def _add(self, zeros: Tensor, magnitudes: Tensor, last_active: Tensor, first_active: Tensor) -> None:
-        tensors = self.tensors
+    def add_row(self, row: Tensor, positions: int, step: int, scratch: ScratchBuffers) -> None:
+        """Count one output of a wide layer.
+
+        Args:
+            row: Zeros and magnitudes, float32 ``(2, N)``, or zeros of a gradient ``(1, N)``.
+            positions: Positions of the tensor, below 2**24.
+            step: Optimizer step of an output.
+            scratch: Reusable buffers.
+        """
+        with torch.inference_mode(False), torch.no_grad(), torch._C.DisableTorchFunction():
+            work = scratch.numbers(_AT_ONCE)[:_AT_ONCE]
+            if len(row) == 1:
+                add_whole(row[0], self.room_for_gradients(positions), work)
+                return
+            _, window = self.room_for(positions, step, step)
+            if window is not None:  # there is room in a new one: the positions are fewer than 2**24
+                window.add_row(row, positions, step, work)
+
+    def _add(
+        self,
+        tensors: CounterTensors,
+        window: WindowCounts | None,
+        zeros: Tensor,
+        magnitudes: Tensor,
+        last: Tensor,
+        first: Tensor,
+    ) -> None:
+        begin = 0 if window is None else window.first_step
         tensors.zero_outputs.add_(zeros)
         tensors.abs_sum.add_(magnitudes)
-        torch.maximum(tensors.last_active, last_active, out=tensors.last_active)
-        torch.minimum(tensors.first_active, first_active, out=tensors.first_active)
+        torch.maximum(tensors.last_active, (last - begin).clamp(min=-1), out=tensors.last_active)
+        torch.minimum(tensors.first_active, first - begin, out=tensors.first_active)
 
     def add_plain(self, y: Tensor, axis: int, step: int, tolerance: float) -> None:
         """Count one output by the plain formula.
@@ -268,9 +329,13 @@ class SiteCounters:
             tolerance: See :class:`neuronscope.judge.verdicts.Policy`.
         """
         zeros, bad, magnitudes = plain_outputs(y, axis, tolerance)
-        fired = zeros + bad < y.numel() // self.neurons
-        self.tensors.not_finite.add_(bad)
-        self._add(zeros, magnitudes, torch.where(fired, step, -1), torch.where(fired, step, NEVER))
+        positions = y.numel() // self.neurons
+        fired = zeros + bad < positions
+        tensors, window = self.room_for(positions, step, step)
+        if not tensors.not_finite.numel():
+            tensors, window = self._in_64_bits(), None
+        tensors.not_finite.add_(bad)
+        self._add(tensors, window, zeros, magnitudes, torch.where(fired, step, -1), torch.where(fired, step, NEVER))
 
     @property
     def counts_on_device(self) -> bool:
@@ -286,22 +351,26 @@ class SiteCounters:
         """Return the positions, gradient positions and examples so far.
 
         Args:
-            traced: The numbers of ``tensors.traced`` and ``tensors.traced_gradients``, if they were copied to the host
+            traced: The numbers of ``traced`` and ``traced_gradients``, if they were copied to the host
                 already. Otherwise they are copied here, which synchronizes.
         """
         if traced is None:
-            traced = (*self.tensors.traced.tolist(), *self.tensors.traced_gradients.tolist())
+            traced = (*self.traced.tolist(), *self.traced_gradients.tolist())
         return self.positions + traced[0], self.gradient_positions + traced[2], self.examples + traced[1]
 
     def reset(self) -> None:
-        """Set every count to its start, in the same tensors."""
+        """Set every count to its start: in the same tensors if anybody holds them, and without any otherwise."""
         for waiting in (self.outputs, self.gradients, self.small_outputs, self.small_gradients):
             waiting.clear()
+        self.window = None
+        if "tensors" not in vars(self):
+            self._wide = None
         with torch.inference_mode(False), torch.no_grad():
-            for counter in self.tensors:
+            for counter in self._wide or (self.traced, self.traced_gradients):
                 counter.zero_()
-            self.tensors.last_active.fill_(-1)
-            self.tensors.first_active.fill_(NEVER)
+            if self._wide is not None:
+                self._wide.last_active.fill_(-1)
+                self._wide.first_active.fill_(NEVER)
         self.positions = self.gradient_positions = self.examples = 0
         self._by_step.clear()
 
@@ -340,13 +409,15 @@ def add_outputs(
             counters.make_room(scratch)
         return
     rows = counters.outputs
-    row = rows.next()
-    if measure(y, axis, scratch, tolerance, row) and is_finite(row):
+    row = rows.next() if rows.room else scratch.row(2, counters.neurons)
+    if not (measure(y, axis, scratch, tolerance, row) and is_finite(row)):
+        counters.add_plain(y, axis, step, tolerance)
+    elif not rows.room:
+        counters.add_row(row, positions, step, scratch)
+    else:
         rows.add_rows(positions, (step,))
         if rows.full:
-            counters.flush()
-    else:
-        counters.add_plain(y, axis, step, tolerance)
+            counters.add_waiting(scratch)
 
 
 def add_gradients(counters: SiteCounters, gradient: Tensor, axis: int, scratch: ScratchBuffers) -> None:
@@ -366,12 +437,15 @@ def add_gradients(counters: SiteCounters, gradient: Tensor, axis: int, scratch: 
             counters.make_room(scratch)
         return
     rows = counters.gradients
-    if measure(gradient, axis, scratch, 0.0, rows.next()):
+    row = rows.next() if rows.room else scratch.row(1, counters.neurons)
+    if not measure(gradient, axis, scratch, 0.0, row):
+        counters.room_for_gradients(positions).add_(plain_zeros(gradient, axis, 0.0))
+    elif not rows.room:
+        counters.add_row(row, positions, 0, scratch)
+    else:
         rows.add_rows(positions, (0,))
         if rows.full:
-            counters.flush()
-    else:
-        counters.tensors.zero_gradients.add_(plain_zeros(gradient, axis, 0.0))
+            counters.add_waiting(scratch)
 
 
 def leave_out(counters: SiteCounters, positions: Tensor, *, gradients: bool = False) -> None:

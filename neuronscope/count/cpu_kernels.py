@@ -71,6 +71,7 @@ class ScratchBuffers(threading.local):
                 (), dtype=torch.float32, device="cpu"
             )  # comparing with a tensor is quicker than with a number
             self.buffer = torch.empty(0, dtype=torch.float32, device="cpu")
+            self._row = torch.empty(0, dtype=torch.float32, device="cpu")
             self.words = torch.empty(0, dtype=torch.int64, device="cpu")
             self.sums = torch.empty(0, dtype=torch.int64, device="cpu")
 
@@ -107,6 +108,19 @@ class ScratchBuffers(threading.local):
             with torch.inference_mode(False):
                 self.buffer = torch.empty(size, dtype=torch.float32, device="cpu")
         return self.buffer
+
+    def row(self, quantities: int, neurons: int) -> Tensor:
+        """Return a buffer for the counts of one tensor, float32 ``(quantities, N)``: of wide layers none are kept.
+
+        Args:
+            quantities: 1 for zeros, 2 for zeros and magnitudes.
+            neurons: ``N``.
+        """
+        size = quantities * neurons
+        if self._row.numel() < size:
+            with torch.inference_mode(False):
+                self._row = torch.empty(size, dtype=torch.float32, device="cpu")
+        return self._row[:size].view(quantities, neurons)
 
     def _make(self, tensor: Tensor, axis: int, quantities: int) -> Plan:
         small = tensor.numel() <= _SMALL
@@ -281,8 +295,10 @@ class _Block:
 class _Rows:
     """Reduces blocks of few positions, ``(outer, n, 1)``: whole rows are added as words, each from a new word on.
 
-    Magnitudes are added up in pieces that have all rows, so that no partial sums are left. The zeros are taken from
-    such a piece too, so that the tensor itself is read once.
+    Where no number is below zero, as behind a ReLU, magnitudes are the numbers themselves: with so few positions,
+    writing them into a buffer takes longer than to see this and to add them up in place. Other magnitudes are added up
+    in pieces that have all rows, so that no partial sums are left. The zeros are taken from such a piece too, so that
+    the tensor itself is read once.
     """
 
     def __init__(self, shape: Shape, scratch: ScratchBuffers) -> None:
@@ -300,6 +316,7 @@ class _Rows:
             (piece, scratch.buffer[: outer * (piece.stop - piece.start)].view(outer, -1), self._flags[:, piece])
             for piece in _slices(neurons, _PIECE // outer)
         ]
+        self._signed = False  # whether any number was below zero so far; then it is not asked again
 
     def fill(self, part: Tensor, tolerance: float, out: Tensor) -> None:
         """Count zeros, and add up magnitudes if ``out`` has two rows, as :meth:`_Block.fill` does.
@@ -310,23 +327,35 @@ class _Rows:
             out: float32 ``(quantities, n)``, is overwritten.
         """
         rows = part.squeeze(2)
+        in_place = len(out) > 1 and self._in_place(rows)
+        in_pieces = len(out) > 1 and not in_place
         in_float32 = rows.dtype is not torch.float64  # whose smallest numbers are zeros in float32
-        piecewise = len(out) > 1 and tolerance == 0 and in_float32
+        with_flags = in_pieces and tolerance == 0 and in_float32
         if tolerance != 0:
             compare(rows, tolerance, self._zero, self._numbers)
             self._flags.copy_(self._numbers)
-        elif not piecewise:
+        elif not with_flags:
             self._flags.copy_(rows)  # NaN is not zero
-        for columns, numbers, flags in self._pieces if len(out) > 1 else ():
+        if in_place:
+            torch.sum(rows, 0, out=out[1])
+        for columns, numbers, flags in self._pieces if in_pieces else ():
             magnitudes(rows[:, columns], numbers)
             torch.sum(numbers, 0, out=out[1, columns])
-            if piecewise:
+            if with_flags:
                 flags.copy_(numbers)  # they are still in the cache
         self._blank.zero_()
         torch.sum(self._words, 0, out=self._sums)
-        out[0].copy_(self._bytes)
         if tolerance == 0:
-            torch.sub(self._positions, out[0], out=out[0])
+            torch.sub(self._positions, self._bytes, out=out[0])
+        else:
+            out[0].copy_(self._bytes)
+
+    def _in_place(self, rows: Tensor) -> bool:
+        """Whether the numbers are their magnitudes: they are float32, and no sign bit is set."""
+        if rows.dtype is not torch.float32:
+            return False
+        self._signed = self._signed or int(rows.view(torch.int32).amin()) < 0
+        return not self._signed
 
 
 def _block(shape: Shape, scratch: ScratchBuffers) -> _Block | _Rows:

@@ -11,7 +11,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from neuronscope.count.counters import NEVER, CounterTensors, SiteCounters
+from neuronscope.count.counter_tensors import NEVER, CounterTensors
+from neuronscope.count.counters import SiteCounters
 from neuronscope.count.neuron_layout import Dims, rows_first
 
 __all__ = ["ExpertCounters", "JoinedCounters", "add_expert_gradients", "add_expert_outputs"]

@@ -12,16 +12,19 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["NEVER", "PendingCounts"]
+from neuronscope.count.counter_tensors import NEVER
 
-#: ``first_active_step`` of a neuron that never fired.
-NEVER = 1 << 62
+__all__ = ["PendingCounts"]
+
 #: Maximal number of rows, and of numbers in them (128 kB of float32).
 _ROWS, _NUMBERS = 64, 1 << 15
 
 
 class PendingCounts:
     """Rows for the counts ``(quantities, N)`` of several calls, on the CPU.
+
+    Attributes:
+        room: How many there are; 0 for so wide a layer that not even two fit.
 
     Args:
         quantities: 1 for zeros, 2 for zeros and magnitudes.
@@ -36,7 +39,8 @@ class PendingCounts:
     """
 
     def __init__(self, quantities: int, neurons: int) -> None:
-        self.room = max(1, min(_ROWS, _NUMBERS // max(quantities * neurons, 1)))
+        room = min(_ROWS, _NUMBERS // max(quantities * neurons, 1))
+        self.room = room if room > 1 else 0
         self._shape = (self.room, quantities, neurons)
         with torch.inference_mode(False):
             self._rows = torch.empty(0, dtype=torch.float32, device="cpu")  # made when it is needed
@@ -84,23 +88,21 @@ class PendingCounts:
         """Whether no row is free."""
         return len(self._steps) == self.room
 
+    @property
+    def span(self) -> tuple[int, int, int]:
+        """The positions of all rows together, their first step and their last one."""
+        return sum(self._positions), min(self._steps), max(self._steps)
+
     def zeros(self) -> Tensor:
         """Return the zeros of all rows together, int64 ``(N,)``."""
-        if len(self) == 1:  # of wide layers there is one: each tensor less is a good part of the cost
-            return self._each[0][0].long()
         return self._kept(0).sum(0, dtype=torch.float64).long()  # whole numbers below 2**53: exact
 
     def magnitudes(self) -> Tensor:
         """Return the magnitudes of all rows together, float64 ``(N,)``."""
-        if len(self) == 1:
-            return self._each[0][1].double()
         return self._kept(1).sum(0, dtype=torch.float64)
 
     def active(self) -> tuple[Tensor, Tensor]:
         """Return the last and the first step at which each neuron fired, int64 ``(N,)``; −1 and ``NEVER`` if none."""
-        if len(self) == 1:
-            fired, step = self._each[0][0] < self._positions[0], self._steps[0]
-            return torch.where(fired, step, -1), torch.where(fired, step, NEVER)
         positions, steps = torch.tensor([self._positions, self._steps], dtype=torch.int64, device="cpu")[:, :, None]
         fired = self._kept(0) < positions
         return torch.where(fired, steps, -1).amax(0), torch.where(fired, steps, NEVER).amin(0)

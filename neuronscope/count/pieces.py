@@ -8,23 +8,19 @@ float64 there is none.
 
 from __future__ import annotations
 
-import functools
 import itertools
 import math
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from neuronscope.count.counter_tensors import NEVER, CounterTensors
 from neuronscope.count.neuron_layout import NeuronLayout, neuron_dims_first
-from neuronscope.count.pending_counts import NEVER
 from neuronscope.count.positions import mask_dims
 
-if TYPE_CHECKING:
-    from neuronscope.count.counters import CounterTensors
-
-__all__ = ["CountedAt", "Pieces", "has_float64", "keep_view", "rounded"]
+__all__ = ["CountedAt", "Pieces", "keep_view", "rounded"]
 
 #: Most bytes of the magnitudes of a piece: 2**22 numbers of float32.
 _BYTES = 1 << 24
@@ -227,22 +223,6 @@ class _NeuronSums:
         torch.sum(piece, self._dims, dtype=self.total.dtype, out=self._one)
         if self._one is not self.total:
             self.total.add_(self._one)
-
-
-@functools.cache
-def has_float64(device_type: str) -> bool:
-    """Whether a type of device computes in float64.
-
-    >>> has_float64("cpu"), has_float64("mps")
-    (True, False)
-    """
-    if device_type in ("cpu", "meta", "cuda"):
-        return True
-    try:
-        one = torch.ones(1, dtype=torch.float32, device=device_type)
-        return (torch.zeros(1, dtype=torch.float64, device=device_type) + one).sum().item() == 1
-    except (RuntimeError, TypeError, AssertionError, NotImplementedError):
-        return False
 
 
 def keep_view(tensor: Tensor, layout: NeuronLayout, mask: Tensor | None) -> Tensor | None:

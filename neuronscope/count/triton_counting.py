@@ -9,18 +9,16 @@ from __future__ import annotations
 
 import struct
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from neuronscope.count.captured_graphs import is_capturing
+from neuronscope.count.counter_tensors import CounterTensors
 from neuronscope.count.kernel_plan import PROGRAMS, KernelPlan, plan_for
 from neuronscope.count.neuron_layout import NeuronLayout
 from neuronscope.count.pieces import CountedAt, Pieces, keep_view, rounded
-
-if TYPE_CHECKING:
-    from neuronscope.count.counters import CounterTensors
 
 __all__ = ["TritonKernels"]
 

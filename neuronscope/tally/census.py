@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from neuronscope.count.counters import NEVER
+from neuronscope.count.counter_tensors import NEVER
 from neuronscope.errors import StateError
 from neuronscope.judge.distinct import DistinctNeurons
 from neuronscope.sites import IncomingRows, ReaderColumns, SiteInfo

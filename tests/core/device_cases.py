@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from neuronscope.count.counters import NEVER, SiteCounters
+from neuronscope.count.counter_tensors import NEVER
+from neuronscope.count.counters import SiteCounters
 from neuronscope.count.neuron_layout import NeuronLayout
 from neuronscope.count.pieces import CountedAt, rounded
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from neuronscope.build_report import make_report
-from neuronscope.count.counters import NEVER
+from neuronscope.count.counter_tensors import NEVER
 from neuronscope.judge.verdicts import LABELS, Policy
 from neuronscope.report.report import Report, SiteReport
 from neuronscope.sites import SiteInfo

@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from torch import nn
 
 import neuronscope as ns
-from neuronscope.count.counters import NEVER
+from neuronscope.count.counter_tensors import NEVER
 from neuronscope.errors import StateError
 from neuronscope.sites import SiteInfo
 from neuronscope.tally.census import Census, Tally

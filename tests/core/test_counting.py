@@ -14,8 +14,12 @@ import torch
 from hypothesis import given
 from torch import Tensor
 
-from neuronscope.count.counters import NEVER, SiteCounters, add_gradients, add_outputs
+from neuronscope.count import counter_tensors
+from neuronscope.count.counter_tensors import NEVER
+from neuronscope.count.counters import SiteCounters, add_gradients, add_outputs
 from neuronscope.count.counting import ScratchBuffers, count_outputs, count_zeros
+from neuronscope.sites import SiteInfo
+from neuronscope.tally.collect import read_tallies
 
 SCRATCH = ScratchBuffers()
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
@@ -142,6 +146,20 @@ def test_few_positions_of_many_neurons(shape, dtype, tolerance):
 def test_few_positions_of_more_neurons_than_a_block_holds():
     tensor = torch.randn(3, 700_001).relu()
     assert_counts(tensor, 1)
+
+
+@pytest.mark.parametrize("below", [None, 3, 499_999])
+def test_few_positions_with_and_without_a_number_below_zero(below):
+    """Where no sign bit is set, magnitudes are added up in place; a tensor with one, and those after it, are not."""
+    tensor = torch.randn(9, 100_003).relu()
+    scratch = ScratchBuffers()
+    for _ in range(2):
+        if below is not None:
+            tensor.view(-1)[below] = -2.5
+        zeros, _, magnitude = plain(tensor, 1)
+        counted = count_outputs(tensor, 1, scratch)
+        assert counted.zeros.tolist() == zeros.tolist()
+        np.testing.assert_allclose(counted.abs_sum.numpy(), magnitude, rtol=1e-6)
 
 
 def test_wide_counters_know_when_each_neuron_fired():
@@ -309,9 +327,20 @@ def test_the_counters_of_a_site_are_right_after_each_step():
     assert counters.flush().first_active.tolist() == [NEVER] * 3
 
 
+@pytest.mark.parametrize(
+    "full",
+    [{}, {"_POSITIONS": 100}, {"_SUMS": 2}, {"_NEVER_IN_WINDOW": 9}, {"_SEEN_BY_HOST": "nowhere"}],
+    ids=["roomy", "positions", "sums", "steps", "other devices"],
+)
 @pytest.mark.parametrize("neurons", [1, 7, 3000, 20_000])
-def test_many_calls_of_one_site_are_counted_exactly(neurons):
-    """More calls than rows wait, of many sizes and steps, some not finite, read in between: as if each were added."""
+def test_many_calls_of_one_site_are_counted_exactly(neurons, full, monkeypatch):
+    """More calls than rows wait, of many sizes and steps, some not finite, read in between: as if each were added.
+
+    So it is, too, if a window is full after a hundred positions, two sums or nine steps, or none fits into one; and if
+    it counts what is not finite, as on other devices.
+    """
+    for name, value in full.items():
+        monkeypatch.setattr(counter_tensors, name, value)
     counters = SiteCounters(neurons, torch.device("cpu"))
     zeros, broken, gradients = (np.zeros(neurons, dtype=np.int64) for _ in range(3))
     magnitude, last, first = np.zeros(neurons), np.full(neurons, -1), np.full(neurons, NEVER)
@@ -330,6 +359,8 @@ def test_many_calls_of_one_site_are_counted_exactly(neurons):
         last, first = np.where(fired, step, last), np.where(fired & (first == NEVER), step, first)
         if number % 60 == 50:
             counters.flush()
+        if number % 60 == 20:
+            counters.add_waiting()
     tensors = counters.flush()
     assert tensors.zero_outputs.tolist() == zeros.tolist()
     assert tensors.zero_gradients.tolist() == gradients.tolist()
@@ -338,6 +369,22 @@ def test_many_calls_of_one_site_are_counted_exactly(neurons):
     assert tensors.first_active.tolist() == first.tolist()
     np.testing.assert_allclose(tensors.abs_sum.numpy(), magnitude, rtol=1e-5)
     assert counters.totals() == (450, 450, 450)  # 30 rounds of 1 + 2 + 3 + 4 + 5
+
+
+def test_counts_beyond_32_bits_are_exact():
+    """2**31 zeros of a wide layer, and more, in calls of 2**24 − 1 positions, as the host is told of them."""
+    counters, most = SiteCounters(3, torch.device("cpu")), 2**24 - 1
+    row = torch.tensor([[most, most - 1, 0], [0.0, 0.5, 1.0]])
+    for step in range(300):
+        counters.add_row(row, most, 10**12 + step, SCRATCH)
+        counters.add_row(row[:1], most, 0, SCRATCH)
+    tally = read_tallies([(SiteInfo("relu", "relu-like", True, 1, "declared"), counters)])[0]
+    assert tally.zero_outputs.tolist() == tally.zero_gradients.tolist() == [300 * most, 300 * (most - 1), 0]
+    assert tally.zero_outputs[0] > 2**32
+    assert tally.abs_sum.tolist() == [0.0, 150.0, 300.0]
+    assert tally.last_active_step.tolist() == [-1, 10**12 + 299, 10**12 + 299]
+    assert tally.first_active_step.tolist() == [NEVER, 10**12, 10**12]
+    assert [each.tolist() for each in counters.flush()[:2]] == [tally.zero_outputs.tolist()] * 2
 
 
 def test_small_tensors_of_many_kinds_at_one_site_are_counted_exactly():

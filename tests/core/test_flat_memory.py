@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import neuronscope as ns
+from neuronscope.count.counters import SiteCounters, add_gradients, add_outputs
+from neuronscope.count.counting import ScratchBuffers
 from neuronscope.errors import UsageError
 
 
@@ -35,8 +37,8 @@ def evaluate(scope: ns.Scope, model: nn.Module, number: int, name: str) -> None:
         model(data(number))
 
 
-def held_bytes(scope: ns.Scope) -> tuple[int, int]:
-    """Return the bytes of all tensors and arrays that a scope holds, and the number of objects but for integers."""
+def held_bytes(scope: object) -> tuple[int, int]:
+    """Return the bytes of all tensors and arrays that an object holds, and the number of objects but for integers."""
     queue: list[Any] = [scope]
     seen: dict[int, Any] = {}
     storages: dict[int, int] = {}
@@ -51,6 +53,40 @@ def held_bytes(scope: ns.Scope) -> tuple[int, int]:
             storages[each.ctypes.data if each.base is None else id(each)] = each.nbytes
         queue.extend(gc.get_referents(each))
     return sum(storages.values()), len(seen)
+
+
+def held_by_counters(scope: ns.Scope) -> int:
+    """Return the bytes of the running counts of all phases that a scope watches."""
+    return sum(held_bytes(counters)[0] for counters in scope._hooks.recorder.sites.all_counters())
+
+
+def test_running_counts_take_sixteen_bytes_a_neuron_in_one_phase_and_in_64() -> None:
+    """Each count in 32 bits, steps in 16; a phase that does not run holds nothing. Widths of which no rows wait."""
+    neurons = 20_000
+    model = nn.Sequential(nn.Linear(2, neurons), nn.ReLU(), nn.Linear(neurons, 2))
+    some = 100  # of numbers that a site has but once
+    with ns.watch(model) as scope:
+        for number in range(64):
+            for _ in range(3):
+                model(torch.randn(5, 2)).sum().backward()
+                scope.step()
+            assert 16 * neurons <= held_by_counters(scope) <= 16 * neurons + 10 * some
+            with scope.phase(f"val_{number}"), torch.no_grad():
+                model(torch.randn(5, 2))
+                assert 32 * neurons <= held_by_counters(scope) <= 32 * neurons + 10 * some
+    assert len(scope.phases) == 65
+
+
+def test_running_counts_of_ten_million_neurons_take_sixteen_bytes_each() -> None:
+    counters, scratch = SiteCounters(10**7, torch.device("cpu")), ScratchBuffers()
+    y = torch.ones(1, 10**7)
+    y[:, ::2] = 0
+    add_outputs(counters, y, 1, 1, 5, scratch, 0.0)
+    add_gradients(counters, y, 1, scratch)
+    assert 16 * 10**7 <= held_bytes(counters)[0] <= 16 * 10**7 + 100
+    window = counters.window
+    assert window is not None
+    assert [int(each.sum()) for each in window.tensors[:2]] == [5 * 10**6] * 2
 
 
 @pytest.mark.filterwarnings("ignore:More than 64 phases")

@@ -195,6 +195,7 @@ def test_the_compiler_traces_finding_blanking_and_leaving_out() -> None:
     model = Net()
     positions = PositionMask("attention_mask", CallArguments(model))
     counters = SiteCounters(4, torch.device("cpu"))
+    counters.enter_graph()
     step, scratch = torch.zeros((), dtype=torch.int64), ScratchBuffers()
 
     def count(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor) -> None:

@@ -130,7 +130,8 @@ def off_the_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Let tensors of the CPU go the way of those of a device that has no kernels and no float64."""
     monkeypatch.setattr(torch.Tensor, "is_cpu", property(lambda self: False), raising=False)
     monkeypatch.setattr(backends, "_used", {"cpu": Backend("cpu")})
-    monkeypatch.setattr("neuronscope.count.counters.has_float64", lambda device_type: False)
+    monkeypatch.setattr("neuronscope.count.counter_tensors.has_float64", lambda device_type: False)
+    monkeypatch.setattr("neuronscope.count.counter_tensors._SEEN_BY_HOST", "nowhere")
     yield
     monkeypatch.undo()
 

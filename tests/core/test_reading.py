@@ -76,8 +76,8 @@ def test_a_census_is_one_copy_a_type_of_number(monkeypatch: pytest.MonkeyPatch, 
         cat = torch.cat
         monkeypatch.setattr(torch, "cat", lambda tensors: joined.append(len(tensors)) or cat(tensors))
         assert len(scope.census()) == sites
-    # Seven counters of int64 (the traced totals among them) and one of float64 a site.
-    assert sorted(joined[:2]) == [sites, 7 * sites]
+    # A sum of float32, two steps of int16, the traced totals of int64, and three counts of int32 a site.
+    assert sorted(joined[:4]) == [sites, 2 * sites, 2 * sites, 3 * sites]
 
 
 def test_idle_steps_of_a_window_that_wants_examples_read_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -52,7 +52,7 @@ def count(first: int, last: int) -> None:
 def watch() -> None:
     """Watch a network on the CPU whose tensors go the way of those on a GPU, and compare with the CPU's own counts."""
     import neuronscope as ns
-    from neuronscope.count import backends
+    from neuronscope.count import backends, counter_tensors
     from neuronscope.count.triton_counting import TritonKernels
 
     def census(on_device: bool) -> Any:
@@ -65,6 +65,7 @@ def watch() -> None:
         if on_device:
             backends._used["cpu"] = backends.Backend("cpu", TritonKernels())
             torch.Tensor.is_cpu = property(lambda self: False)
+            counter_tensors._SEEN_BY_HOST = "nowhere"
         try:
             with ns.watch(net) as scope:
                 for _ in range(3):

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import neuronscope as ns
+from tests.ranks.hand_split import hand_split
 from tests.ranks.parallel import counted
 from tests.ranks.recorded import Recorder
 from tests.ranks.uneven import POLICY, WIDTH, batch
@@ -174,4 +175,5 @@ NO_COPIES = (
     *(other_experts, experts_of_copies),
     *(local_steps, local_statistics, tried_before),
     *(given_group, given_group_later, not_in_the_group),
+    hand_split,
 )

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from neuronscope.count.counters import NEVER
+from neuronscope.count.counter_tensors import NEVER
 from neuronscope.sites import SiteInfo
 from neuronscope.tally.census import Census, Tally
 from neuronscope.tally.distributed.sync import Exchanges, RankSync

@@ -12,7 +12,7 @@ import numpy as np
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from neuronscope.count.counters import NEVER
+from neuronscope.count.counter_tensors import NEVER
 from neuronscope.sites import SiteInfo
 from neuronscope.tally.census import Census, Tally
 from neuronscope.tally.distributed.sync import RankSync

@@ -14,8 +14,9 @@ from neuronscope.attach.copies import WeightDigest
 from neuronscope.errors import UsageError
 from neuronscope.tally.distributed.sync import _numbered
 from tests.ranks.assertions import assert_equal_counts
+from tests.ranks.hand_split import HIDDEN
 from tests.ranks.no_copies import NO_COPIES, STEPS
-from tests.ranks.recorded import union
+from tests.ranks.recorded import side_by_side, union
 from tests.ranks.spawning import together
 from tests.ranks.uneven import BATCH
 
@@ -73,6 +74,26 @@ def test_only_ranks_with_copies_of_one_network_are_added_up(
     for rank in found:
         assert rank["same_weights"]
         assert any(words in note for note in rank["notes"]) if words else not any("copy" in n for n in rank["notes"])
+
+
+def test_layers_that_ranks_share_by_hand_are_counted_whole_if_the_watch_is_told(given: list[dict[str, Any]]) -> None:
+    """Two pairs of ranks: each pair shares `fc1` by its units and `fc2` by its inputs, and has data of its own."""
+    found = [rank["hand_split"] for rank in given]
+    own = [rank["own"] for rank in found]
+    wanted = {name: union([own[0][name], own[2][name]]) for name in own[0]}
+    halves = [side_by_side([first["fc1/relu"], second["fc1/relu"]]) for first, second in (own[:2], own[2:])]
+    wanted["fc1/relu"] = union(halves)
+    assert len(wanted["fc1/relu"]["zero_outputs"]) == HIDDEN
+    assert wanted["fc1/relu"]["examples"] == STEPS * BATCH
+    for number, rank in enumerate(found):
+        assert_equal_counts(rank["told"], wanted)
+        assert rank["told, notes"] == []
+        assert ["by hand" in words for words in rank["told, weights"]] == [False, True, True]
+        assert rank["told, same"]
+        alike = own[number % 2], own[number % 2 + 2]  # they hold the same parts
+        assert_equal_counts(rank["not_told"], {name: union([each[name] for each in alike]) for name in own[0]})
+        assert "the other 2 ranks hold no copy" in rank["not_told, notes"][0]
+        assert rank["not_told, same"]
 
 
 def test_a_network_may_run_before_its_weights_are_broadcast(given: list[dict[str, Any]]) -> None:

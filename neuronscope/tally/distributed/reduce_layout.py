@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from neuronscope.count.counters import NEVER
+from neuronscope.count.counter_tensors import NEVER
 from neuronscope.sites import SiteInfo
 from neuronscope.tally.census import Census, Tally
 from neuronscope.tally.distributed.collectives import Collectives

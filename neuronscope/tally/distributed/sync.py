@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 import torch.distributed as dist
 
-from neuronscope.count.counters import NEVER
+from neuronscope.count.counter_tensors import NEVER
 from neuronscope.errors import NeuronscopeWarning
 from neuronscope.options import ProcessGroup
 from neuronscope.sites import SiteInfo
