@@ -79,6 +79,12 @@ $(VENV)/.networks: $(VENV)/.test requirements-networks.txt
 	$(PIP) install $(PIP_ARGS) --no-deps --target $(VENV)/networks -r requirements-networks.txt
 	@touch $@
 
+# The compiler of the GPU kernels, for tests that need no GPU: see requirements-triton.txt.
+$(VENV)/.triton: $(VENV)/.made requirements-triton.txt
+	@rm -rf $(VENV)/triton
+	$(PIP) install $(PIP_ARGS) --no-deps --target $(VENV)/triton -r requirements-triton.txt
+	@touch $@
+
 # Tools that benchmarks compare with. Apart from the rest and without their dependencies but for those listed, so that no
 # test meets them and torch stays as it is.
 $(VENV)/.peers: $(VENV)/.test requirements-peers.txt
@@ -100,7 +106,7 @@ browser:
 demo: $(VENV)/.demo
 	$(RUN) neuronscope demo --out $(OUT)
 
-test: $(VENV)/.test $(VENV)/.networks $(VENV)/.specimens browser
+test: $(VENV)/.test $(VENV)/.networks $(VENV)/.specimens $(VENV)/.triton browser
 	$(RUN) python -m pytest $(PYTEST_ARGS)
 
 check: test coverage lint types imports doctest docs examples wheel

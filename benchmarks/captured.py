@@ -1,7 +1,6 @@
-"""A whole training step that is captured as a CUDA graph by hand, watched: what its report says of the replays.
+"""A whole training step that is captured as a CUDA graph by hand, and replayed, watched.
 
-A replay runs the device's work and no line of Python, so that nothing can be counted in it. What must not happen is
-that the report is silent about it.
+A replay runs the device's work and no line of Python. It counts, because the capture has recorded the counting too.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 
 import neuronscope as ns
 
-__all__ = ["replayed"]
+__all__ = ["REPLAYS", "WARM", "replayed"]
 
 WARM, REPLAYS = 3, 5
 

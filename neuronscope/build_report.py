@@ -17,12 +17,17 @@ from neuronscope.tally.census import Census, Tally
 from neuronscope.tally.distributed.sync import Exchanges
 from neuronscope.tally.phase_record import PhaseRecord
 
-__all__ = ["INFERENCE_APART", "MASK_IGNORED", "ONLY_INFERENCE", "make_report", "not_measured"]
+__all__ = ["INFERENCE_APART", "MASK_IGNORED", "ONLY_INFERENCE", "UNCALLED", "make_report", "not_measured"]
 
 #: The note of a report on training if forwards without gradients were seen too.
 INFERENCE_APART = "Forwards that began without gradients are not counted here, but in phase `inference`."
 #: The note of a report that was asked for on training if no other forwards were seen.
 ONLY_INFERENCE = "No forward with gradients was seen in training, so this report is on phase `inference`."
+#: The note of a report if nobody called the model on observed steps, on a device where a graph may have run it.
+UNCALLED = (
+    "The model was not called at {} of the observed steps. If a CUDA graph ran it there, that was not counted: capture "
+    "a step that is observed, as all are with every_n_steps=1."
+)
 #: The note of a report if rows of several experts were counted in a forward with a mask.
 MASK_IGNORED = "The mask is not applied to the rows that experts are given: their counts include padding."
 #: The note of a report that claims no bound because the user, or a callback, says so.

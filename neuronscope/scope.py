@@ -25,7 +25,8 @@ from neuronscope.attach.optimizer_steps import Optimizers, OptimizerSteps
 from neuronscope.attach.site_finder import Names
 from neuronscope.attach.site_patterns import SitePatterns
 from neuronscope.attach.thread_phases import ThreadPhases
-from neuronscope.build_report import INFERENCE_APART, MASK_IGNORED, ONLY_INFERENCE, make_report, not_measured
+from neuronscope.build_report import INFERENCE_APART, MASK_IGNORED, ONLY_INFERENCE, UNCALLED, make_report, not_measured
+from neuronscope.count.backends import backend_notes
 from neuronscope.count.counters import SiteCounters
 from neuronscope.errors import DetachedError, NothingToWatchError, UsageError, warn_user
 from neuronscope.judge.verdicts import Policy
@@ -97,6 +98,7 @@ class Scope:
         self._retired = False
         self._fault: Fault | None = None
         self._checked = False
+        self._uncalled_steps = 0  # observed steps at which the model was not called
         self._steps_without_model = 0
         self._model_name = model_name(model)
         self._model = weakref.ref(model)
@@ -511,7 +513,8 @@ class Scope:
     def _count_step(self, step: int | None = None) -> bool:
         with self._lock:
             now = self._step + 1 if step is None else step
-            if now < self._quiet_until and not self._threads:
+            quiet = now < self._quiet_until and not self._hooks.recorder.clock.captured
+            if quiet and not self._threads:
                 self._step = now
                 return False
             return self._count_one_step(now)
@@ -522,6 +525,7 @@ class Scope:
             if hooks.note_weights is not None:
                 self._end_first_step()
             if self._threads.name == "train":
+                self._uncalled_steps += hooks.recorder.was_not_called()
                 record.note_step(self._step)
                 if inference is not None:
                     inference.note_step(self._step)
@@ -529,6 +533,8 @@ class Scope:
                 if not self._checked:
                     self._check_patterns()
         self._step = step
+        if hooks.recorder.clock.captured:
+            hooks.recorder.clock.set(step)
         closed = step - record.checked_step >= self.window_steps and self._close_if_due()
         self._observe()
         if not hooks.observing and self._ranks.alone and (inference is None or not record.empty):
@@ -614,6 +620,8 @@ class Scope:
             note = ONLY_INFERENCE if record.empty else INFERENCE_APART
             if record.empty:
                 phase, record = INFERENCE, inference
+        ignored_mask = MASK_IGNORED if self._hooks.recorder.ignored_mask else ""
+        uncalled = UNCALLED.format(self._uncalled_steps) if self._uncalled_steps else ""
         return make_report(
             record,
             model=self._model_name,
@@ -627,7 +635,7 @@ class Scope:
                 self._hooks.recorder.unmeasured.phases_of_modules,
                 self._patterns.wants,
             ),
-            notes=(note, self._ranks.note, MASK_IGNORED if self._hooks.recorder.ignored_mask else ""),
+            notes=(note, self._ranks.note, ignored_mask, uncalled, *backend_notes()),
             exchanges=self._ranks.exchanges,
             fault=self._current_fault(),
             acts=self.act_record.acts,

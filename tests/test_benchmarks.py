@@ -52,16 +52,18 @@ def test_the_gpu_benchmarks_run_on_a_cpu_too() -> None:
     assert list(MODES) == ["eager", "compiled", "CUDA graphs"]
     # Inductor, which is slow to compile, is what the script itself takes.
     modes = {"eager": None, "traced": {"backend": "aot_eager"}}
-    bandwidth, steps, captured = tables("cpu", quick=True, modes=modes)
+    bandwidth, means, bits, captured, steps = tables("cpu", quick=True, modes=modes)
     assert len(bandwidth.rows) == 4  # two shapes, two types
-    nets = [(net, mode) for net in ("ResNet-50-like", "GPT-2-like") for mode in modes]
+    assert [row[1:] for row in bits.rows] == [("equal", "not asked")] * 2
+    nets = [(net, mode) for mode in modes for net in ("ResNet-50-like, batch 2", "GPT-2-like")]
     assert [tuple(row[:2]) for row in steps.rows] == nets
     # The sites: a stem and two blocks of three, and one block of one. The steps: 3 to begin with, a warm one, a round.
-    counted = [f"{sites} of {sites} sites at each of 5 steps" for sites in (7, 7, 1, 1)]
+    counted = [f"{sites} of {sites} sites at each of 5 steps" for sites in (7, 1, 7, 1)]
     assert [row[-2] for row in steps.rows] == counted
     assert {(row[-3], row[-1]) for row in steps.rows} == {("not asked", "not asked")}
     assert [row[-1] for row in captured.rows] == ["only CUDA has such graphs"]
-    assert {len(row) - len(table.columns) for table in (bandwidth, steps, captured) for row in table.rows} == {0}
+    made = (bandwidth, means, bits, captured, steps)
+    assert {len(row) - len(table.columns) for table in made for row in table.rows} == {0}
 
 
 def test_the_default_overhead_is_that_of_one_observed_step_in_twenty() -> None:

@@ -38,7 +38,9 @@ from neuronscope.attach.origins import LOST
 from neuronscope.attach.row_owners import Owners
 from neuronscope.attach.site_finder import Call, CountersFactory, DeclaredAxis, SiteFinder, neurons_in
 from neuronscope.attach.unmeasured import place_of
-from neuronscope.attach.unsupported import BATCHED_GRADIENT, describe_input, in_transform
+from neuronscope.attach.unsupported import BATCHED_GRADIENT, CAPTURED, describe_input, in_transform
+from neuronscope.count.backends import add_gradients_on_device, add_outputs_on_device
+from neuronscope.count.captured_graphs import StepClock, is_capturing
 from neuronscope.count.counters import (
     SiteCounters,
     add_gradients,
@@ -77,7 +79,7 @@ class SiteRecorder:
     Attributes:
         phase: The phase that is counted. In ``train``, what runs without gradients is counted as ``inference``.
         step: The optimizer step that is counted.
-        step_tensor: The same as a tensor, for compiled graphs: int64, without dimensions.
+        clock: The same on each device, for graphs.
         compiled: Whether ``torch.compile`` traced any part of the model.
         trace_error: An error of our own while ``torch.compile`` traced, if there was one.
         forward: The forward that is running.
@@ -105,8 +107,8 @@ class SiteRecorder:
         self.compiled = False
         self.trace_error: Exception | None = None
         self.step = 0
-        with torch.inference_mode(False):
-            self.step_tensor = torch.zeros((), dtype=torch.int64, device="cpu")
+        self.clock = StepClock()
+        self._asked_at = -1  # number of the forward when `was_not_called` was last asked
         self.forward = ForwardContext(names, examples, masks)
         self.sites = SiteFinder(self.forward, self, new_counters, declared_axis)
         self.unmeasured = self.sites.unmeasured
@@ -176,10 +178,15 @@ class SiteRecorder:
         """
         self.phase = phase
         self.forward.training = phase == "train"
-        self.step = step
-        if self.compiled:
+        self.step = self.clock.step = step
+        if self.compiled or self.clock.devices:
             with unwatched():
-                self.step_tensor.fill_(step)
+                self.clock.set(step)
+
+    def was_not_called(self) -> bool:
+        """Whether no forward began since this was last asked, on a device on which a CUDA graph may have run it."""
+        before, self._asked_at = self._asked_at, self.forward.number
+        return bool(before == self._asked_at and self.clock.devices) and not (self.clock.captured or self.compiled)
 
     def forget_phase(self, phase: str) -> set[SiteKey]:
         """Forget the counters of a phase, so that they are made anew if it runs again.
@@ -308,7 +315,7 @@ class SiteRecorder:
         if not self.compiled:
             self.compiled = True
             with torch._C.DisableTorchFunction():
-                self.step_tensor.fill_(self.step)
+                self.clock.set(self.step)
         forward = self.forward
         running = forward.module_stack  # by hooks that ran in eager code, and were not traced
         if running:
@@ -349,6 +356,7 @@ class SiteRecorder:
         counters = call.counters if isinstance(call.counters, SiteCounters) else None
         if counters is not None:
             counters.enter_graph()
+            counters.clock = self.clock.on(counters.traced.device)
         self._found.append(len(self._traced))
         part = self.forward.parts.tracing
         first = part or (counters is not None and counters.is_first_call(self.forward.number, trace_attempt()))
@@ -501,6 +509,9 @@ class SiteRecorder:
         y = y.detach()
         if forward.mask is not None:
             self.ignored_mask = True
+        if is_capturing(y):
+            self.unmeasured.note(self.sites.name_of(counters), CAPTURED)
+            return
         with self.lock:
             if isinstance(counters, ExpertCounters) and isinstance(owners, Tensor):
                 add_expert_outputs(
@@ -509,7 +520,10 @@ class SiteRecorder:
                 return
             for own, part in _parts_of(counters, y, dims, owners):
                 examples = own.new_examples(forward.number, forward.examples, part.numel() // own.neurons)
-                add_outputs(own, part, 2, examples, self.step, self._scratch, self._tolerance)
+                if part.is_cpu:
+                    add_outputs(own, part, 2, examples, self.step, self._scratch, self._tolerance)
+                else:
+                    add_outputs_on_device(own, part, NeuronLayout(2), None, examples, self.clock, self._tolerance)
 
     def _count_site(self, counters: SiteCounters, y: Tensor, layout: NeuronLayout) -> None:
         if self.sampler is not None:
@@ -518,9 +532,9 @@ class SiteRecorder:
         plain = y.detach() if y.requires_grad else y
         if type(y) is not Tensor:
             plain = local_tensor(plain)
-        left_out = None
-        if layout.dims is not None or forward.mask is not None:
-            plain, axis, left_out = _arranged(plain, layout, forward.mask)
+        here = plain.is_cpu
+        if here and (layout.dims is not None or forward.mask is not None):
+            plain, axis = _arranged(plain, layout, forward.mask)
             if not plain.numel():
                 return
         with self.lock:
@@ -529,9 +543,12 @@ class SiteRecorder:
                 new = once_a_forward(examples, forward.number_tensor, counters.last_forward)
                 counters.traced[1].add_(new)
                 examples = 0
-            add_outputs(counters, plain, axis, examples, self.step, self._scratch, self._tolerance)
-            if left_out is not None:
-                leave_out(counters, left_out)
+            if here:
+                add_outputs(counters, plain, axis, examples, self.step, self._scratch, self._tolerance)
+            elif reason := add_outputs_on_device(
+                counters, plain, layout, forward.mask, examples, self.clock, self._tolerance
+            ):
+                self.unmeasured.note(self.sites.name_of(counters), reason)
 
     def _count_in_graph(self, call: int, y: Tensor) -> None:
         counters = self._counters_of(call)
@@ -548,7 +565,7 @@ class SiteRecorder:
             examples = min(positions, self.forward.examples)
             if self._is_in_part(call):
                 examples = once_a_forward(examples, self.forward.number_tensor, counters.last_forward)
-        add_outputs(counters, plain, axis, examples, self.step_tensor, self._scratch, self._tolerance)
+        add_outputs(counters, plain, axis, examples, counters.clock, self._scratch, self._tolerance)
         if left_out is not None:
             leave_out(counters, left_out)
 
@@ -660,24 +677,24 @@ class SiteRecorder:
             if isinstance(counters, JoinedCounters):
                 self._count_gradient_rows(counters, plain, layout, owners)
                 return
-            axis = layout.axis
-            left_out = None
-            if layout.dims is not None or mask is not None:
-                plain, axis, left_out = _arranged(plain, layout, mask)
+            axis, here = layout.axis, plain.is_cpu
+            if here and (layout.dims is not None or mask is not None):
+                plain, axis = _arranged(plain, layout, mask)
                 if not plain.numel():
                     return
             with self.lock:
                 self.got_gradients = True
-                add_gradients(counters, plain, axis, self._scratch)
-                if left_out is not None:
-                    leave_out(counters, left_out, gradients=True)
+                if here:
+                    add_gradients(counters, plain, axis, self._scratch)
+                elif reason := add_gradients_on_device(counters, plain, layout, mask, self.clock):
+                    self._note_gradient(counters, reason)
 
     def _count_gradient_rows(
         self, counters: JoinedCounters, gradient: Tensor, layout: NeuronLayout, owners: Owners | None
     ) -> None:
         """Count a gradient whose rows are of several experts; see :meth:`_count_rows`."""
         dims = layout.dims
-        if dims is None or owners is None or not gradient.numel():
+        if dims is None or owners is None or not gradient.numel() or is_capturing(gradient):
             return
         with self.lock:
             self.got_gradients = True
@@ -685,7 +702,10 @@ class SiteRecorder:
                 add_expert_gradients(counters, gradient, dims, owners)
                 return
             for own, part in _parts_of(counters, gradient, dims, owners):
-                add_gradients(own, part, 2, self._scratch)
+                if part.is_cpu:
+                    add_gradients(own, part, 2, self._scratch)
+                else:
+                    add_gradients_on_device(own, part, NeuronLayout(2), None, self.clock)
 
     def _note_gradient(self, counters: Counters, reason: str) -> None:
         self.unmeasured.note(self.sites.name_of(counters), reason)
@@ -741,17 +761,12 @@ def _first_output(y: Any) -> Any:
     return y[0] if isinstance(y, (tuple, list)) and len(y) > 0 else y
 
 
-def _arranged(tensor: Tensor, layout: NeuronLayout, mask: Tensor | None) -> tuple[Tensor, int, Tensor | None]:
-    """Return what to count of a tensor, its neuron axis, and how many positions to take off again.
+def _arranged(tensor: Tensor, layout: NeuronLayout, mask: Tensor | None) -> tuple[Tensor, int]:
+    """Return what to count of a tensor on the CPU, and its neuron axis.
 
     Args:
         tensor: Output or gradient ``(…, N, …)``.
         layout: Where its neurons lie. A mask applies only if one dimension indexes them.
         mask: Which positions are counted, bool ``(B, T)``; ``None`` = all.
     """
-    if layout.dims is not None:
-        return *neurons_first(tensor, *layout), None
-    if tensor.device.type == "cpu":
-        return *keep_positions(tensor, layout.axis, mask), None
-    blank, left_out = blank_positions(tensor, layout.axis, mask)
-    return blank, layout.axis, left_out
+    return keep_positions(tensor, layout.axis, mask) if layout.dims is None else neurons_first(tensor, *layout)

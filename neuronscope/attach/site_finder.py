@@ -22,7 +22,8 @@ from neuronscope.attach.row_owners import Owners
 from neuronscope.attach.selections import Selected, Selections
 from neuronscope.attach.units import Run, Units, slice_dim
 from neuronscope.attach.unmeasured import Unmeasured, place_of
-from neuronscope.attach.unsupported import IN_TRANSFORM, holds_no_data, in_transform, unsupported_reason
+from neuronscope.attach.unsupported import CAPTURED, IN_TRANSFORM, in_transform, unsupported_reason
+from neuronscope.count.captured_graphs import is_capturing
 from neuronscope.count.counters import SiteCounters
 from neuronscope.count.expert_counters import ExpertCounters, JoinedCounters
 from neuronscope.count.neuron_layout import NeuronLayout, assumed_layout
@@ -270,9 +271,11 @@ class SiteFinder:
         ordinal = forward.ordinal(origin, activation.name) if origin.units is not None else 0
         if type(x) is Tensor and not x.is_nested:  # tensors of other classes are examined each time
             kept = id(activation)  # the registry keeps it
-            without = not x.is_cpu and holds_no_data(x)
-            facts = (origin, phase, x.shape, kept, ordinal, path, function, glu_dim, x.layout, without)
+            facts = (origin, phase, x.shape, kept, ordinal, path, function, glu_dim, x.layout, x.is_meta, False)
             found: Call | None = self._calls.get(facts, _UNSEEN)
+            if found is _UNSEEN and not traced and is_capturing(x):  # not seen before the capture
+                facts = (*facts[:-1], True)
+                found = self._calls.get(facts, _UNSEEN)
             if found is not _UNSEEN:
                 units = origin.units
                 if found is None or units is None or units.experts is None:
@@ -632,6 +635,9 @@ class SiteFinder:
         known = self._experts.get((phase, key))
         if known is not None and known.neurons == neurons:
             return known
+        if is_capturing(x):
+            self.unmeasured.note(key.name, CAPTURED)
+            return None
         members = []
         for layer in units.experts.layers:
             own = key._replace(layer=layer)
@@ -668,6 +674,9 @@ class SiteFinder:
             The counters; ``None`` if the site is not wanted, or if its number of neurons has changed.
         """
         if (phase, key) not in self._counters:
+            if is_capturing(x):  # new counters would be a part of the graph
+                self.unmeasured.note(key.name, CAPTURED)
+                return None
             self._counters[phase, key] = self._new_counters(phase, key, info, names, neurons, x.device)
         known = self._counters[phase, key]
         if known is not None and known.neurons != neurons:

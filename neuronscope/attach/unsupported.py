@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-__all__ = ["BATCHED_GRADIENT", "IN_TRANSFORM", "describe_input", "holds_no_data", "in_transform", "unsupported_reason"]
+__all__ = ["BATCHED_GRADIENT", "CAPTURED", "IN_TRANSFORM", "describe_input", "in_transform", "unsupported_reason"]
 
 # Under names that are quick to find.
 _count_transforms = torch._C._functorch.get_dynamic_layer_stack_depth
@@ -26,18 +26,11 @@ BATCHED_GRADIENT = (
 )
 
 
-def holds_no_data(tensor: Tensor) -> bool:
-    """Whether a plain tensor holds no numbers now: it is on ``meta``, or a CUDA graph is being captured.
-
-    A capture records the work of the device without doing it. A replay does the work, and runs no Python.
-
-    Args:
-        tensor: Any tensor that ``torch.compile`` is not tracing.
-
-    >>> holds_no_data(torch.zeros(2)), holds_no_data(torch.zeros(2, device="meta"))
-    (False, True)
-    """
-    return tensor.is_meta or (tensor.is_cuda and torch.cuda.is_current_stream_capturing())
+#: Why a call that was captured in a CUDA graph is not measured.
+CAPTURED = (
+    "it was captured in a CUDA graph, whose replays run no Python, so that they cannot be counted: a capture is "
+    "counted if the same step ran watched and observed before it, and no rows in it are of several experts"
+)
 
 
 def in_transform(tensor: Tensor) -> bool:
@@ -70,11 +63,6 @@ def unsupported_reason(tensor: Tensor) -> str:
     odd = type(tensor) is not Tensor and isinstance(tensor, FakeTensor)
     if odd or tensor.is_meta or tensor.layout is not torch.strided:
         return f"tensors of type {type(tensor).__name__} on {tensor.device.type} cannot be counted"
-    if holds_no_data(tensor):
-        return (
-            "it was captured in a CUDA graph, whose replays run no Python, so that they cannot be counted: call the "
-            "model without a graph while it is watched, or leave the graph to `torch.compile`"
-        )
     return ""
 
 

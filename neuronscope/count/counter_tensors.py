@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import numpy as np
@@ -9,7 +10,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-__all__ = ["NEVER", "CounterTensors", "WindowCounts", "add_whole", "wide_tensors"]
+__all__ = ["NEVER", "CounterTensors", "WindowCounts", "add_whole", "has_float64", "wide_tensors"]
 
 IntArray = npt.NDArray[np.int64]
 
@@ -32,7 +33,7 @@ class CounterTensors(NamedTuple):
         zero_outputs: int64; int32 in a window.
         zero_gradients: The same.
         not_finite: The same; ``(0,)`` in a window on the CPU, where outputs that are not finite are counted in 64 bits.
-        abs_sum: float64; float32 in a window.
+        abs_sum: float64; float32 in a window, and on a device that has no float64.
         last_active: int64, −1 = never; int16 in a window, from its first step on.
         first_active: int64, ``NEVER`` = never; int16 in a window, from its first step on, and its largest number.
         traced: int64 ``(2,)``: positions and examples that compiled graphs added, less the positions that
@@ -52,6 +53,22 @@ class CounterTensors(NamedTuple):
     traced_gradients: Tensor
 
 
+@functools.cache
+def has_float64(device_type: str) -> bool:
+    """Whether a type of device computes in float64.
+
+    >>> has_float64("cpu"), has_float64("mps")
+    (True, False)
+    """
+    if device_type in ("cpu", "meta", "cuda"):
+        return True
+    try:
+        one = torch.ones(1, dtype=torch.float32, device=device_type)
+        return (torch.zeros(1, dtype=torch.float64, device=device_type) + one).sum().item() == 1
+    except (RuntimeError, TypeError, AssertionError, NotImplementedError):
+        return False
+
+
 def wide_tensors(neurons: int, traced: Tensor, traced_gradients: Tensor) -> CounterTensors:
     """Return counters in 64 bits that have counted nothing.
 
@@ -61,11 +78,12 @@ def wide_tensors(neurons: int, traced: Tensor, traced_gradients: Tensor) -> Coun
         traced_gradients: See there.
     """
     zeros = torch.zeros(neurons, dtype=torch.int64, device=traced.device)
+    real = torch.float64 if has_float64(traced.device.type) else torch.float32
     return CounterTensors(
         zeros,
         zeros.clone(),
         zeros.clone(),
-        torch.zeros(neurons, dtype=torch.float64, device=traced.device),
+        torch.zeros(neurons, dtype=real, device=traced.device),
         torch.full_like(zeros, -1),
         torch.full_like(zeros, NEVER),
         traced,

@@ -51,7 +51,8 @@ class SiteCounters:
     Attributes:
         window: The newest counts; complete after :meth:`add_waiting`. ``None`` if there are none.
         open: Whether gradients are still counted; false after the watch has ended.
-        in_graph: Whether a compiled graph holds the tensors.
+        in_graph: Whether a compiled graph, or a captured one, holds the tensors.
+        clock: Where compiled graphs read the optimizer step, int64 without dimensions; set when there is a graph.
         shared: Whether the tensors are counted in together with those of other sites: they are views then.
         unreadable: Whether an output was seen that cannot be counted. Then the gradients do not belong to what is
             counted, and a tally has none.
@@ -75,6 +76,7 @@ class SiteCounters:
         self._wide: CounterTensors | None = None
         self.unreadable = False
         self.gate: SiteCounters | None = None
+        self.clock: Tensor
         self.sharded_dims: tuple[int | None, ...] = ()
         with torch.inference_mode(False):
             self.traced = torch.zeros(2, dtype=torch.int64, device=device)

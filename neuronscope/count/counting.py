@@ -1,9 +1,9 @@
 """Reduce tensors to counts of each neuron: the only arithmetic on the hot path.
 
 The plain formula ``(y == 0).sum(dims)`` takes as long as 14 to 20 passes over the tensor on a CPU. Counting in blocks
-that stay in the cache takes one to two: see :mod:`neuronscope.count.cpu_kernels`. On other devices, and while
-``torch.compile`` traces, the plain formula is used, because a compiler fuses it. No function here synchronizes with a
-device, draws a random number, or keeps the tensor.
+that stay in the cache takes one to two: see :mod:`neuronscope.count.cpu_kernels`. While ``torch.compile`` traces, the
+plain formula is used, because a compiler fuses it. On other devices :mod:`neuronscope.count.backends` counts. No
+function here synchronizes with a device, draws a random number, or keeps the tensor.
 """
 
 from __future__ import annotations
@@ -62,20 +62,17 @@ def plain_outputs(tensor: Tensor, axis: int, tolerance: float) -> tuple[Tensor, 
         tolerance: ``|y| <= tolerance`` counts as zero.
 
     Returns:
-        Zeros (int64), non-finite values (int64) and summed magnitudes (float64), ``(N,)`` each.
+        Zeros (int64), non-finite values (int64) and summed magnitudes, ``(N,)`` each. Magnitudes are float64 on the CPU
+        and of float64 tensors, elsewhere float32: some devices have no float64.
     """
     others = _others(tensor, axis)
     magnitude = tensor.abs()
     bad = ~(magnitude < math.inf)  # one comparison fewer than `isfinite`: a compiler takes long for each operator
     magnitude = magnitude.masked_fill(bad, 0)
-    wide = torch.float64 if tensor.device.type == "cpu" else torch.float32
+    wide = torch.float64 if tensor.dtype is torch.float64 or tensor.device.type == "cpu" else torch.float32
     if not others:
-        return plain_zeros(tensor, axis, tolerance), bad.long(), magnitude.to(torch.float64)
-    return (
-        plain_zeros(tensor, axis, tolerance),
-        bad.sum(others),
-        magnitude.sum(others, dtype=wide).to(torch.float64),
-    )
+        return plain_zeros(tensor, axis, tolerance), bad.long(), magnitude.to(wide)
+    return plain_zeros(tensor, axis, tolerance), bad.sum(others), magnitude.sum(others, dtype=wide)
 
 
 def measure(tensor: Tensor, axis: int, scratch: ScratchBuffers, tolerance: float, out: Tensor) -> bool:

@@ -132,13 +132,14 @@ def add_expert_outputs(
     tensors = counters.tensors
     rows = rows_first(y, dims)
     zeros, bad = torch.zeros_like(tensors.zero_outputs), torch.zeros_like(tensors.not_finite)
+    real = tensors.abs_sum.dtype
     wide = torch.float64 if y.device.type == "cpu" else torch.float32
     for part, own in _pieces(rows, owners):
         finite = torch.isfinite(part)
         magnitude = torch.where(finite, part.abs(), 0)
         zeros.index_add_(0, own, (part == 0 if tolerance == 0 else part.abs() <= tolerance).sum(1))
         bad.index_add_(0, own, (~finite).sum(1))
-        tensors.abs_sum.index_add_(0, own, magnitude.sum(1, dtype=wide).to(torch.float64))
+        tensors.abs_sum.index_add_(0, own, magnitude.sum(1, dtype=wide).to(real))
     positions = _positions(rows, owners, len(zeros))
     tensors.zero_outputs.add_(zeros)
     tensors.not_finite.add_(bad)

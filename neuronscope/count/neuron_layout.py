@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-__all__ = ["Dims", "Factor", "NeuronLayout", "assumed_layout", "neurons_first", "rows_first"]
+__all__ = ["Dims", "Factor", "NeuronLayout", "assumed_layout", "neuron_dims_first", "neurons_first", "rows_first"]
 
 #: Size, and by how many neurons one step along it leads on: 0 for positions, and below 0 for rows of experts.
 Factor = tuple[int, int]
@@ -54,6 +54,32 @@ def neurons_first(tensor: Tensor, axis: int, dims: Dims | None) -> tuple[Tensor,
     """
     if dims is None:
         return tensor, axis
+    view, dimensions = neuron_dims_first(tensor, NeuronLayout(axis, dims))
+    count = 1
+    for size in view.shape[:dimensions]:
+        count = count * size
+    return view.reshape(count, -1), 0
+
+
+def neuron_dims_first(tensor: Tensor, layout: NeuronLayout) -> tuple[Tensor, int]:
+    """Return a view whose first dimensions index the neurons and whose others index the positions. It never copies.
+
+    Args:
+        tensor: As in :func:`neurons_first`.
+        layout: Where its neurons lie.
+
+    Returns:
+        The view, and how many dimensions index the neurons: the first of them the outermost.
+
+    >>> import torch
+    >>> heads = torch.zeros(7, 3, 5, 2)  # (batch, head, time, channel)
+    >>> view, count = neuron_dims_first(heads, NeuronLayout(3, ((), ((3, 2),), ((5, 0),), ((2, 1),))))
+    >>> tuple(view.shape), count
+    ((3, 2, 7, 5), 2)
+    """
+    axis, dims = layout
+    if dims is None:
+        return tensor.movedim(axis, 0), 1
     sizes: list[int] = []
     strides: list[int] = []
     for index, dim in enumerate(dims):
@@ -66,10 +92,7 @@ def neurons_first(tensor: Tensor, axis: int, dims: Dims | None) -> tuple[Tensor,
             strides.append(0)
     neurons = [place for _, place in sorted((-stride, place) for place, stride in enumerate(strides) if stride)]
     others = [place for place, stride in enumerate(strides) if not stride]
-    count = 1
-    for place in neurons:
-        count = count * sizes[place]
-    return tensor.reshape(sizes).permute(neurons + others).reshape(count, -1), 0
+    return tensor.reshape(sizes).permute(neurons + others), len(neurons)
 
 
 def rows_first(tensor: Tensor, dims: Dims) -> Tensor:

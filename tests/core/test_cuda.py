@@ -20,7 +20,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import neuronscope as ns
-from neuronscope.attach.unsupported import holds_no_data
 from tests.core.setups import MIXED, Mixed, adam, batches
 from tests.core.slow_twin import Nobody, Twin, Watched, assert_bits, assert_same, hook_tables, state_of
 
@@ -214,33 +213,67 @@ def test_an_observed_step_waits_for_no_device(device: str) -> None:
     assert scope.census()["trunk.norm/relu"].examples == STEPS * BATCH
 
 
-def check_of_a_captured_step(scope: ns.Scope, counted: int) -> None:
-    """Every site has what was counted before the capture, and the report says that it has no more."""
-    missing = {item.name: item.reason for item in scope.report().not_measured}
-    assert set(missing) == set(scope.census()) == {"0/relu", "2/gelu"}
-    assert all(reason.startswith("it was captured in a CUDA graph") for reason in missing.values())
-    assert {tally.examples for tally in scope.census().values()} == {counted}
-
-
-def test_the_report_says_that_a_captured_step_is_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on CUDA; here a step whose tensors are said to hold nothing stands for the capture."""
-    model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 4), nn.GELU(), nn.Linear(4, 2))
-    with ns.watch(model) as scope:
-        for number in range(4):
-            if number == 3:
-                monkeypatch.setattr("neuronscope.attach.site_finder.holds_no_data", lambda x: True)
-                monkeypatch.setattr("neuronscope.attach.unsupported.holds_no_data", lambda x: True)
-            model(torch.randn(BATCH, 3)).sum().backward()
-            scope.step()
-    check_of_a_captured_step(scope, 3 * BATCH)
-
-
 @pytest.mark.gpu
 def test_a_step_that_is_captured_and_replayed_on_cuda() -> None:
-    from benchmarks.captured import WARM, replayed
+    """Every replay is counted, at its step; `tests/core/test_captured.py` has more, on the CPU."""
+    from benchmarks.captured import REPLAYS, WARM, replayed
 
     model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 4), nn.GELU(), nn.Linear(4, 2)).cuda()
     x = torch.randn(BATCH, 3, device="cuda")
-    assert not holds_no_data(x)
     scope = replayed(model, x, torch.zeros(BATCH, dtype=torch.int64, device="cuda"))
-    check_of_a_captured_step(scope, WARM * BATCH)
+    assert not scope.report().not_measured
+    for tally in scope.census().values():
+        steps = WARM + REPLAYS
+        assert (tally.examples, tally.positions, tally.gradient_positions) == (steps * BATCH,) * 3
+        assert tally.last_active_step.max() == WARM + REPLAYS  # the capture took a step, and counted nothing
+
+
+@pytest.mark.gpu
+def test_the_kernels_count_on_cuda_as_the_slow_twin() -> None:
+    """With the same bits in the sums each time, also on another stream."""
+    from neuronscope.count.backends import backend_for
+    from tests.core.device_cases import case, check, moved
+
+    backend = backend_for("cuda")
+    assert backend.kernels is not None, backend.reason
+    for number in range(600):
+        one = moved(case(number), "cuda")
+        sums = check(backend.kernels, one, captured=number % 3 == 0)
+        aside = torch.cuda.Stream()
+        aside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(aside):
+            again = check(backend.kernels, one)
+        torch.cuda.current_stream().wait_stream(aside)
+        assert torch.equal(sums, again), str(one)
+        check(backend._plain, one)
+
+
+@pytest.mark.gpu
+def test_subnormal_numbers_are_not_zeros_on_cuda() -> None:
+    from neuronscope.count.backends import backend_for
+    from neuronscope.count.counters import SiteCounters
+    from neuronscope.count.neuron_layout import NeuronLayout
+    from neuronscope.count.pieces import CountedAt
+
+    for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        y = torch.full((64, 32), torch.finfo(dtype).smallest_normal, dtype=dtype).div_(4).cuda()
+        counters = SiteCounters(32, y.device)
+        backend_for("cuda").add_outputs(counters.tensors, y, NeuronLayout(1), None, CountedAt(0), 0.0)
+        assert counters.tensors.zero_outputs.tolist() == [0] * 32
+
+
+@pytest.mark.gpu
+def test_memory_on_cuda_does_not_grow_with_the_activation() -> None:
+    from neuronscope.count.backends import backend_for
+    from neuronscope.count.counters import SiteCounters
+    from neuronscope.count.neuron_layout import NeuronLayout
+    from neuronscope.count.pieces import CountedAt, Pieces
+
+    for counting, most in ((backend_for("cuda").kernels, 4 << 20), (Pieces(), 32 << 20)):
+        for shape, axis in (((1 << 16, 4096), 1), ((64, 256, 112, 112), 1), ((4096, 2048, 7, 7), 1)):
+            y = torch.zeros(shape, dtype=torch.bfloat16, device="cuda")
+            counters = SiteCounters(shape[axis], y.device).tensors
+            before = torch.cuda.memory_allocated()
+            torch.cuda.reset_peak_memory_stats()
+            counting.add_outputs(counters, y, NeuronLayout(axis), None, CountedAt(0), 0.0)
+            assert torch.cuda.max_memory_allocated() - before <= most + 100 * shape[axis]
