@@ -19,7 +19,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import neuronscope as ns
-from neuronscope.attach import recorder, site_finder
 from neuronscope.count import backends
 from neuronscope.count.backends import Backend
 from neuronscope.count.captured_graphs import StepClock, _kept
@@ -67,18 +66,18 @@ class Graph(TorchDispatchMode):
 def capture(monkeypatch: pytest.MonkeyPatch) -> Callable[[], contextlib.AbstractContextManager[Graph]]:
     """Tensors of the CPU go the way of those on a GPU; returns what captures."""
     monkeypatch.setattr(torch.Tensor, "is_cpu", property(lambda self: False), raising=False)
+    monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda self: True), raising=False)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(backends, "_used", {"cpu": Backend("cpu")})
 
     @contextlib.contextmanager
     def capturing() -> Iterator[Graph]:
         graph = Graph()
-        for module in (recorder, site_finder, backends):
-            monkeypatch.setattr(module, "is_capturing", lambda tensor: True)
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
         with graph:
             yield graph
         graph.end()
-        for module in (recorder, site_finder, backends):
-            monkeypatch.setattr(module, "is_capturing", lambda tensor: False)
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
 
     return capturing
 
