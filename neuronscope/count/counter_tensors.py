@@ -92,7 +92,7 @@ def wide_tensors(neurons: int, traced: Tensor, traced_gradients: Tensor) -> Coun
 
 
 def _sums_of_magnitudes(neurons: int, device: torch.device) -> Tensor:
-    """Return zeros ``(N,)`` of the widest type: sums of float32 numbers are then the same in whatever parts they come."""
+    """Return zeros ``(N,)`` of the widest type: there the sum of float32 numbers does not depend on their grouping."""
     return torch.zeros(neurons, dtype=torch.float64 if has_float64(device.type) else torch.float32, device=device)
 
 

@@ -378,7 +378,8 @@ def test_counts_beyond_32_bits_are_exact():
     for step in range(300):
         counters.add_row(row, most, 10**12 + step, SCRATCH)
         counters.add_row(row[:1], most, 0, SCRATCH)
-    tally = read_tallies([(SiteInfo("relu", "relu-like", True, 1, "declared"), counters)])[0]
+    info = SiteInfo(activation="relu", kind="relu-like", linear_when_on=True, axis=1, axis_source="declared")
+    tally = read_tallies([(info, counters)])[0]
     assert tally.zero_outputs.tolist() == tally.zero_gradients.tolist() == [300 * most, 300 * (most - 1), 0]
     assert tally.zero_outputs[0] > 2**32
     assert tally.abs_sum.tolist() == [0.0, 150.0, 300.0]

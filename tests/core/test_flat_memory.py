@@ -61,7 +61,7 @@ def held_by_counters(scope: ns.Scope) -> int:
 
 
 def test_running_counts_take_twenty_bytes_a_neuron_in_one_phase_and_in_64() -> None:
-    """Each count in 32 bits, steps in 16, sums in 64; a phase that does not run holds nothing. Widths of which no rows wait."""
+    """Counts in 32 bits, steps in 16; a phase that does not run holds nothing. Of these widths no rows wait."""
     neurons = 20_000
     model = nn.Sequential(nn.Linear(2, neurons), nn.ReLU(), nn.Linear(neurons, 2))
     some = 100  # of numbers that a site has but once
