@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from neuronscope.linear.affine_flow import CONVOLUTION, EACH_POSITION, Stretch
+from neuronscope.linear.affine_flow import CONVOLUTION, EACH_POSITION, WHOLE, Stretch
 from neuronscope.linear.affine_functions import attention_arguments
 from neuronscope.linear.replay import Replayed, replay
 
@@ -73,12 +73,32 @@ def collapsed_map(run: Callable[[Any], Any], inputs: Any, stretch: Stretch, *, p
     """
     affine = stretch.affine
     once = replay(run, inputs, affine, _leaf)
-    source, result = once.source, once.result
     if affine.mixing >= 0:
         return _by_heads(run, inputs, stretch, once)
-    rows, columns, kernel_of = _places(affine.places, source, result)
+    found = _of_places(affine.places, run, inputs, stretch, once, proved=proved)
+    return found or cast("CollapsedMap", _of_places(WHOLE, run, inputs, stretch, once, proved=proved))
+
+
+def _of_places(
+    places: str, run: Callable[[Any], Any], inputs: Any, stretch: Stretch, once: Replayed, *, proved: bool
+) -> CollapsedMap | None:
+    """Return the map of an example, of a position or of a convolution; ``None`` if it is no convolution.
+
+    Args:
+        places: As in :class:`~neuronscope.linear.affine_flow.Affine`.
+        run: Runs the model on inputs.
+        inputs: One batch.
+        stretch: The stretch.
+        once: The forward up to the end of the stretch.
+        proved: Whether it is affine for every input.
+
+    Raises:
+        ValueError: As :func:`collapsed_map`.
+    """
+    affine, source, result = stretch.affine, once.source, once.result
+    rows, columns, kernel_of = _places(places, source, result)
     if len(rows) * source[0].numel() > MOST_ELEMENTS:
-        return CollapsedMap(*_widths(affine.places, source, result))
+        return CollapsedMap(*_widths(places, source, result))
     derivatives = _jacobian(result[0].flatten()[rows], source)
     if derivatives[:, 1:].any():
         raise ValueError("an example's result depends on other examples")
@@ -101,13 +121,18 @@ def collapsed_map(run: Callable[[Any], Any], inputs: Any, stretch: Stretch, *, p
         return CollapsedMap(columns, len(rows), _rank(matrix), 1, kernel, matrix, moved[0], difference)
     weight = matrix.reshape(len(rows), -1, *kernel)
     border_share = _border_share(weight, moved[0], full.reshape(len(rows), *source.shape[1:]), source, result)
+    if border_share is None:
+        return None
     return CollapsedMap(
         weight.shape[1], len(rows), _rank(matrix), 1, kernel, matrix, moved[0], difference, border_share
     )
 
 
-def _border_share(weight: Tensor, offset: Tensor, middle: Tensor, source: Tensor, result: Tensor) -> float:
+def _border_share(weight: Tensor, offset: Tensor, middle: Tensor, source: Tensor, result: Tensor) -> float | None:
     """Return the share of positions at which one convolution gives something else than the layers.
+
+    ``None`` if it gives the same at one position only: then the kernel is none, as behind a transposed convolution, or
+    where the map is so small that the borders cut the kernel off in the middle too.
 
     Args:
         weight: The kernel in the middle of the map, ``(outputs, inputs, *kernel)``.
@@ -126,7 +151,7 @@ def _border_share(weight: Tensor, offset: Tensor, middle: Tensor, source: Tensor
             towards = torch.autograd.grad(result[(0, slice(None), *before)].abs().sum(), source, retain_graph=True)[0]
             stride = starts[dim] - _window_starts(towards[0].abs().sum(0))[dim]
         if stride < 1:
-            return 1.0
+            return None
         first = starts[dim] - stride * centre[dim]
         missing = first + stride * (size - 1) + kernel[dim] - given.shape[dim + 2]
         padding = [0, 0] * (result.dim() - 3 - dim) + [-first, missing]
@@ -136,7 +161,7 @@ def _border_share(weight: Tensor, offset: Tensor, middle: Tensor, source: Tensor
     found = convolve(given, weight, offset, stride=strides)
     scale = result.detach().abs().max()
     unlike = (found - result.detach()).abs().amax((0, 1)) > scale * torch.finfo(result.dtype).eps ** 0.5
-    return float(unlike.double().mean())
+    return None if unlike.sum() >= unlike.numel() - 1 > 0 else float(unlike.double().mean())
 
 
 def _window_starts(weights: Tensor) -> list[int]:

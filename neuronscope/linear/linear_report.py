@@ -91,8 +91,8 @@ class LinearLayers:
         if self.difference is not None:
             near = f"The map gives what the layers give, to within {self.difference:.1e} of the largest output"
             unlike = (
-                f", but not at {percent(100 * self.border_share)} of the positions, near the borders: there a layer pads"
-                " what another one gave"
+                f", but not at {percent(100 * self.border_share)} of the positions, near the borders: there a layer"
+                " pads what another one gave"
             )
             lines.append(f"{near}{unlike if self.border_share else ''}.")
         return " ".join(lines)

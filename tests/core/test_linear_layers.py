@@ -82,6 +82,24 @@ def test_a_convolution_says_where_padding_between_the_layers_makes_it_another(
     assert ("near the borders" in str(report)) == (expected > 0)
 
 
+@pytest.mark.parametrize(
+    ("first", "size"),
+    [
+        (nn.ConvTranspose2d(3, 4, 2, stride=2), 4),  # its kernel differs from one position to the next
+        (nn.Conv2d(3, 4, 3, padding=1), 4),  # the kernel of 5 × 5 is wider than the map
+    ],
+)
+def test_a_map_without_a_kernel_is_one_of_all_elements(first: nn.Module, size: int) -> None:
+    net = nn.Sequential(first, nn.Conv2d(4, 5, 3, padding=1), nn.ReLU())
+    x = torch.randn(2, 3, size, size, dtype=torch.float64)
+    (found,) = ns.check_linear(net.double(), x).stretches
+    assert found.kernel == ()
+    assert found.matrix is not None
+    assert found.offset is not None
+    expected = net[:2](x).flatten(1).detach().numpy()
+    np.testing.assert_allclose(x.flatten(1).numpy() @ found.matrix.T + found.offset, expected, rtol=1e-9, atol=1e-9)
+
+
 class Residual(nn.Module):
     """``head(x + f2(act(f1(x))))``."""
 
