@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -148,7 +148,8 @@ def _border_share(weight: Tensor, offset: Tensor, middle: Tensor, source: Tensor
         before = [at - (dim == each) for each, at in enumerate(centre)]
         stride = 1
         if size > 1:  # how far the kernel moves from one position to the next
-            towards = torch.autograd.grad(result[(0, slice(None), *before)].abs().sum(), source, retain_graph=True)[0]
+            neighbour = result[0].flatten(1)[:, _flat(before, result.shape[2:])].abs().sum()
+            towards = torch.autograd.grad(neighbour, source, retain_graph=True)[0]
             stride = starts[dim] - _window_starts(towards[0].abs().sum(0))[dim]
         if stride < 1:
             return None
@@ -162,6 +163,14 @@ def _border_share(weight: Tensor, offset: Tensor, middle: Tensor, source: Tensor
     scale = result.detach().abs().max()
     unlike = (found - result.detach()).abs().amax((0, 1)) > scale * torch.finfo(result.dtype).eps ** 0.5
     return None if unlike.sum() >= unlike.numel() - 1 > 0 else float(unlike.double().mean())
+
+
+def _flat(at: list[int], shape: Sequence[int]) -> int:
+    """Return the index of a position in a map of positions that was flattened."""
+    index = 0
+    for place, size in zip(at, shape, strict=True):
+        index = index * size + place
+    return index
 
 
 def _window_starts(weights: Tensor) -> list[int]:
