@@ -39,7 +39,7 @@ Result = TypeVar("Result")
 class SiteCounters:
     """Count the outputs and gradients of one site in one phase, on the site's device.
 
-    In eager mode the host knows what is added, and counts are kept in ``window``, in 16 bytes a neuron, until it is
+    In eager mode the host knows what is added, and counts are kept in ``window``, in 20 bytes a neuron, until it is
     full. What counts by itself on the device adds to ``tensors``, in 64 bits: nobody knows there how much it adds.
     Either is made when it is needed. On the CPU counts wait first, in ``outputs``, ``gradients``, ``small_outputs`` and
     ``small_gradients``; :meth:`add_waiting` adds them.
