@@ -22,15 +22,14 @@ from torch import Tensor, nn
 from neuronscope.attach.compiling import traced_call, traced_modules, traced_variable, unwatched
 from neuronscope.attach.dtensor import NeuronShard, is_distributed, is_later_shard, local_tensor, neuron_shard
 from neuronscope.attach.examples import all_tensors
+from neuronscope.attach.expert_rows import ExpertRows
 from neuronscope.attach.layer_names import LayerNames, layers_before
 from neuronscope.attach.operators import (
     LAYERS,
     Index,
     Listed,
     Operation,
-    grouped_offsets,
     is_elementwise,
-    is_grouped,
     keeps_zero,
     lose,
     may_bend,
@@ -53,14 +52,13 @@ from neuronscope.attach.origins import (
     PickedMatrices,
 )
 from neuronscope.attach.readers import carry_layer, columns_of, read_dim
-from neuronscope.attach.row_owners import EveryExpert, Joined, JoinedRows, Offsets, Owners, Picked, RowOwners, Weighed
-from neuronscope.attach.tensor_map import TensorMap
+from neuronscope.attach.tensor_map import TensorMap, nested_tensors
 from neuronscope.attach.torch_functions import spellings
-from neuronscope.attach.units import Units, has_rows, has_units, place
+from neuronscope.attach.units import Units, has_units, place
 from neuronscope.count.neuron_layout import Dims
 from neuronscope.sites import ReaderColumns
 
-__all__ = ["LEAVING", "SHIFTED", "UNSEEN", "NeuronFlow", "nested_tensors", "plain_shape"]
+__all__ = ["LEAVING", "SHIFTED", "UNSEEN", "NeuronFlow", "plain_shape"]
 
 #: Begins the name of a function that autograd's graph shows, and no function mode.
 UNSEEN = "unseen "
@@ -157,6 +155,7 @@ class NeuronFlow:
 
     Attributes:
         read: Calls of layers whose outputs another layer reads, as bits; they are no outputs of the network.
+        expert_rows: Knows which expert each row of a layer of experts is of.
         layers: The layer of each call, in the order of the calls.
     """
 
@@ -167,8 +166,7 @@ class NeuronFlow:
         self._weights: TensorMap[Origin] = TensorMap()
         self._outcomes: dict[tuple[Any, ...], _Outcome] = {}  # by the facts that they follow from
         self._steady: dict[tuple[int, int], _SteadyCall] = {}  # see `_note_steady`
-        self._weighed: TensorMap[Weighed] = TensorMap()  # of weights that data picked
-        self._rows: dict[tuple[int, ...], RowOwners] = {}  # of the calls of layers of experts, and of joined ones
+        self.expert_rows = ExpertRows(self._origin_in_call)
         self._variables: dict[tuple[Any, str], tuple[Origin, tuple[int, ...]]] = {}  # see `note_variables`
         self.layers: list[str] = []
         self.read = 0
@@ -195,8 +193,7 @@ class NeuronFlow:
         """Forget everything about tensors, because a forward begins or a step is over."""
         self._close_calls()
         self._origins.clear()
-        self._weighed.clear()
-        self._rows.clear()
+        self.expert_rows.clear()
         self._variables.clear()
         self.layers.clear()
         self.read = 0
@@ -466,8 +463,8 @@ class NeuronFlow:
             for output in outputs:
                 self._forget_steady(output)
         self.overwritten = self._origins.get(first) if args and first is args[0] else None
-        if outcome.rows and traced_modules() is None:
-            self._note_rows(function, (*args, *kwargs.values()), grouped_offsets(args, kwargs), first, outcome)
+        if outcome.rows:
+            self.expert_rows.note(function, args, kwargs, first, outcome.origins[0], outcome.layer is not None)
         if outcome.layer is not None:
             self.layers.append(outcome.layer)
             self.read |= outcome.reads
@@ -479,105 +476,6 @@ class NeuronFlow:
         for output, origin in zip(outputs, outcome.origins, strict=True):
             if not _stays_weight(output, origin):
                 self._origins.put(output, origin)
-
-    def _note_rows(
-        self, function: Any, values: tuple[Any, ...], offsets: Any, output: Tensor, outcome: _Outcome
-    ) -> None:
-        """Note what says which experts the rows of an output are of.
-
-        Args:
-            function: The function.
-            values: All its arguments.
-            offsets: Where the rows of each expert end, if the function is a grouped product.
-            output: What it returned.
-            outcome: What it led to.
-        """
-        tensors, (origin, *_) = [*nested_tensors(values)], outcome.origins
-        weighed = next((found for each in tensors if (found := self._weighed.get(each)) is not None), None)
-        if isinstance(origin.picked, PickedMatrices):
-            if weighed is None and len(tensors) > 1:
-                weighed = Weighed.of(tensors[1], origin.picked.matrices)
-            if weighed is not None:
-                self._weighed.put(output, weighed)
-            return
-        units = origin.units
-        if units is None or units.experts is None:
-            return
-        if is_grouped(function):
-            if isinstance(offsets, Tensor):
-                self._rows[units.call] = Offsets.of(offsets, units.rows)
-        elif outcome.layer is not None:
-            if function is Tensor.__rmatmul__:
-                tensors.reverse()
-            if weighed is not None:
-                self._rows[units.call] = Picked(weighed)
-            elif (rows := self._rows_of_every_expert(values, tensors, output)) is not None:
-                self._rows[units.call] = rows
-        else:
-            self._note_joined(tensors, output, units)
-
-    def _rows_of_every_expert(
-        self, values: tuple[Any, ...], tensors: Sequence[Tensor], output: Tensor
-    ) -> EveryExpert | None:
-        """Return what says which rows of a product with a whole stack are of which expert.
-
-        Args:
-            values: All arguments of the product.
-            tensors: The tensors among them.
-            output: What it returned.
-        """
-        weights = [each for each in tensors if self._origin_in_call(each).state == WEIGHT]
-        data = [each for each in tensors if self._origin_in_call(each).state not in _STORED]
-        if len(weights) != 1 or len(data) != 1:
-            return None
-        equation = values[0] if isinstance(values[0], str) else ""
-        if not equation:
-            is_left = data[0] is tensors[-2]  # x @ W
-            equation = _matrix_equation(data[0].dim(), output.dim(), is_left=is_left)
-        terms, _, result = equation.replace(" ", "").partition("->")
-        stack, given = terms.split(",")
-        if next(each for each in tensors if each is weights[0] or each is data[0]) is data[0]:
-            stack, given = given, stack
-        letters = [letter for letter in result if letter not in stack[1:]]
-        summed = [dim for dim, letter in enumerate(given) if letter not in letters]
-        used = data[0].detach().ne(0)
-        used = used.any(dim=summed) if summed else used
-        kept = [letter for letter in given if letter in letters]
-        if stack[0] not in kept:  # all experts are given the same rows
-            used = torch.ones_like(used)
-        used = used.permute([kept.index(letter) for letter in letters if letter in kept])
-        for dim, letter in enumerate(letters):
-            if letter not in kept:
-                used = used.unsqueeze(dim)
-        shape = tuple([output.shape[result.index(letter)] for letter in letters])
-        return EveryExpert(used, shape, letters.index(stack[0]))
-
-    def _note_joined(self, tensors: Sequence[Tensor], output: Tensor, units: Units) -> None:
-        """Note which expert each part of a concatenation is of.
-
-        Args:
-            tensors: The parts.
-            output: The concatenation.
-            units: Its units.
-        """
-        dim = next(place for place, each in enumerate(units.dims) if has_rows(each))
-        sizes = [each.shape[dim] if each.dim() == output.dim() else 1 for each in tensors]
-        own = [self.origin(each).units for each in tensors]
-        parts = [(each, size) for each, size in zip(own, sizes, strict=True) if each is not None and size]
-        if units.experts is not None and units.experts.joined:
-            numbers = {layer: number for number, layer in enumerate(units.experts.layers)}
-            self._rows[units.call] = Joined(tuple([(numbers[each.layer], size) for each, size in parts]))
-        elif all(each.call in self._rows for each, _ in parts):
-            self._rows[units.call] = JoinedRows(tuple([(self._rows[each.call], size) for each, size in parts]))
-
-    def row_owners(self, units: Units) -> Owners | None:
-        """Return which expert each row of a tensor is of; ``None`` if not known. It waits for no device.
-
-        Args:
-            units: The units of the tensor, which have experts.
-        """
-        found = self._rows.get(units.call)
-        return None if found is None else found.owners()
 
     def _note_left(self, tensor: Tensor, name: str) -> None:
         """Note that code outside of torch reads a tensor.
@@ -988,23 +886,6 @@ def _tells_rows(operation: Operation, result: Origin) -> bool:
     return all(each.origin.units is None or each.origin.units.call != result.units.call for each in operation.tensors)
 
 
-def _matrix_equation(rank: int, result: int, *, is_left: bool) -> str:
-    """Return the product of a tensor and a stack of matrices ``(E, …, …)`` as ``einsum`` writes it.
-
-    Args:
-        rank: Number of dimensions of the tensor.
-        result: Number of dimensions of the product.
-        is_left: Whether the tensor is the left factor.
-
-    >>> _matrix_equation(3, 3, is_left=True), _matrix_equation(3, 3, is_left=False)
-    ('etk,ekf->etf', 'efk,ekt->eft')
-    """
-    outer = "abcd"[: result - 3] + "e"
-    if is_left:
-        return f"{(outer + 'tk')[-rank:]},ekf->{outer}tf"
-    return f"efk,{(outer + 'kt')[-rank:]}->{outer}ft"
-
-
 def _name(function: Callable[..., Any]) -> str:
     return str(getattr(function, "__name__", function))
 
@@ -1038,21 +919,6 @@ def _stays_weight(output: Tensor, origin: Origin) -> bool:
 def _is_nameless(origin: Origin) -> bool:
     """Whether a tensor may turn out to be a weight, because nothing else is known of it."""
     return not origin.layer and origin.state in _NAMELESS
-
-
-def nested_tensors(values: Any) -> Iterable[Tensor]:
-    """Yield the tensors in nested tuples, lists and mappings."""
-    if isinstance(values, Tensor):
-        yield values
-    elif isinstance(values, Mapping):
-        for value in values.values():
-            yield from nested_tensors(value)
-    elif isinstance(values, (tuple, list)):
-        for value in values:
-            if isinstance(value, Tensor):
-                yield value
-            elif not isinstance(value, (int, float, str)):
-                yield from nested_tensors(value)
 
 
 def _named_tensors(expression: str, value: Any) -> Iterable[tuple[str, Tensor]]:

@@ -8,6 +8,7 @@ traces, and is a constant of the graph: the counters, and where the neurons of t
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Callable, Hashable, Iterator
 from types import CodeType
 from typing import Any, NamedTuple
@@ -24,6 +25,7 @@ from neuronscope.attach.compiling import (
     has_real_tensors,
     in_backward,
     is_tracing,
+    set_variable,
     trace_attempt,
     unwatched,
     while_tracing,
@@ -54,6 +56,8 @@ from neuronscope.count.expert_counters import (
     JoinedCounters,
     add_expert_gradients,
     add_expert_outputs,
+    add_expert_outputs_in_graph,
+    register_expert_gradient_hook,
 )
 from neuronscope.count.neuron_layout import Dims, NeuronLayout, neurons_first, rows_first
 from neuronscope.count.positions import blank_positions, keep_positions
@@ -123,6 +127,7 @@ class SiteRecorder:
         self._leaf_handles: list[RemovableHandle] = []
         #: Calls in graphs, whether each adds to the examples, and whether its graph is of a part of the model.
         self._traced: list[tuple[Call, bool, bool]] = []
+        self._traced_owners: dict[int, weakref.ref[Tensor]] = {}  # of those of experts: which one each row is of
         self._given: set[int] = set()  # those of them whose pre-activation enters the graph
         self._pre_activations: dict[int, int] = {}  # of selections: which argument is the pre-activation
 
@@ -131,6 +136,7 @@ class SiteRecorder:
             self._find_traced, "phase", "path", "function", "activation", "x", "glu_dim", "inputs", listener=self
         )
         self._end_while_tracing = while_tracing(self._end_traced, "call", "y")
+        self._load_owners_while_tracing = while_tracing(self._load_owners, "call")
         self._unreadable_while_tracing = while_tracing(self._unreadable_traced, "call")
         self._select_while_tracing = while_tracing(self._select_traced, "phase", "function", "args", "kwargs", "y")
         self._carry_while_tracing = while_tracing(self._carry, "x", "y")
@@ -143,6 +149,10 @@ class SiteRecorder:
         def counters_of(call: int) -> SiteCounters | None:
             counters = self._traced[call][0].counters
             return counters if isinstance(counters, SiteCounters) else None
+
+        def experts_of(call: int) -> ExpertCounters | None:
+            counters = self._traced[call][0].counters
+            return counters if isinstance(counters, ExpertCounters) else None
 
         def layout_of(call: int) -> tuple[Any, ...]:
             return tuple(self._traced[call][0].layout)
@@ -161,6 +171,7 @@ class SiteRecorder:
 
         self._last_found = torch.compiler.assume_constant_result(last_found)
         self._counters_of = torch.compiler.assume_constant_result(counters_of)
+        self._experts_of = torch.compiler.assume_constant_result(experts_of)
         self._layout_of = torch.compiler.assume_constant_result(layout_of)
         self._adds_examples = torch.compiler.assume_constant_result(adds_examples)
         self._is_given = torch.compiler.assume_constant_result(is_given)
@@ -293,10 +304,31 @@ class SiteRecorder:
         return call
 
     def _count_gradient_in_graph(self, call: int, x: Tensor, glu_dim: int | None) -> None:
+        if self._is_given(call) or not x.requires_grad or not torch.is_grad_enabled():
+            return
+        axis, dims = self._layout_of(call)
+        experts = self._experts_of(call)
+        if experts is not None:
+            tensors = experts.tensors
+            register_expert_gradient_hook(
+                x, dims, glu_dim, self._owners_in_graph(call), tensors.zero_gradients, tensors.traced_gradients
+            )
+            return
         counters = self._counters_of(call)
-        if counters is not None and not self._is_given(call) and x.requires_grad and torch.is_grad_enabled():
-            axis, dims = self._layout_of(call)
+        if counters is not None:
             register_gradient_hook(x, axis, dims, glu_dim, counters, self.forward.mask)
+
+    def _owners_in_graph(self, call: int) -> Any:  # noqa: ARG002, `comptime` reads it
+        """Return which expert each row is of, int64 ``(R,)``, in a graph that is traced."""
+        owners = None
+        comptime(self._load_owners_while_tracing)
+        return owners
+
+    def _load_owners(self, call: int) -> None:
+        """Set the variable ``owners`` of :meth:`_owners_in_graph` to what says which expert each row is of."""
+        owners = self._traced_owners[call]()
+        if owners is not None:
+            set_variable("owners", owners)
 
     def begin_graph(self, code: CodeType, owner: Any) -> Hashable:
         """Note that a graph begins to be traced, and return for what of ours it is made.
@@ -346,9 +378,12 @@ class SiteRecorder:
             self.forward.parts.note_given(x, call.key, _PreActivationOfCall(self, call))
 
     def _note_traced(self, call: Call) -> None:
-        counters = call.counters if isinstance(call.counters, SiteCounters) else None
+        counters = call.counters
         if counters is not None:
             counters.in_graph = True
+        if isinstance(call.owners, Tensor):  # the compiler keeps it as long as it traces the graph
+            self._traced_owners[len(self._traced)] = weakref.ref(call.owners)
+            call = call._replace(owners=None)
         self._found.append(len(self._traced))
         part = self.forward.parts.tracing
         first = part or (counters is not None and counters.is_first_call(self.forward.number, trace_attempt()))
@@ -531,7 +566,30 @@ class SiteRecorder:
             if left_out is not None:
                 leave_out(counters, left_out)
 
+    def _count_rows_in_graph(self, call: int, y: Tensor, experts: ExpertCounters) -> None:
+        """Count an output whose rows are of several experts in a graph that is traced; see :meth:`_count_rows`."""
+        _, dims = self._layout_of(call)
+        forward = self.forward
+        number = forward.number_tensor if self._is_in_part(call) else None
+        first = self._adds_examples(call)
+        add_expert_outputs_in_graph(
+            y,
+            dims,
+            self._owners_in_graph(call),
+            forward.examples,
+            number,
+            first,
+            self.step_tensor,
+            self._tolerance,
+            *experts.tensors,
+            *experts.pace,
+        )
+
     def _count_in_graph(self, call: int, y: Tensor) -> None:
+        experts = self._experts_of(call)
+        if experts is not None:
+            self._count_rows_in_graph(call, y, experts)
+            return
         counters = self._counters_of(call)
         if counters is None:
             return

@@ -15,6 +15,7 @@ from neuronscope.attach.dtensor import NeuronShard, is_distributed, local_tensor
 from neuronscope.attach.forward import ForwardContext
 from neuronscope.attach.gradient_hooks import CountedGradient, Counters, Gradients
 from neuronscope.attach.incoming import Incoming
+from neuronscope.attach.neuron_flow import plain_shape
 from neuronscope.attach.origins import ACTIVATED, CONSTANT, LOST, UNITS, WEIGHT, Operand, Origin
 from neuronscope.attach.readers import carry_site
 from neuronscope.attach.row_owners import Owners
@@ -150,7 +151,9 @@ class SiteFinder:
         gone = {key for key, counters in known if counters is not None and not counters.in_graph}
         for key in gone:
             del self._counters[phase, key]
-        self._experts = {place: counters for place, counters in self._experts.items() if place[0] != phase}
+        self._experts = {
+            place: counters for place, counters in self._experts.items() if place[0] != phase or counters.in_graph
+        }
         self._calls = {facts: call for facts, call in self._calls.items() if facts[1] != phase}
         return gone
 
@@ -291,13 +294,13 @@ class SiteFinder:
         """
         if not isinstance(call.counters, JoinedCounters):
             return call
-        owners = self._forward.flow.row_owners(units)
-        if owners is not None and (not isinstance(owners, Tensor) or owners.numel() == units.rows):
+        owners = self._forward.flow.expert_rows.owners(units)
+        if owners is not None and (not isinstance(owners, Tensor) or plain_shape(owners) == (units.rows,)):
             return call._replace(owners=owners)
         self.unmeasured.note(
             call.key.name,
             "the tensor that says which expert each row is of was not seen, or was changed in place before the "
-            "activation ran",
+            "activation ran, or belongs to another compiled graph than the activation",
         )
         return call._replace(counters=None, hook=None)
 
@@ -577,17 +580,6 @@ class SiteFinder:
         )
         return True
 
-    def _is_of_experts_in_graph(self, key: SiteKey, units: Units | None) -> bool:
-        """Whether the rows of a traced site are of several experts, after noting that it is not measured."""
-        if units is None or units.experts is None:
-            return False
-        self.unmeasured.note(
-            key.name,
-            "torch.compile traced it, and its rows are of several experts: the tensor that says which expert each row "
-            "is of is not known in a traced graph. Watch the model without compiling it",
-        )
-        return True
-
     def _all_counters_for(
         self,
         phase: str,
@@ -613,7 +605,7 @@ class SiteFinder:
             units: The units, if they are known.
             traced: Whether ``x`` is the fake tensor of a graph.
         """
-        if traced and (self._is_shared_in_graph(key) or self._is_of_experts_in_graph(key, units)):
+        if traced and self._is_shared_in_graph(key):
             return None
         if units is None or units.experts is None:
             return self._counters_for(phase, key, info, names, neurons, x)
@@ -631,7 +623,7 @@ class SiteFinder:
             members.append(self._counters_for(phase, own, described, (own.name, layer, names[2]), neurons, x))
         if all(member is None for member in members):
             return None
-        if units.experts.joined:
+        if units.experts.joined and not traced:
             return JoinedCounters(members, neurons)
         if any(member is not None and (member.shared or member.in_graph) for member in members):
             self.unmeasured.note(key.name, "its experts are run in two ways in one phase, of which one is counted")

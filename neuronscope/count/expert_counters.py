@@ -6,15 +6,30 @@ have views of it: each has its own counts and its own positions.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from neuronscope.count.counters import NEVER, CounterTensors, SiteCounters
+from neuronscope.count.counters import (
+    NEVER,
+    CounterTensors,
+    SiteCounters,
+    gate_half,
+    one_call_in_graph,
+    save_unchecked,
+)
 from neuronscope.count.neuron_layout import Dims, rows_first
 
-__all__ = ["ExpertCounters", "JoinedCounters", "add_expert_gradients", "add_expert_outputs"]
+__all__ = [
+    "ExpertCounters",
+    "JoinedCounters",
+    "add_expert_gradients",
+    "add_expert_outputs",
+    "add_expert_outputs_in_graph",
+    "register_expert_gradient_hook",
+]
 
 #: Most elements that are looked at together in eager mode, so that what is made for them stays small.
 _PIECE = 1 << 20
@@ -45,6 +60,25 @@ class JoinedCounters:
     def open(self) -> bool:
         """Whether gradients are still counted."""
         return any(member.open for member in self.wanted)
+
+    @property
+    def in_graph(self) -> bool:
+        """Whether a compiled graph holds the tensors."""
+        return any(member.in_graph for member in self.wanted)
+
+    @in_graph.setter
+    def in_graph(self, value: bool) -> None:
+        for member in self.wanted:
+            member.in_graph = value
+
+    def is_first_call(self, forward: int, attempt: tuple[Any, int]) -> bool:
+        """Return whether this is the first call in a forward; see :class:`~neuronscope.count.counters.SiteCounters`.
+
+        Args:
+            forward: Number of the forward.
+            attempt: Which compilation it is, and which attempt.
+        """
+        return self.wanted[0].is_first_call(forward, attempt)
 
     @property
     def unreadable(self) -> bool:
@@ -81,6 +115,8 @@ class ExpertCounters(JoinedCounters):
     Attributes:
         tensors: The counts of all experts: ``(E + 1, …)``, and ``…`` as in
             :class:`~neuronscope.count.counters.CounterTensors`.
+        pace: The number of the last forward that each expert ran in, and its positions and examples in it so far: int64
+            ``(E + 1,)`` each.
 
     >>> sites = [SiteCounters(2, torch.device("cpu")) for _ in range(3)]
     >>> counters = ExpertCounters(sites, 2, torch.device("cpu"))
@@ -97,10 +133,8 @@ class ExpertCounters(JoinedCounters):
         with torch.inference_mode(False):
             single = SiteCounters(neurons, device).tensors
             self.tensors = CounterTensors(*[each.expand(count, *each.shape).clone() for each in single])
-            #: Number of the last forward that each expert ran in, and its positions and examples in it so far.
-            self.forwards = torch.full((count,), -1, dtype=torch.int64, device=device)
-            self.forward_positions = torch.zeros(count, dtype=torch.int64, device=device)
-            self.forward_examples = torch.zeros(count, dtype=torch.int64, device=device)
+            none = torch.zeros(count, dtype=torch.int64, device=device)
+            self.pace = (none - 1, none, none.clone())
             for number, member in enumerate(self.members):
                 if member is not None:
                     member.share(CounterTensors(*[each[number] for each in self.tensors]))
@@ -128,11 +162,69 @@ def add_expert_outputs(
         step: Optimizer step of the output.
         tolerance: See :class:`neuronscope.judge.verdicts.Policy`.
     """
-    tensors = counters.tensors
     rows = rows_first(y, dims)
+    _add_outputs(
+        rows, _pieces(rows, owners), owners, examples, forward, step, tolerance, counters.tensors, counters.pace
+    )
+
+
+@one_call_in_graph
+def add_expert_outputs_in_graph(
+    y: Tensor,
+    dims: Dims,
+    owners: Tensor,
+    examples: int,
+    forward: Tensor | None,
+    first: bool,
+    step: Tensor,
+    tolerance: float,
+    *tensors: Tensor,
+) -> None:
+    """Do what :func:`add_expert_outputs` does in a graph that ``torch.compile`` traces.
+
+    Args:
+        y: Output of any shape.
+        dims: As there.
+        owners: As there.
+        examples: As there.
+        forward: Number of the forward, int64 without dimensions; ``None`` if each run of the graph is one forward.
+        first: In that case, whether this is the first call in it.
+        step: Optimizer step of the output, int64 without dimensions.
+        tolerance: As there.
+        tensors: Those of :attr:`ExpertCounters.tensors`, and then those of :attr:`ExpertCounters.pace`.
+    """
+    counts, pace = CounterTensors(*tensors[: len(CounterTensors._fields)]), tensors[len(CounterTensors._fields) :]
+    rows, same = rows_first(y.detach(), dims), not first if forward is None else forward
+    _add_outputs(rows, ((rows, owners),), owners, examples, same, step, tolerance, counts, pace)
+
+
+def _add_outputs(
+    rows: Tensor,
+    pieces: Iterable[tuple[Tensor, Tensor]],
+    owners: Tensor,
+    examples: int,
+    forward: int | Tensor,
+    step: int | Tensor,
+    tolerance: float,
+    tensors: CounterTensors,
+    pace: Sequence[Tensor],
+) -> None:
+    """Count one output; see :func:`add_expert_outputs`. ``forward`` may say whether it is the same forward as before.
+
+    Args:
+        rows: The output ``(R, P, N)``.
+        pieces: The parts of it that are looked at one by one, each with the owners of its rows.
+        owners: The number of each row's expert.
+        examples: Number of examples of the forward.
+        forward: Number of the forward; or ``True`` if it is that of the last call, and ``False`` if another one begins.
+        step: Optimizer step.
+        tolerance: See :class:`neuronscope.judge.verdicts.Policy`.
+        tensors: The counts.
+        pace: What :attr:`ExpertCounters.pace` has.
+    """
     zeros, bad = torch.zeros_like(tensors.zero_outputs), torch.zeros_like(tensors.not_finite)
-    wide = torch.float64 if y.device.type == "cpu" else torch.float32
-    for part, own in _pieces(rows, owners):
+    wide = torch.float64 if rows.device.type == "cpu" else torch.float32
+    for part, own in pieces:
         finite = torch.isfinite(part)
         magnitude = torch.where(finite, part.abs(), 0)
         zeros.index_add_(0, own, (part == 0 if tolerance == 0 else part.abs() <= tolerance).sum(1))
@@ -145,17 +237,25 @@ def add_expert_outputs(
     tensors.last_active.copy_(torch.where(fired, step, tensors.last_active))
     tensors.first_active.copy_(torch.where(fired & (tensors.first_active == NEVER), step, tensors.first_active))
     tensors.traced[:, 0].add_(positions)
-    tensors.traced[:, 1].add_(_new_examples(counters, positions, examples, forward))
+    tensors.traced[:, 1].add_(_new_examples(positions, examples, forward, *pace))
 
 
-def _new_examples(counters: ExpertCounters, positions: Tensor, examples: int, forward: int) -> Tensor:
+def _new_examples(
+    positions: Tensor,
+    examples: int,
+    forward: int | Tensor,
+    forwards: Tensor,
+    forward_positions: Tensor,
+    forward_examples: Tensor,
+) -> Tensor:
     """Return by how much the examples of each expert grow: they count once a forward, and are at most its positions."""
-    same = counters.forwards == forward
-    before = torch.where(same, counters.forward_examples, 0)
-    counters.forward_positions.mul_(same).add_(positions)
-    counters.forward_examples.copy_(counters.forward_positions.clamp(max=examples))
-    counters.forwards.fill_(forward)
-    return counters.forward_examples - before
+    same = torch.full_like(forwards, forward) if isinstance(forward, bool) else forwards == forward
+    before = forward_examples * same
+    forward_positions.mul_(same).add_(positions)
+    forward_examples.copy_(forward_positions.clamp(max=examples))
+    if not isinstance(forward, bool):
+        forwards.copy_(torch.zeros_like(forwards) + forward)
+    return forward_examples - before
 
 
 def add_expert_gradients(counters: ExpertCounters, gradient: Tensor, dims: Dims, owners: Tensor) -> None:
@@ -167,11 +267,39 @@ def add_expert_gradients(counters: ExpertCounters, gradient: Tensor, dims: Dims,
         dims: As in :func:`add_expert_outputs`.
         owners: The number of each row's expert, int64 ``(R,)``.
     """
-    tensors = counters.tensors
-    rows = rows_first(gradient, dims)
-    for part, own in _pieces(rows, owners):
-        tensors.zero_gradients.index_add_(0, own, (part == 0).sum(1))
-    tensors.traced_gradients[:, 0].add_(_positions(rows, owners, len(tensors.traced_gradients)))
+    rows, tensors = rows_first(gradient, dims), counters.tensors
+    _add_gradients(rows, _pieces(rows, owners), owners, tensors.zero_gradients, tensors.traced_gradients)
+
+
+@one_call_in_graph
+def register_expert_gradient_hook(
+    x: Tensor, dims: Dims, glu_dim: int | None, owners: Tensor, zero_gradients: Tensor, positions: Tensor
+) -> None:
+    """Register a hook that counts the gradient of ``x``, in a graph that ``torch.compile`` traces.
+
+    Args:
+        x: The pre-activation, whose rows are of several experts.
+        dims: As in :func:`add_expert_outputs`.
+        glu_dim: The dimension whose second half is the gate (GLU), otherwise ``None``.
+        owners: The number of each row's expert, int64 ``(R,)``.
+        zero_gradients: That of :attr:`ExpertCounters.tensors`.
+        positions: Its ``traced_gradients``.
+    """
+    save_unchecked(zero_gradients, positions)
+
+    def count(gradient: Tensor) -> None:
+        rows = rows_first(gate_half(gradient, glu_dim).detach(), dims)
+        _add_gradients(rows, ((rows, owners),), owners, zero_gradients, positions)
+
+    x.register_hook(count)
+
+
+def _add_gradients(
+    rows: Tensor, pieces: Iterable[tuple[Tensor, Tensor]], owners: Tensor, zero_gradients: Tensor, positions: Tensor
+) -> None:
+    for part, own in pieces:
+        zero_gradients.index_add_(0, own, (part == 0).sum(1))
+    positions[:, 0].add_(_positions(rows, owners, len(positions)))
 
 
 def _positions(rows: Tensor, owners: Tensor, count: int) -> Tensor:

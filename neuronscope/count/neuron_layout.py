@@ -77,7 +77,8 @@ def rows_first(tensor: Tensor, dims: Dims) -> Tensor:
 
     Args:
         tensor: Activation of the layout's shape, but for the sizes of the dimensions that index positions.
-        dims: As in :class:`NeuronLayout`; strides below 0 count rows.
+        dims: As in :class:`NeuronLayout`; strides below 0 count rows. The tensor says how many these are, as a graph
+            may be traced with another number of them.
 
     >>> import torch
     >>> rows_first(torch.arange(6).reshape(3, 2), (((3, -1),), ((2, 1),))).tolist()
@@ -86,9 +87,9 @@ def rows_first(tensor: Tensor, dims: Dims) -> Tensor:
     sizes: list[int] = []
     strides: list[int] = []
     for index, dim in enumerate(dims):
-        for size, stride in dim if any(stride for _, stride in dim) else ((tensor.shape[index], 0),):
-            sizes.append(size)
-            strides.append(stride)
+        first, *rest = dim if any(stride for _, stride in dim) else ((1, 0),)
+        sizes += tensor.shape[index] // math.prod(size for size, _ in rest), *(size for size, _ in rest)
+        strides += first[1], *(stride for _, stride in rest)
     rows = sorted((place for place, stride in enumerate(strides) if stride < 0), key=lambda place: strides[place])
     others = [place for place, stride in enumerate(strides) if not stride]
     units = sorted((place for place, stride in enumerate(strides) if stride > 0), key=lambda place: -strides[place])
