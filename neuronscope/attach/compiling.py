@@ -457,7 +457,7 @@ def _modules_of(translator: Any) -> Iterator[nn.Module]:
 
 
 _nodes: TensorMap[Any] = TensorMap()  # of each fake tensor that was looked at: its node in the graph
-_written: TensorMap[Any] = TensorMap()  # of each fake tensor that `write_call` returned: its variable
+_variables: TensorMap[Any] = TensorMap()  # likewise: the variable that was last seen to have it
 
 
 def traced_call(tensor: Tensor) -> tuple[Any, tuple[Any, ...], dict[str, Any]] | None:
@@ -538,7 +538,6 @@ def write_call(function: Callable[..., Tensor], *args: Any) -> Tensor | None:
         translator, translator.output.create_proxy("call_function", function, tuple(written), {})
     )
     found: Tensor = _value(variable)
-    _written.put(found, variable)
     return found
 
 
@@ -547,9 +546,9 @@ def set_variable(name: str, tensor: Tensor) -> None:
 
     Args:
         name: The variable, which the code has set before.
-        tensor: What :func:`write_call` returned.
+        tensor: What :func:`while_tracing` gave or :func:`write_call` returned.
     """
-    _translators[-1].symbolic_locals[name] = _written.get(tensor)
+    _translators[-1].symbolic_locals[name] = _variables.get(tensor)
 
 
 def _proxy_of(tensor: Tensor) -> Any:
@@ -585,7 +584,10 @@ def _value(variable: Any) -> Any:
     if isinstance(variable, (variables.LazyVariableTracker,)):
         variable = variable.realize()
     if isinstance(variable, variables.TensorVariable):
-        return _tensor_of(variable.as_proxy().node)
+        found = _tensor_of(variable.as_proxy().node)
+        if isinstance(found, Tensor):
+            _variables.put(found, variable)
+        return found
     if isinstance(variable, variables.tensor.SymNodeVariable):
         return variable.sym_num
     if isinstance(variable, variables.ConstDictVariable):

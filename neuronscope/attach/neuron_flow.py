@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 import weakref
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import CodeType
@@ -68,6 +69,7 @@ SHIFTED = "changed by `"
 LEAVING = frozenset({Tensor.numpy, Tensor.__array__, Tensor.tolist, Tensor.item, Tensor.__float__, Tensor.__bool__})
 
 _MOST_OUTCOMES = 20_000
+_LARGE = 1_000_003  # a prime
 _PLAIN = frozenset({int, float, bool, str})
 _SETTINGS = _PLAIN | {type(None)}
 _MIXING_NORMS = spellings("layer_norm", "group_norm", "instance_norm", "rms_norm")
@@ -947,8 +949,15 @@ def plain_shape(tensor: Tensor) -> tuple[int, ...]:
 
 
 def _plain(size: Any) -> Any:
-    """Return a size as an integer; that of a symbolic size is the size with which the graph is traced."""
-    if isinstance(size, torch.SymInt):
-        hint = size.node.hint
-        return 0 if hint is None else int(hint)
-    return size
+    """Return a size as an integer; that of a symbolic size is the size with which the graph is traced.
+
+    A size that data decides has none. It gets a large number of its own, so that no other size is taken for it.
+    """
+    if not isinstance(size, torch.SymInt):
+        return size
+    node = size.node
+    if node.hint is not None:
+        return int(node.hint)
+    sizes = getattr(node.shape_env, "backed_var_to_val", {})
+    large = {each: _LARGE + zlib.crc32(str(each).encode()) % _LARGE for each in node.expr.free_symbols}
+    return int(node.expr.subs({each: sizes.get(each, number) for each, number in large.items()}))

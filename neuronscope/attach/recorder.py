@@ -24,6 +24,7 @@ from neuronscope.attach.compiling import (
     enters_graph,
     has_real_tensors,
     in_backward,
+    is_in_graph,
     is_tracing,
     set_variable,
     trace_attempt,
@@ -129,7 +130,7 @@ class SiteRecorder:
         self._traced: list[tuple[Call, bool, bool]] = []
         self._traced_owners: dict[int, weakref.ref[Tensor]] = {}  # of those of experts: which one each row is of
         self._given: set[int] = set()  # those of them whose pre-activation enters the graph
-        self._pre_activations: dict[int, int] = {}  # of selections: which argument is the pre-activation
+        self._pre_activations: dict[int, weakref.ref[Tensor]] = {}  # of selections
 
         # torch.compile runs these while it traces.
         self._find_while_tracing = while_tracing(
@@ -137,6 +138,7 @@ class SiteRecorder:
         )
         self._end_while_tracing = while_tracing(self._end_traced, "call", "y")
         self._load_owners_while_tracing = while_tracing(self._load_owners, "call")
+        self._load_pre_activation_while_tracing = while_tracing(self._load_pre_activation, "number")
         self._unreadable_while_tracing = while_tracing(self._unreadable_traced, "call")
         self._select_while_tracing = while_tracing(self._select_traced, "phase", "function", "args", "kwargs", "y")
         self._carry_while_tracing = while_tracing(self._carry, "x", "y")
@@ -166,16 +168,12 @@ class SiteRecorder:
         def is_given(call: int) -> bool:
             return call in self._given
 
-        def pre_activation(call: int) -> int | None:
-            return self._pre_activations.get(call)
-
         self._last_found = torch.compiler.assume_constant_result(last_found)
         self._counters_of = torch.compiler.assume_constant_result(counters_of)
         self._experts_of = torch.compiler.assume_constant_result(experts_of)
         self._layout_of = torch.compiler.assume_constant_result(layout_of)
         self._adds_examples = torch.compiler.assume_constant_result(adds_examples)
         self._is_given = torch.compiler.assume_constant_result(is_given)
-        self._pre_activation = torch.compiler.assume_constant_result(pre_activation)
         self._is_in_part = torch.compiler.assume_constant_result(is_in_part)
 
     def set_phase(self, phase: str, step: int) -> None:
@@ -494,26 +492,31 @@ class SiteRecorder:
             if x is not None and x.requires_grad:
                 self.hook_call(x, call)
             return
-        if not isinstance(y, Tensor):
-            return
         comptime(self._select_while_tracing)
         number = self._last_found()
         if number is not None:
-            place = self._pre_activation(number)
-            if place is not None:
-                self._count_gradient_in_graph(number, args[place], None)
+            x = None
+            comptime(self._load_pre_activation_while_tracing)
+            if x is not None:
+                self._count_gradient_in_graph(number, x, None)
             self._count_in_graph(number, y)
 
-    def _select_traced(self, phase: str, function: Any, args: Any, kwargs: Any, y: Tensor) -> None:
+    def _load_pre_activation(self, number: int) -> None:
+        """Set the variable ``x`` of :meth:`select` to the pre-activation of a selection, if there is one."""
+        known = self._pre_activations.get(number)
+        found = None if known is None else known()
+        if found is not None:
+            set_variable("x", found)
+
+    def _select_traced(self, phase: str, function: Any, args: Any, kwargs: Any, y: Any) -> None:
         self._found.clear()
         selected = self.sites.selections.find(phase, function, args, kwargs, y, traced=True)
         if selected is not None:
             call, x = selected
             self._note_traced(call)
-            for place, arg in enumerate(args):
-                if arg is x and x is not None:
-                    self._pre_activations[len(self._traced) - 1] = place
-                    self._note_given(call, x)
+            if x is not None and is_in_graph(x):
+                self._pre_activations[len(self._traced) - 1] = weakref.ref(x)
+                self._note_given(call, x)
 
     def _count(self, counters: Counters, y: Tensor, layout: NeuronLayout, owners: Owners | None) -> None:
         if isinstance(counters, JoinedCounters):

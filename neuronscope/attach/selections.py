@@ -138,7 +138,7 @@ class Selections:
     ) -> Selected | None:
         """Return the call of a top-k selection that was put back into zeros."""
         index = kwargs.get("index", args[2] if len(args) > 2 else None)
-        source = None if index is None or traced else self._picked_from.get(index)
+        source = None if index is None else self._picked_from.get(index)
         picks = self._forward.flow.origin(y).picks
         if picks is None or not picks.units.layer:
             self._note_selected_of_experts(None if source is None else source())

@@ -155,7 +155,8 @@ class Unmeasured:
                     not_measured.setdefault(layer, reason)
         for layer, function in list(flow.hidden.items()):
             inside = any(layer.startswith(f"{path}.") for path in list(self.reasons))  # of a scripted module
-            if layer not in measured and layer not in flow.called and not inside:
+            known = any(each == layer or each.startswith(f"{layer}.") for each in measured | flow.called)
+            if not known and not inside:
                 not_measured.setdefault(
                     layer,
                     f"its weight was given to `{function}`, which is not known as a layer, so that its units are not "
