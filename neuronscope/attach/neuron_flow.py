@@ -221,6 +221,10 @@ class NeuronFlow:
             layer for layer in found if not any(part.startswith((f"{layer}.", f"{layer}(")) for part in parts)
         )
 
+    def layer_names(self) -> set[str]:
+        """Return the layers of the model."""
+        return self._names.layers()
+
     def lost_layers(self) -> set[str]:
         """Return the layers whose outputs were given to nothing that is known, in no forward of the model."""
         return self.called - self._reached - self.read_layers
@@ -883,7 +887,7 @@ def _tells_rows(operation: Operation, result: Origin) -> bool:
     """Whether data says by a call that is no layer's which expert's weights its result is, or which experts' rows."""
     if isinstance(result.picked, PickedMatrices):
         return True
-    if result.units is None or result.units.experts is None:
+    if result.units is None or result.units.experts is None or result.picks is not None:
         return False
     return all(each.origin.units is None or each.origin.units.call != result.units.call for each in operation.tensors)
 

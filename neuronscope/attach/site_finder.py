@@ -129,6 +129,7 @@ class SiteFinder:
         self._named: set[SiteKey] = set()  # tensors that the user names
         self._experts: dict[tuple[str, SiteKey], ExpertCounters] = {}  # of layers whose rows are of several experts
         self._common: dict[SiteKey, SiteKey] = {}  # of each expert's site: the key of all experts together
+        self._stacked: dict[str, bool] = {}  # whether a layer is a matrix of a stack, by its path
         self._modules: set[SiteKey] = set()  # sites whose activation is a module
         self._maybe_missed: dict[SiteKey, int] = {}  # positions of the sites that may have been compiled without hooks
 
@@ -471,13 +472,25 @@ class SiteFinder:
             if beside.state in (WEIGHT, CONSTANT):
                 continue
             if beside.unit_set and beside.unit_set == origin.unit_set:  # written out, and no gated product
-                if _is_swish(gate, origin, beside):
+                if self._is_of_experts(origin.units) and _is_swish(gate, origin, beside):
                     found = self._swish(phase, gate, origin, origin.units, y, traced)
                     return Selected(found, other if torch.is_grad_enabled() else None)
                 continue
             found = self.find_derived(phase, gate, origin, origin.units, y, traced)
             return None if found is None else Selected(self.with_owners(found, origin.units))
         return None
+
+    def _is_of_experts(self, units: Units) -> bool:
+        """Whether units are those of experts, of which data or a number picked the matrix from a stack."""
+        if units.experts is not None:
+            return True
+        found = self._stacked.get(units.layer)
+        if found is None:
+            layers = self._forward.flow.layer_names()
+            parts = [part.rpartition(".") for part in units.layer.split("+")]
+            found = all(number.isdigit() and stack in layers for stack, _, number in parts)
+            self._stacked[units.layer] = found = found and layers.isdisjoint(units.layer.split("+"))
+        return found
 
     def _swish(self, phase: str, gate: Call, origin: Origin, units: Units, y: Tensor, traced: bool) -> Call:
         """Return the call of a SiLU that is written out as ``x * sigmoid(x)``, maybe with a factor inside.
@@ -685,9 +698,9 @@ class SiteFinder:
 
 
 def _is_swish(gate: Call, origin: Origin, beside: Origin) -> bool:
-    """Whether the product of a site's output and another tensor of the same units is a SiLU that experts write out.
+    """Whether the product of a site's output and another tensor of the same units is a SiLU that is written out.
 
-    Elsewhere an activation that is written out is listed as not measured, so that its module gets registered.
+    Experts write it so. Elsewhere it is listed as not measured, so that its module gets registered.
 
     Args:
         gate: The site.
@@ -695,7 +708,7 @@ def _is_swish(gate: Call, origin: Origin, beside: Origin) -> bool:
         beside: What the other factor is.
     """
     units = origin.units
-    if units is None or units.experts is None:
+    if units is None:
         return False
     own = {name for layer, name in beside.bends if layer == units.layer}
     return gate.activation.name == "sigmoid" and beside.site is None and beside.units == units and own <= _CLAMPS

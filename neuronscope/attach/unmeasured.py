@@ -34,6 +34,7 @@ class Unmeasured:
         self.failed: set[str] = set()
         self._flow = flow
         self._unclear: dict[str, tuple[str, tuple[str, ...]]] = {}  # functions without known neurons: reason, layers
+        self._switched: dict[str, str] = {}  # see `note_unless_measured`
         self._transformed: set[str] = set()  # layers whose activations ran inside a function transform
 
     def note(self, name: str, reason: str) -> None:
@@ -44,6 +45,15 @@ class Unmeasured:
             reason: Why.
         """
         self.reasons.setdefault(name, reason)
+
+    def note_unless_measured(self, layer: str, reason: str) -> None:
+        """Note why a layer is not measured, which holds if it has no site.
+
+        Args:
+            layer: Path of the layer.
+            reason: Why.
+        """
+        self._switched.setdefault(layer, reason)
 
     def withdraw(self, name: str, beginning: str) -> None:
         """Forget the reason why something is not measured, if it begins so.
@@ -146,6 +156,9 @@ class Unmeasured:
         for place, (reason, layers) in list(self._unclear.items()):
             if not layers or not all(flow.gives_outputs(layer) for layer in layers):
                 not_measured.setdefault(place, reason)
+        for layer, reason in list(self._switched.items()):
+            if measured.isdisjoint(layer.split("+")):
+                not_measured.setdefault(layer, reason)
         said = {place.rpartition(".")[2] for place in list(self._unclear)}
         for layer, functions in list(flow.bent.items()):
             function = next((name for name in list(functions) if f"{name}()" not in said), "")
