@@ -534,9 +534,7 @@ def write_call(function: Callable[..., Tensor], *args: Any) -> Tensor | None:
         if proxy is None:
             return None
         written.append(proxy)
-    variable = wrap_fx_proxy(
-        translator, translator.output.create_proxy("call_function", function, tuple(written), {})
-    )
+    variable = wrap_fx_proxy(translator, translator.output.create_proxy("call_function", function, tuple(written), {}))
     found: Tensor = _value(variable)
     return found
 

@@ -156,13 +156,14 @@ class NeuronFlow:
         names: The layers of the model's weights.
 
     Attributes:
+        names: The same.
         read: Calls of layers whose outputs another layer reads, as bits; they are no outputs of the network.
         expert_rows: Knows which expert each row of a layer of experts is of.
         layers: The layer of each call, in the order of the calls.
     """
 
     def __init__(self, names: LayerNames) -> None:
-        self._names = names
+        self.names = names
         self._origins: TensorMap[Origin] = TensorMap()
         self._hidden: TensorMap[Origin] | None = None
         self._weights: TensorMap[Origin] = TensorMap()
@@ -216,14 +217,10 @@ class NeuronFlow:
         self._close_calls()
         seen = {part for layer in self.seen for part in layer.split("+")}
         parts = tuple(sorted(seen))  # of a stack, or of a fused weight: `w1.0`, `w1(0:3)`
-        found = self._names.layers() - seen
+        found = self.names.layers() - seen
         return sorted(
             layer for layer in found if not any(part.startswith((f"{layer}.", f"{layer}(")) for part in parts)
         )
-
-    def layer_names(self) -> set[str]:
-        """Return the layers of the model."""
-        return self._names.layers()
 
     def lost_layers(self) -> set[str]:
         """Return the layers whose outputs were given to nothing that is known, in no forward of the model."""
@@ -313,10 +310,10 @@ class NeuronFlow:
             return unseen
         else:
             calls = {layer: 1 << call for call, layer in enumerate(self.layers)}
-            layers, hidden, between = layers_before(tensor.grad_fn, calls, self._names)
+            layers, hidden, between = layers_before(tensor.grad_fn, calls, self.names)
             upstream = sum(calls[layer] for layer in layers)
             slot, dim = _WEIGHT_SLOTS.get(tensor.grad_fn.name(), (None, 0))
-            if slot is not None and (layer := self._names.of_node(tensor.grad_fn.next_functions[slot][0])) in hidden:
+            if slot is not None and (layer := self.names.of_node(tensor.grad_fn.next_functions[slot][0])) in hidden:
                 return self._note_call(tensor, layer, dim, upstream)
             for layer in hidden:
                 self.hidden.setdefault(layer, tensor.grad_fn.name())
@@ -353,14 +350,14 @@ class NeuronFlow:
         found = self._weights.get(tensor)
         if found is not None:
             return found
-        known = self._names.of(tensor)
+        known = self.names.of(tensor)
         if known is None:
             if isinstance(tensor, nn.Parameter):
                 return Origin.of(WEIGHT)
             return self._of_part(tensor) if is_distributed(tensor) else _UNKNOWN
         layer, is_weight = known
         found = Origin.of(WEIGHT if is_weight else CONSTANT, layer=layer)
-        if not self._names.is_shared(tensor):
+        if not self.names.is_shared(tensor):
             self._weights.put(tensor, found)
         return found
 
@@ -388,7 +385,7 @@ class NeuronFlow:
     def note_inputs(self, values: Any) -> None:
         """Note that all tensors in nested tuples, lists and mappings are inputs, unless they are known."""
         for tensor in nested_tensors(values):
-            if self._origins.get(tensor) is None and self._names.of(tensor) is None:
+            if self._origins.get(tensor) is None and self.names.of(tensor) is None:
                 if self.layers and traced_modules() is None:
                     with unwatched():  # a part of the model may be called with what another one gave
                         self._origin_by_autograd(tensor, _UNKNOWN)
@@ -719,7 +716,7 @@ class NeuronFlow:
         """Return why a layer's weight is used more than once in a forward; ``""`` if it is not."""
         if layer in self.repeated:
             return "is called more than once in a forward"
-        return "shares a weight with another layer" if layer in self._names.shared_layers() else ""
+        return "shares a weight with another layer" if layer in self.names.shared_layers() else ""
 
     def _note_norm(self, norm: str, layer: str) -> None:
         """Note which layer's units a norm normalises one by one.
@@ -752,8 +749,8 @@ class NeuronFlow:
         if found is not None and not _became_weight(tensor, found):
             return found
         origin = self._unseen(tensor)
-        if origin.state in (UNKNOWN, WEIGHT) and (not origin.layer or self._names.is_shared(tensor)):
-            layer = self._names.running(tensor, depth=4)
+        if origin.state in (UNKNOWN, WEIGHT) and (not origin.layer or self.names.is_shared(tensor)):
+            layer = self.names.running(tensor, depth=4)
             if layer is not None:
                 return Origin.of(WEIGHT, layer=layer)
         return self._origin_in_graph(tensor, origin) if origin.state == UNKNOWN else origin

@@ -486,7 +486,7 @@ class SiteFinder:
             return True
         found = self._stacked.get(units.layer)
         if found is None:
-            layers = self._forward.flow.layer_names()
+            layers = self._forward.flow.names.layers()
             parts = [part.rpartition(".") for part in units.layer.split("+")]
             found = all(number.isdigit() and stack in layers for stack, _, number in parts)
             self._stacked[units.layer] = found = found and layers.isdisjoint(units.layer.split("+"))
@@ -621,7 +621,11 @@ class SiteFinder:
         if traced and self._is_shared_in_graph(key):
             return None
         if units is None or units.experts is None:
-            return self._counters_for(phase, key, info, names, neurons, x)
+            new = (phase, key) not in self._counters
+            found = self._counters_for(phase, key, info, names, neurons, x)
+            if new and found is not None:
+                self._add_other_experts(phase, key, info, neurons, x)
+            return found
         known = self._experts.get((phase, key))
         if known is not None and known.neurons == neurons:
             return known
@@ -643,6 +647,26 @@ class SiteFinder:
             return None
         found = self._experts[phase, key] = ExpertCounters(members, neurons, x.device)
         return found
+
+    def _add_other_experts(self, phase: str, key: SiteKey, info: SiteInfo, neurons: int, x: Tensor) -> None:
+        """Make the sites of the other experts of a mixture, which are *unseen* until they are given a token.
+
+        Args:
+            phase: The phase.
+            key: The site of an expert that has just been made.
+            info: What is known of it.
+            neurons: Number of its neurons.
+            x: A tensor on its device.
+        """
+        for layer, place in self._forward.flow.names.other_experts(key.layer, info.place):
+            own = key._replace(layer=layer)
+            runs = tuple((layer, *run[1:]) for run in info.units)
+            described = replace(info, layer=layer, units=runs, axis_source=f"layer ({layer})", place=place)
+            self._units[own] = runs
+            if key in self._modules:
+                self._modules.add(own)
+                self.unmeasured.idle_experts.add(place)
+            self._counters_for(phase, own, described, (own.name, layer, place), neurons, x)
 
     def _counters_for(
         self, phase: str, key: SiteKey, info: SiteInfo, names: Names, neurons: int, x: Tensor

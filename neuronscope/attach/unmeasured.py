@@ -25,6 +25,7 @@ class Unmeasured:
         not_neurons: Maps the place of an activation to the reason why what it is applied to are no neurons.
         phases_of_modules: Maps the path of each activation module that ran to the phases in which it did.
         failed: Sites whose last call gave no output.
+        idle_experts: Places of activations of experts whose sites are known although they may not have run.
     """
 
     def __init__(self, flow: NeuronFlow) -> None:
@@ -32,6 +33,7 @@ class Unmeasured:
         self.not_neurons: dict[str, str] = {}
         self.phases_of_modules: dict[str, dict[str, None]] = {}
         self.failed: set[str] = set()
+        self.idle_experts: set[str] = set()
         self._flow = flow
         self._unclear: dict[str, tuple[str, tuple[str, ...]]] = {}  # functions without known neurons: reason, layers
         self._switched: dict[str, str] = {}  # see `note_unless_measured`
