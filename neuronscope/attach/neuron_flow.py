@@ -53,6 +53,7 @@ from neuronscope.attach.origins import (
     PickedMatrices,
 )
 from neuronscope.attach.readers import carry_layer, columns_of, read_dim
+from neuronscope.attach.row_masks import RowMasks
 from neuronscope.attach.tensor_map import TensorMap, nested_tensors
 from neuronscope.attach.torch_functions import spellings
 from neuronscope.attach.units import Units, has_units, place
@@ -159,6 +160,7 @@ class NeuronFlow:
         names: The same.
         read: Calls of layers whose outputs another layer reads, as bits; they are no outputs of the network.
         expert_rows: Knows which expert each row of a layer of experts is of.
+        row_masks: Knows which rows are padding of what data picked from a batch.
         layers: The layer of each call, in the order of the calls.
     """
 
@@ -170,6 +172,7 @@ class NeuronFlow:
         self._outcomes: dict[tuple[Any, ...], _Outcome] = {}  # by the facts that they follow from
         self._steady: dict[tuple[int, int], _SteadyCall] = {}  # see `_note_steady`
         self.expert_rows = ExpertRows(self._origin_in_call)
+        self.row_masks = RowMasks()
         self._variables: dict[tuple[Any, str], tuple[Origin, tuple[int, ...]]] = {}  # see `note_variables`
         self.layers: list[str] = []
         self.read = 0
@@ -197,6 +200,7 @@ class NeuronFlow:
         self._close_calls()
         self._origins.clear()
         self.expert_rows.clear()
+        self.row_masks.clear()
         self._variables.clear()
         self.layers.clear()
         self.read = 0
@@ -406,7 +410,7 @@ class NeuronFlow:
         Returns:
             Whether it was; otherwise nothing is noted.
         """
-        if len(args) < 2:
+        if len(args) < 2 or self.row_masks.known:
             return False
         x = args[0]
         if result is x:
@@ -443,6 +447,8 @@ class NeuronFlow:
             kwargs: The keyword arguments of the call.
             result: What the function returned.
         """
+        if self.row_masks.mask is not None:
+            self.row_masks.follow(function, args, kwargs, result)
         if isinstance(result, Tensor):
             if args and result is args[0] and self._stays_stored(args):
                 return

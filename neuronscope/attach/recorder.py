@@ -58,9 +58,10 @@ from neuronscope.count.expert_counters import (
     add_expert_gradients,
     add_expert_outputs,
     add_expert_outputs_in_graph,
+    leave_out_rows,
     register_expert_gradient_hook,
 )
-from neuronscope.count.neuron_layout import Dims, NeuronLayout, neurons_first, rows_first
+from neuronscope.count.neuron_layout import NeuronLayout, neurons_first, rows_kept
 from neuronscope.count.positions import blank_positions, keep_positions
 from neuronscope.sites import SiteKey
 
@@ -279,10 +280,20 @@ class SiteRecorder:
         if hook is None or (self.compiled and any(known.counters is call.counters for known in _counted_gradients(x))):
             return  # a compiled part was expected to apply the activation, and is not compiled any more
         if call.owners is not None:
-            hook = hook.with_owners(call.owners)
+            hook = hook.with_owners(call.owners, self.forward.flow.row_masks.of(x))
         elif mask is not None:
-            hook = hook.with_mask(mask)
+            hook = hook.with_mask(self._mask_of(x, mask))
         self._hook(x, hook)
+
+    def _mask_of(self, tensor: Tensor, mask: Tensor) -> Tensor:
+        """Return which positions of a tensor are counted: by its own mask, if data picked its rows from a batch.
+
+        Args:
+            tensor: An activation or a pre-activation.
+            mask: The mask of the forward.
+        """
+        own = self.forward.flow.row_masks.of(tensor)
+        return mask if own is None else own
 
     def _begin_in_graph(  # `comptime` reads its arguments and variables
         self,
@@ -406,6 +417,8 @@ class SiteRecorder:
         given = y
         if type(y) is not Tensor:
             y = _first_output(y)
+        if self.forward.mask is not None:
+            self.forward.flow.row_masks.pass_on(x, y)
         if call.shape is not None and type(y) is Tensor and y.shape == call.shape:
             if call.counters is not None:
                 self._count(call.counters, y, call.layout, call.owners)
@@ -536,16 +549,15 @@ class SiteRecorder:
         dims, forward = layout.dims, self.forward
         if dims is None or owners is None or not y.numel():
             return
-        y = y.detach()
-        if forward.mask is not None:
-            self.ignored_mask = True
+        kept = None if forward.mask is None else forward.flow.row_masks.of(y)
+        self.ignored_mask = self.ignored_mask or (forward.mask is not None and kept is None)
+        rows, kept = rows_kept(y.detach(), dims, kept)
         with self.lock:
             if isinstance(counters, ExpertCounters) and isinstance(owners, Tensor):
-                add_expert_outputs(
-                    counters, y, dims, owners, forward.examples, forward.number, self.step, self._tolerance
-                )
+                rows, owners = leave_out_rows(rows, owners, kept, len(counters.members))
+                add_expert_outputs(counters, rows, owners, forward.examples, forward.number, self.step, self._tolerance)
                 return
-            for own, part in _parts_of(counters, y, dims, owners):
+            for own, part in _parts_of(counters, rows, kept, owners):
                 examples = own.new_examples(forward.number, forward.examples, part.numel() // own.neurons)
                 add_outputs(own, part, 2, examples, self.step, self._scratch, self._tolerance)
 
@@ -556,7 +568,8 @@ class SiteRecorder:
         plain = y.detach() if type(y) is Tensor else local_tensor(y.detach())
         left_out = None
         if layout.dims is not None or forward.mask is not None:
-            plain, axis, left_out = _arranged(plain, layout, forward.mask)
+            mask = None if forward.mask is None else self._mask_of(y, forward.mask)
+            plain, axis, left_out = _arranged(plain, layout, mask)
             if not plain.numel():
                 return
         with self.lock:
@@ -717,7 +730,7 @@ class SiteRecorder:
             if type(plain) is not Tensor or glu_dim is not None:
                 plain = gate_half(local_tensor(plain), glu_dim)
             if isinstance(counters, JoinedCounters):
-                self._count_gradient_rows(counters, plain, layout, owners)
+                self._count_gradient_rows(counters, plain, layout, owners, mask)
                 return
             axis = layout.axis
             left_out = None
@@ -732,18 +745,24 @@ class SiteRecorder:
                     leave_out(counters, left_out, gradients=True)
 
     def _count_gradient_rows(
-        self, counters: JoinedCounters, gradient: Tensor, layout: NeuronLayout, owners: Owners | None
+        self,
+        counters: JoinedCounters,
+        gradient: Tensor,
+        layout: NeuronLayout,
+        owners: Owners | None,
+        mask: Tensor | None,
     ) -> None:
         """Count a gradient whose rows are of several experts; see :meth:`_count_rows`."""
         dims = layout.dims
         if dims is None or owners is None or not gradient.numel():
             return
+        rows, kept = rows_kept(gradient, dims, mask)
         with self.lock:
             self.got_gradients = True
             if isinstance(counters, ExpertCounters) and isinstance(owners, Tensor):
-                add_expert_gradients(counters, gradient, dims, owners)
+                add_expert_gradients(counters, *leave_out_rows(rows, owners, kept, len(counters.members)))
                 return
-            for own, part in _parts_of(counters, gradient, dims, owners):
+            for own, part in _parts_of(counters, rows, kept, owners):
                 add_gradients(own, part, 2, self._scratch)
 
     def _note_gradient(self, counters: Counters, reason: str) -> None:
@@ -751,21 +770,22 @@ class SiteRecorder:
 
 
 def _parts_of(
-    counters: JoinedCounters, tensor: Tensor, dims: Dims, owners: Owners
+    counters: JoinedCounters, rows: Tensor, kept: Tensor | None, owners: Owners
 ) -> Iterator[tuple[SiteCounters, Tensor]]:
-    """Yield the rows of each layer ``(R, P, N)`` with the counters of its site, of rows of several layers.
+    """Yield the rows of each layer ``(K, P, N)`` with the counters of its site, of rows of several layers.
 
     Args:
         counters: The counters of the layers.
-        tensor: An output or a gradient.
-        dims: Where its rows and units lie.
+        rows: An output or a gradient, ``(R, P, N)``.
+        kept: Which positions are counted, bool ``(R, P)``; ``None`` = all.
         owners: How many rows each part has, and of which layer it is.
     """
-    rows, start = rows_first(tensor, dims), 0
+    start = 0
     for number, size in owners:
         own = counters.members[number]
         if own is not None:
-            yield own, rows[start : start + size]
+            part = rows[start : start + size]
+            yield own, part if kept is None else part[kept[start : start + size]].unsqueeze(1)
         start += size
 
 

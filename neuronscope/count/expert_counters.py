@@ -28,6 +28,7 @@ __all__ = [
     "add_expert_gradients",
     "add_expert_outputs",
     "add_expert_outputs_in_graph",
+    "leave_out_rows",
     "register_expert_gradient_hook",
 ]
 
@@ -122,7 +123,7 @@ class ExpertCounters(JoinedCounters):
     >>> counters = ExpertCounters(sites, 2, torch.device("cpu"))
     >>> y = torch.tensor([[0.0, 1.0], [0.0, 0.0], [2.0, 0.0]])
     >>> owners = torch.tensor([2, 0, 2])
-    >>> add_expert_outputs(counters, y, (((3, -1),), ((2, 1),)), owners, examples=1, forward=1, step=0, tolerance=0.0)
+    >>> add_expert_outputs(counters, y[:, None], owners, examples=1, forward=1, step=0, tolerance=0.0)
     >>> [site.tensors.zero_outputs.tolist() for site in sites], [site.totals()[0] for site in sites]
     ([[1, 1], [0, 0], [1, 1]], [1, 0, 2])
     """
@@ -142,8 +143,7 @@ class ExpertCounters(JoinedCounters):
 
 def add_expert_outputs(
     counters: ExpertCounters,
-    y: Tensor,
-    dims: Dims,
+    rows: Tensor,
     owners: Tensor,
     examples: int,
     forward: int,
@@ -154,15 +154,13 @@ def add_expert_outputs(
 
     Args:
         counters: The counters of the experts.
-        y: Output of any shape, detached.
-        dims: Where its rows and its units lie, as in :class:`~neuronscope.count.neuron_layout.NeuronLayout`.
+        rows: Output ``(R, P, N)``, detached.
         owners: The number of each row's expert, int64 ``(R,)``.
         examples: Number of independent examples that the forward was given.
         forward: Number of the forward.
         step: Optimizer step of the output.
         tolerance: See :class:`neuronscope.judge.verdicts.Policy`.
     """
-    rows = rows_first(y, dims)
     _add_outputs(
         rows, _pieces(rows, owners), owners, examples, forward, step, tolerance, counters.tensors, counters.pace
     )
@@ -184,7 +182,7 @@ def add_expert_outputs_in_graph(
 
     Args:
         y: Output of any shape.
-        dims: As there.
+        dims: Where its rows and its units lie, as in :class:`~neuronscope.count.neuron_layout.NeuronLayout`.
         owners: As there.
         examples: As there.
         forward: Number of the forward, int64 without dimensions; ``None`` if each run of the graph is one forward.
@@ -258,16 +256,15 @@ def _new_examples(
     return forward_examples - before
 
 
-def add_expert_gradients(counters: ExpertCounters, gradient: Tensor, dims: Dims, owners: Tensor) -> None:
+def add_expert_gradients(counters: ExpertCounters, rows: Tensor, owners: Tensor) -> None:
     """Count one gradient at a pre-activation whose rows are of several experts. It waits for no device.
 
     Args:
         counters: The counters of the experts.
-        gradient: Gradient of any shape, detached.
-        dims: As in :func:`add_expert_outputs`.
+        rows: Gradient ``(R, P, N)``, detached.
         owners: The number of each row's expert, int64 ``(R,)``.
     """
-    rows, tensors = rows_first(gradient, dims), counters.tensors
+    tensors = counters.tensors
     _add_gradients(rows, _pieces(rows, owners), owners, tensors.zero_gradients, tensors.traced_gradients)
 
 
@@ -279,7 +276,7 @@ def register_expert_gradient_hook(
 
     Args:
         x: The pre-activation, whose rows are of several experts.
-        dims: As in :func:`add_expert_outputs`.
+        dims: As in :func:`add_expert_outputs_in_graph`.
         glu_dim: The dimension whose second half is the gate (GLU), otherwise ``None``.
         owners: The number of each row's expert, int64 ``(R,)``.
         zero_gradients: That of :attr:`ExpertCounters.tensors`.
@@ -300,6 +297,24 @@ def _add_gradients(
     for part, own in pieces:
         zero_gradients.index_add_(0, own, (part == 0).sum(1))
     positions[:, 0].add_(_positions(rows, owners, len(positions)))
+
+
+def leave_out_rows(rows: Tensor, owners: Tensor, kept: Tensor | None, experts: int) -> tuple[Tensor, Tensor]:
+    """Return rows of which each has one position, and which expert each is of: none, if it is left out.
+
+    Args:
+        rows: An output or a gradient, ``(R, P, N)``.
+        owners: The number of each row's expert, int64 ``(R,)``.
+        kept: Which positions are kept, bool ``(R, P)``; ``None`` = all, and nothing is done.
+        experts: Number of experts, which stands for none.
+
+    >>> leave_out_rows(torch.ones(2, 1, 3), torch.tensor([1, 0]), torch.tensor([[True], [False]]), 2)[1].tolist()
+    [1, 2]
+    """
+    if kept is None:
+        return rows, owners
+    each = owners[:, None].expand(kept.shape)
+    return rows.reshape(-1, 1, rows.shape[-1]), torch.where(kept, each, experts).reshape(-1)
 
 
 def _positions(rows: Tensor, owners: Tensor, count: int) -> Tensor:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-__all__ = ["Dims", "Factor", "NeuronLayout", "assumed_layout", "neurons_first", "rows_first"]
+__all__ = ["Dims", "Factor", "NeuronLayout", "assumed_layout", "neurons_first", "rows_first", "rows_kept"]
 
 #: Size, and by how many neurons one step along it leads on: 0 for positions, and below 0 for rows of experts.
 Factor = tuple[int, int]
@@ -96,3 +96,27 @@ def rows_first(tensor: Tensor, dims: Dims) -> Tensor:
     moved = tensor.reshape(sizes).permute(rows + others + units)
     count, width = math.prod(sizes[place] for place in rows), math.prod(sizes[place] for place in units)
     return moved.reshape(count, math.prod(sizes[place] for place in others), width)
+
+
+def rows_kept(tensor: Tensor, dims: Dims, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Return a tensor of rows as :func:`rows_first` does, and which of its positions a mask keeps.
+
+    Args:
+        tensor: As there.
+        dims: As there.
+        mask: Which indices of the tensor's first dimensions are kept, bool ``(R, 1)``; ``None`` = all.
+
+    Returns:
+        ``(R, P, N)``, and bool ``(R, P)`` or ``None``.
+
+    >>> import torch
+    >>> mask = torch.tensor([[True], [False], [True]])
+    >>> rows_kept(torch.zeros(3, 2), (((3, -1),), ((2, 1),)), mask)[1].tolist()
+    [[True], [False], [True]]
+    """
+    rows = rows_first(tensor, dims)
+    if mask is None:
+        return rows, None
+    covered = next(count for count in range(1, tensor.dim()) if math.prod(tensor.shape[:count]) == len(mask))
+    kept = mask.reshape(tensor.shape[:covered] + (1,) * (tensor.dim() - covered)).expand(tensor.shape)
+    return rows, rows_first(kept, dims)[..., 0]
