@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 import weakref
-import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import CodeType
@@ -52,6 +51,7 @@ from neuronscope.attach.origins import (
     Origin,
     PickedMatrices,
 )
+from neuronscope.attach.plain_sizes import plain_shape, plain_size
 from neuronscope.attach.readers import carry_layer, columns_of, read_dim
 from neuronscope.attach.row_masks import RowMasks
 from neuronscope.attach.tensor_map import TensorMap, nested_tensors
@@ -60,7 +60,7 @@ from neuronscope.attach.units import Units, has_units, place
 from neuronscope.count.neuron_layout import Dims
 from neuronscope.sites import ReaderColumns
 
-__all__ = ["LEAVING", "SHIFTED", "UNSEEN", "NeuronFlow", "plain_shape"]
+__all__ = ["LEAVING", "SHIFTED", "UNSEEN", "NeuronFlow"]
 
 #: Begins the name of a function that autograd's graph shows, and no function mode.
 UNSEEN = "unseen "
@@ -70,7 +70,6 @@ SHIFTED = "changed by `"
 LEAVING = frozenset({Tensor.numpy, Tensor.__array__, Tensor.tolist, Tensor.item, Tensor.__float__, Tensor.__bool__})
 
 _MOST_OUTCOMES = 20_000
-_LARGE = 1_000_003  # a prime
 _PLAIN = frozenset({int, float, bool, str})
 _SETTINGS = _PLAIN | {type(None)}
 _MIXING_NORMS = spellings("layer_norm", "group_norm", "instance_norm", "rms_norm")
@@ -745,9 +744,9 @@ class NeuronFlow:
             described = [self._describe(each) for each in value]
             return tuple(described) if isinstance(value, tuple) else Listed(described)
         if isinstance(value, slice):
-            return Index(*(_plain(each) for each in (value.start, value.stop, value.step)))
+            return Index(*(plain_size(each) for each in (value.start, value.stop, value.step)))
         if isinstance(value, torch.SymInt):
-            return _plain(value)
+            return plain_size(value)
         return value if isinstance(value, (torch.dtype, torch.device)) or value is Ellipsis else type(value)
 
     def _origin_in_call(self, tensor: Tensor) -> Origin:
@@ -945,26 +944,3 @@ def _local(dims: Dims, shape: Sequence[int]) -> Dims:
         () if size == 1 else ((size, next((stride for _, stride in dim if stride), 0) if has_units(dim) else 0),)
         for dim, size in zip(dims, shape, strict=True)
     )
-
-
-def plain_shape(tensor: Tensor) -> tuple[int, ...]:
-    """Return the shape of a tensor in integers; that of a nested tensor is ``()``."""
-    if tensor.is_nested:
-        return ()
-    shape = tensor.shape
-    return shape if type(tensor) is Tensor or type(tensor) is nn.Parameter else tuple([_plain(size) for size in shape])
-
-
-def _plain(size: Any) -> Any:
-    """Return a size as an integer; that of a symbolic size is the size with which the graph is traced.
-
-    A size that data decides has none. It gets a large number of its own, so that no other size is taken for it.
-    """
-    if not isinstance(size, torch.SymInt):
-        return size
-    node = size.node
-    if node.hint is not None:
-        return int(node.hint)
-    sizes = getattr(node.shape_env, "backed_var_to_val", {})
-    large = {each: _LARGE + zlib.crc32(str(each).encode()) % _LARGE for each in node.expr.free_symbols}
-    return int(node.expr.subs({each: sizes.get(each, number) for each, number in large.items()}))

@@ -137,7 +137,8 @@ class SiteRecorder:
         self._find_while_tracing = while_tracing(
             self._find_traced, "phase", "path", "function", "activation", "x", "glu_dim", "inputs", listener=self
         )
-        self._end_while_tracing = while_tracing(self._end_traced, "call", "y")
+        self._end_while_tracing = while_tracing(self._end_traced, "call", "x", "y")
+        self._load_mask_while_tracing = while_tracing(self._load_mask, "tensor", "experts")
         self._load_owners_while_tracing = while_tracing(self._load_owners, "call")
         self._load_pre_activation_while_tracing = while_tracing(self._load_pre_activation, "number")
         self._unreadable_while_tracing = while_tracing(self._unreadable_traced, "call")
@@ -320,12 +321,18 @@ class SiteRecorder:
         if experts is not None:
             tensors = experts.tensors
             register_expert_gradient_hook(
-                x, dims, glu_dim, self._owners_in_graph(call), tensors.zero_gradients, tensors.traced_gradients
+                x,
+                dims,
+                glu_dim,
+                self._owners_in_graph(call),
+                self._mask_in_graph(x, True),
+                tensors.zero_gradients,
+                tensors.traced_gradients,
             )
             return
         counters = self._counters_of(call)
         if counters is not None:
-            register_gradient_hook(x, axis, dims, glu_dim, counters, self.forward.mask)
+            register_gradient_hook(x, axis, dims, glu_dim, counters, self._mask_in_graph(x, False))
 
     def _owners_in_graph(self, call: int) -> Any:  # noqa: ARG002, `comptime` reads it
         """Return which expert each row is of, int64 ``(R,)``, in a graph that is traced."""
@@ -407,7 +414,7 @@ class SiteRecorder:
             y: The output ``(…, N, …)``.
         """
         if isinstance(call, int):
-            self._end_in_graph(call, _first_output(y))
+            self._end_in_graph(call, x, _first_output(y))
             return
         if y is None:
             self.unmeasured.failed.add(call.key.name)
@@ -438,7 +445,7 @@ class SiteRecorder:
                 )
         self._end(call, y)
 
-    def _end_in_graph(self, call: int, y: Any) -> None:  # `comptime` reads its arguments
+    def _end_in_graph(self, call: int, x: Any, y: Any) -> None:  # noqa: ARG002, `comptime` reads its arguments
         if isinstance(y, Tensor):
             comptime(self._end_while_tracing)
             self._count_in_graph(call, y)
@@ -461,8 +468,32 @@ class SiteRecorder:
         if units is None or len(units.dims) == y.dim():
             self.forward.flow.put(y, call.after)
 
-    def _end_traced(self, call: int, y: Tensor) -> None:
+    def _end_traced(self, call: int, x: Any, y: Tensor) -> None:
+        self.forward.flow.row_masks.pass_on(x, y)
         self._end(self._traced[call][0], y)
+
+    def _mask_in_graph(self, tensor: Tensor, experts: bool) -> Tensor | None:  # noqa: ARG002, `comptime` reads them
+        """Return which positions of a tensor are counted in a graph that is traced; ``None`` = all.
+
+        Args:
+            tensor: An activation or a pre-activation.
+            experts: Whether its rows are of several experts, which the mask of the forward does not fit.
+        """
+        mask = self.forward.mask
+        if mask is None:
+            return None
+        if experts:
+            mask = None
+        comptime(self._load_mask_while_tracing)
+        return mask
+
+    def _load_mask(self, tensor: Tensor, experts: bool) -> None:
+        """Set the variable ``mask`` of :meth:`_mask_in_graph` to the tensor's own mask, if it has one."""
+        own = self.forward.flow.row_masks.of(tensor)
+        if own is not None and is_in_graph(own):
+            set_variable("mask", own)
+        elif experts:
+            self.ignored_mask = True
 
     def carry(self, x: Any, y: Any) -> None:
         """Note what an activation module returned whose call is not counted: what it was given.
@@ -592,6 +623,7 @@ class SiteRecorder:
             y,
             dims,
             self._owners_in_graph(call),
+            self._mask_in_graph(y, True),
             forward.examples,
             number,
             first,
@@ -613,7 +645,7 @@ class SiteRecorder:
         plain, axis = neurons_first(y.detach(), axis, dims)
         left_out = None
         if dims is None:
-            plain, left_out = blank_positions(plain, axis, self.forward.mask)
+            plain, left_out = blank_positions(plain, axis, self._mask_in_graph(y, False))
         examples: int | Tensor = 0
         if self._adds_examples(call):
             positions = plain.numel() // plain.shape[axis]

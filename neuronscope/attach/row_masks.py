@@ -13,7 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from neuronscope.attach.compiling import traced_modules, write_call
 from neuronscope.attach.operators import is_grouped
+from neuronscope.attach.plain_sizes import plain_shape
 from neuronscope.attach.tensor_map import TensorMap
 from neuronscope.attach.torch_functions import spellings
 from neuronscope.attach.unit_rules.elementwise_rules import ELEMENTWISE
@@ -81,7 +83,7 @@ class RowMasks:
         """
         if self.known and isinstance(x, Tensor) and isinstance(y, Tensor) and y is not x:
             mask = self.of(x)
-            if mask is not None and _begins_with(y.shape, len(mask)):
+            if mask is not None:
                 self._note(y, mask)
 
     def follow(self, function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], result: Any) -> None:
@@ -109,9 +111,11 @@ class RowMasks:
             found = next((each for each in args if isinstance(each, Tensor) and self.of(each) is not None), None)
             self.pass_on(found, result)
 
-    def _note(self, tensor: Tensor, mask: Tensor) -> None:
-        self._masks.put(tensor, mask)
-        self.known = True
+    def _note(self, tensor: Tensor, mask: Tensor | None) -> None:
+        """Note the mask of a tensor, if its first dimensions have as many indices as that has rows."""
+        if mask is not None and _begins_with(plain_shape(tensor), plain_shape(mask)[0]):
+            self._masks.put(tensor, mask)
+            self.known = True
 
     def _mask_of(self, x: Any) -> Tensor | None:
         """Return which rows of a tensor are kept, bool ``(R, 1)``, also of one that has those of the batch."""
@@ -119,32 +123,32 @@ class RowMasks:
             return None
         own = self.of(x)
         if own is not None:
-            return own if len(own) == x.shape[0] else None
+            return own if plain_shape(own)[0] == plain_shape(x)[0] else None
         mask = self.mask
-        return mask.reshape(-1, 1) if mask is not None and x.shape[0] == mask.numel() else None
+        return None if mask is None or plain_shape(x)[0] != math.prod(plain_shape(mask)) else _do(_as_rows, mask)
 
     def _change(self, function: Any, args: Sequence[Any], kwargs: Mapping[str, Any], result: Any) -> None:
         """Do to the mask of a tensor what a call does to its rows."""
         mask = self._mask_of(args[0]) if args and isinstance(result, Tensor) else None
         if mask is None:
             return
+        changed = None
         if function in _INDEX:
             index = _index_of_rows(args[1], cuts=self.of(args[0]) is not None)
-            changed = None if index is None else mask[index]
+            changed = None if index is None else _do(Tensor.__getitem__, mask, index)
         elif function in _TILE:
             times = args[1] if isinstance(args[1], (tuple, list)) else args[1:]
-            alone = len(times) == args[0].dim() and all(each == 1 for each in times[1:])
-            changed = mask.repeat(times[0], 1) if alone else None
-        elif function in _SELECT:
-            dim = args[1] if len(args) > 1 else kwargs.get("dim")
-            picked = args[2] if len(args) > 2 else kwargs.get("index")
-            changed = mask.index_select(0, picked) if dim == 0 and isinstance(picked, Tensor) else None
+            if len(times) == args[0].dim() and all(type(each) is int and each == 1 for each in times[1:]):
+                changed = _do(Tensor.repeat, mask, (times[0], 1))
         else:
-            dim = args[2] if len(args) > 2 else kwargs.get("dim")
-            times = args[1] if len(args) > 1 else kwargs.get("repeats")
-            changed = mask.repeat_interleave(times, 0) if dim == 0 else None
-        if changed is not None and _begins_with(result.shape, len(changed)):
-            self._note(result, changed)
+            place, name = (1, 2) if function in _SELECT else (2, 1)
+            dim = args[place] if len(args) > place else kwargs.get("dim")
+            by = args[name] if len(args) > name else kwargs.get("index", kwargs.get("repeats"))
+            if dim == 0 and function in _SELECT:
+                changed = _do(Tensor.index_select, mask, 0, by)
+            elif dim == 0:
+                changed = _do(Tensor.repeat_interleave, mask, by, 0)
+        self._note(result, changed)
 
     def _multiply(self, args: Sequence[Any], result: Any) -> None:
         """Note that the result of ``einsum`` has the rows of a factor, if the first dimension of both is the same."""
@@ -152,30 +156,49 @@ class RowMasks:
             terms, output = args[0].replace(" ", "").split("->")
             for term, factor in zip(terms.split(","), args[1:], strict=False):
                 mask = self._mask_of(factor)
-                if mask is not None and term[:1] == output[:1] and result.dim() > 1 and len(result) == len(mask):
+                if term[:1] == output[:1]:
                     self._note(result, mask)
 
     def _part(self, args: Sequence[Any], kwargs: Mapping[str, Any], result: Any) -> None:
         mask = self.of(args[0]) if args and isinstance(args[0], Tensor) else None
         if mask is None:
             return
-        dim = kwargs.get("dim", args[2] if len(args) > 2 else 0)
-        start = 0
+        dim, before = kwargs.get("dim", args[2] if len(args) > 2 else 0), []
         for part in result:
             if dim % args[0].dim():
-                self.pass_on(args[0], part)
-            elif len(mask) == args[0].shape[0]:
-                self._note(part, mask[start : start + part.shape[0]])
-                start += part.shape[0]
+                self._note(part, mask)
+            elif plain_shape(mask)[0] == plain_shape(args[0])[0]:
+                self._note(part, _do(_part_of, mask, part, *before))
+                before.append(part)
 
     def _join(self, args: Sequence[Any], kwargs: Mapping[str, Any], result: Any) -> None:
         parts, dim = args[0] if args else (), kwargs.get("dim", args[1] if len(args) > 1 else 0)
         masks = [self._mask_of(part) for part in parts]
         found = [each for each in masks if each is not None]
         if dim == 0 and found and len(found) == len(masks):
-            self._note(result, torch.cat(found))
+            self._note(result, _do(_join, *found))
         elif dim and found:
             self.pass_on(parts[0], result)
+
+
+def _do(function: Callable[..., Tensor], mask: Tensor, *args: Any) -> Tensor | None:
+    """Do something to a mask; if ``torch.compile`` traces, the graph does it, if it can."""
+    if traced_modules() is None:
+        return function(mask, *args)
+    return None if any(isinstance(each, (torch.SymInt, slice)) for each in args) else write_call(function, mask, *args)
+
+
+def _as_rows(mask: Tensor) -> Tensor:
+    return mask.reshape(-1, 1)
+
+
+def _part_of(mask: Tensor, part: Tensor, *before: Tensor) -> Tensor:
+    """Return the rows of a mask that belong to a part of a tensor, which lies behind others."""
+    return mask.narrow(0, sum(each.shape[0] for each in before), part.shape[0])
+
+
+def _join(*masks: Tensor) -> Tensor:
+    return torch.cat(masks)
 
 
 def _index_of_rows(index: Any, *, cuts: bool) -> Any:

@@ -15,8 +15,8 @@ from neuronscope.attach.dtensor import NeuronShard, is_distributed, local_tensor
 from neuronscope.attach.forward import ForwardContext
 from neuronscope.attach.gradient_hooks import CountedGradient, Counters, Gradients
 from neuronscope.attach.incoming import Incoming
-from neuronscope.attach.neuron_flow import plain_shape
 from neuronscope.attach.origins import ACTIVATED, CONSTANT, LOST, UNITS, WEIGHT, Operand, Origin
+from neuronscope.attach.plain_sizes import plain_shape
 from neuronscope.attach.readers import carry_site
 from neuronscope.attach.row_owners import Owners
 from neuronscope.attach.selections import Selected, Selections

@@ -20,7 +20,7 @@ from neuronscope.count.counters import (
     one_call_in_graph,
     save_unchecked,
 )
-from neuronscope.count.neuron_layout import Dims, rows_first
+from neuronscope.count.neuron_layout import Dims, rows_kept
 
 __all__ = [
     "ExpertCounters",
@@ -171,6 +171,7 @@ def add_expert_outputs_in_graph(
     y: Tensor,
     dims: Dims,
     owners: Tensor,
+    mask: Tensor | None,
     examples: int,
     forward: Tensor | None,
     first: bool,
@@ -184,6 +185,7 @@ def add_expert_outputs_in_graph(
         y: Output of any shape.
         dims: Where its rows and its units lie, as in :class:`~neuronscope.count.neuron_layout.NeuronLayout`.
         owners: As there.
+        mask: Which indices of the first dimensions are counted, bool ``(R, 1)``; ``None`` = all.
         examples: As there.
         forward: Number of the forward, int64 without dimensions; ``None`` if each run of the graph is one forward.
         first: In that case, whether this is the first call in it.
@@ -192,7 +194,8 @@ def add_expert_outputs_in_graph(
         tensors: Those of :attr:`ExpertCounters.tensors`, and then those of :attr:`ExpertCounters.pace`.
     """
     counts, pace = CounterTensors(*tensors[: len(CounterTensors._fields)]), tensors[len(CounterTensors._fields) :]
-    rows, same = rows_first(y.detach(), dims), not first if forward is None else forward
+    same = not first if forward is None else forward
+    rows, owners = leave_out_rows(*_with_owners(y.detach(), dims, owners, mask), len(counts.traced) - 1)
     _add_outputs(rows, ((rows, owners),), owners, examples, same, step, tolerance, counts, pace)
 
 
@@ -270,7 +273,13 @@ def add_expert_gradients(counters: ExpertCounters, rows: Tensor, owners: Tensor)
 
 @one_call_in_graph
 def register_expert_gradient_hook(
-    x: Tensor, dims: Dims, glu_dim: int | None, owners: Tensor, zero_gradients: Tensor, positions: Tensor
+    x: Tensor,
+    dims: Dims,
+    glu_dim: int | None,
+    owners: Tensor,
+    mask: Tensor | None,
+    zero_gradients: Tensor,
+    positions: Tensor,
 ) -> None:
     """Register a hook that counts the gradient of ``x``, in a graph that ``torch.compile`` traces.
 
@@ -279,14 +288,16 @@ def register_expert_gradient_hook(
         dims: As in :func:`add_expert_outputs_in_graph`.
         glu_dim: The dimension whose second half is the gate (GLU), otherwise ``None``.
         owners: The number of each row's expert, int64 ``(R,)``.
+        mask: As in :func:`add_expert_outputs_in_graph`.
         zero_gradients: That of :attr:`ExpertCounters.tensors`.
         positions: Its ``traced_gradients``.
     """
     save_unchecked(zero_gradients, positions)
 
     def count(gradient: Tensor) -> None:
-        rows = rows_first(gate_half(gradient, glu_dim).detach(), dims)
-        _add_gradients(rows, ((rows, owners),), owners, zero_gradients, positions)
+        half = gate_half(gradient, glu_dim).detach()
+        rows, own = leave_out_rows(*_with_owners(half, dims, owners, mask), len(positions) - 1)
+        _add_gradients(rows, ((rows, own),), own, zero_gradients, positions)
 
     x.register_hook(count)
 
@@ -297,6 +308,13 @@ def _add_gradients(
     for part, own in pieces:
         zero_gradients.index_add_(0, own, (part == 0).sum(1))
     positions[:, 0].add_(_positions(rows, owners, len(positions)))
+
+
+def _with_owners(
+    tensor: Tensor, dims: Dims, owners: Tensor, mask: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    rows, kept = rows_kept(tensor, dims, mask)
+    return rows, owners, kept
 
 
 def leave_out_rows(rows: Tensor, owners: Tensor, kept: Tensor | None, experts: int) -> tuple[Tensor, Tensor]:

@@ -192,7 +192,7 @@ def loss_of(out: Tensor) -> Tensor:
 def watched(model: nn.Module, run: Callable[[Tensor], Tensor] | None = None, **options: Any) -> ns.Scope:
     with ns.watch(model, **options) as scope:
         for x in batches():
-            loss_of((run or model)(x)).backward()
+            loss_of(model(x) if run is None else run(x)).backward()
             scope.step()
     return scope
 
