@@ -40,6 +40,10 @@ _QUESTIONS = frozenset(
 )
 
 
+#: Stands for an index that a graph is given anew at each run.
+_ANY_NUMBER = torch.zeros((), dtype=torch.int64, device="cpu")
+
+
 class Watch(Protocol):
     """What the mode needs to know; see :class:`neuronscope.attach.hooks.HookManager`."""
 
@@ -181,4 +185,6 @@ class ActivationFunctionMode(TorchFunctionMode):
     def _follow_traced(self, func: Any, args: Any, kwargs: Any, output: Any, mask: Any, _: str) -> None:
         flow = self.manager.recorder.forward.flow
         flow.row_masks.begin(mask if isinstance(mask, Tensor) else None)
+        if func is Tensor.__getitem__ and isinstance(args[1], torch.SymInt):
+            args = args[0], _ANY_NUMBER  # the graph serves other numbers too, and so other experts
         flow.follow(func, args, kwargs, output)

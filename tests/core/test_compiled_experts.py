@@ -15,6 +15,7 @@ from neuronscope.build_report import MASK_IGNORED
 from tests.core.compiler_marks import COMPILES
 from tests.core.test_compile import Counter
 from tests.core.test_experts import (
+    BATCH,
     EXPERTS,
     HIDDEN,
     KEPT,
@@ -180,3 +181,17 @@ def test_phases_and_eager_runs_add_to_the_same_experts() -> None:
         assert (found.positions, found.examples) == (3 * tally["positions"], 3 * tally["examples"])
         assert val.zero_outputs.tolist() == tally["zero_outputs"].tolist()
         assert (val.positions, val.examples) == (tally["positions"], tally["examples"])
+
+
+def test_a_number_that_the_graph_is_given_is_not_taken_for_that_of_one_expert() -> None:
+    """After its first recompilation a graph serves every number: whose rows they are is not known in it."""
+    model = Mixture(WAYS["bmm"])
+    model.forward = lambda x, expert: (x @ model.experts.w1[expert]).relu().sum()  # type: ignore[method-assign]
+    run, _ = compiled(model)
+    with ns.watch(model) as scope:
+        for expert in range(EXPERTS):
+            run(whole_numbers(BATCH, HIDDEN, seed=1), expert).backward()
+            scope.step()
+    known = {name: tally.positions for name, tally in scope.census().items() if tally.positions}
+    assert set(known.values()) <= {BATCH}
+    assert len(known) == EXPERTS or scope.report().not_measured
