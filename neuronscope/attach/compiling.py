@@ -551,7 +551,7 @@ def set_variable(name: str, tensor: Tensor) -> None:
 
 def _proxy_of(tensor: Tensor) -> Any:
     """Return the value of the graph that a fake tensor stands for; ``None`` if it is none."""
-    node = _nodes.get(tensor)
+    node: Any = _nodes.get(tensor)
     tracer = None if node is None else _tracer_of(node)
     return None if tracer is None else torch.fx.Proxy(node, tracer)
 

@@ -119,12 +119,12 @@ class EveryExpert(NamedTuple):
     Attributes:
         used: Which rows the experts were given something in; see :func:`used_rows`.
         dim: The dimension of that which indexes the experts.
-        count: Number of experts.
+        experts: Number of experts.
     """
 
     used: Tensor
     dim: int
-    count: int
+    experts: int
 
     def owners(self) -> Owners | None:
         """Return the number of each row's expert, or the number of experts for a row of zeros.

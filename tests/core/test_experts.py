@@ -342,6 +342,22 @@ def test_a_top_k_selection_in_rows_of_several_experts_is_that_of_each_expert(
     assert not scope.report().not_measured
 
 
+def test_a_silu_that_is_written_out_on_a_matrix_of_a_stack_is_counted() -> None:
+    def way(self: Stack, x: Tensor, chosen: Tensor) -> Tensor:
+        result = torch.zeros_like(x)
+        for expert in range(EXPERTS):
+            token, _ = torch.where(chosen == expert)
+            hidden = x[token] @ self.w1[expert]
+            hidden = hidden * torch.sigmoid(hidden) * (x[token] @ self.w2[expert].t())
+            result.index_add_(0, token, hidden @ self.w2[expert])
+        return result
+
+    scope = watched(Mixture(way))
+    assert {f"experts.w1.{number}/swiglu" for number in range(EXPERTS)} <= {*scope.census()}
+    assert all(tally.gradient_positions == tally.positions for tally in scope.census().values())
+    assert not scope.report().not_measured
+
+
 def test_the_memory_of_the_counters_is_in_neurons_and_not_in_rows() -> None:
     """However many rows there are, what is made to count them has the size of a piece, or of the counters."""
     counters = ExpertCounters([SiteCounters(8, torch.device("cpu")) for _ in range(4)], 8, torch.device("cpu"))
