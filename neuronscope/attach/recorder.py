@@ -530,16 +530,16 @@ class SiteRecorder:
             selected = self.sites.selections.find(phase, function, args, kwargs, y)
             if selected is None:
                 return
-            call, x = selected
+            call, before = selected
             if call.counters is not None:
                 self._count(call.counters, y, call.layout, call.owners)
-            if x is not None and x.requires_grad:
-                self.hook_call(x, call)
+            if before is not None and before.requires_grad:
+                self.hook_call(before, call)
             return
         comptime(self._select_while_tracing)
         number = self._last_found()
         if number is not None:
-            x = None
+            x: Any = None
             comptime(self._load_pre_activation_while_tracing)
             if x is not None:
                 self._count_gradient_in_graph(number, x, None)

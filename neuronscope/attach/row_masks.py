@@ -163,7 +163,8 @@ class RowMasks:
         mask = self.of(args[0]) if args and isinstance(args[0], Tensor) else None
         if mask is None:
             return
-        dim, before = kwargs.get("dim", args[2] if len(args) > 2 else 0), []
+        dim = kwargs.get("dim", args[2] if len(args) > 2 else 0)
+        before: list[Tensor] = []
         for part in result:
             if dim % args[0].dim():
                 self._note(part, mask)
@@ -172,7 +173,8 @@ class RowMasks:
                 before.append(part)
 
     def _join(self, args: Sequence[Any], kwargs: Mapping[str, Any], result: Any) -> None:
-        parts, dim = args[0] if args else (), kwargs.get("dim", args[1] if len(args) > 1 else 0)
+        parts: Sequence[Any] = args[0] if args else ()
+        dim = kwargs.get("dim", args[1] if len(args) > 1 else 0)
         masks = [self._mask_of(part) for part in parts]
         found = [each for each in masks if each is not None]
         if dim == 0 and found and len(found) == len(masks):

@@ -622,10 +622,10 @@ class SiteFinder:
             return None
         if units is None or units.experts is None:
             new = (phase, key) not in self._counters
-            found = self._counters_for(phase, key, info, names, neurons, x)
-            if new and found is not None:
+            alone = self._counters_for(phase, key, info, names, neurons, x)
+            if new and alone is not None:
                 self._add_other_experts(phase, key, info, neurons, x)
-            return found
+            return alone
         known = self._experts.get((phase, key))
         if known is not None and known.neurons == neurons:
             return known
