@@ -32,6 +32,10 @@ from neuronscope.attach.units import Units, has_rows
 
 __all__ = ["ExpertRows"]
 
+Rows = RowOwners | InGraph
+#: A layer and the numbers of its calls, which alone may be those that other calls had in another forward.
+Place = tuple[str, tuple[int, ...]]
+
 
 class ExpertRows:
     """Knows which expert each row of the layers of experts is of.
@@ -43,7 +47,7 @@ class ExpertRows:
     def __init__(self, origin_of: Callable[[Tensor], Origin]) -> None:
         self._origin_of = origin_of
         self._weighed: TensorMap[Weighed | InGraph] = TensorMap()  # of weights that data picked
-        self._rows: dict[tuple[int, ...], RowOwners] = {}  # of the calls of layers of experts, and of joined ones
+        self._rows: dict[Place, Rows] = {}  # of the calls of layers of experts, and of joined ones
 
     def clear(self) -> None:
         """Forget all rows, because a forward begins or a step is over."""
@@ -78,7 +82,8 @@ class ExpertRows:
             if weighed is not None:
                 self._weighed.put(output, weighed)
             return
-        units, rows = origin.units, None
+        units = origin.units
+        rows: Rows | None = None
         if units is None or units.experts is None:
             return
         if is_grouped(function):
@@ -94,11 +99,9 @@ class ExpertRows:
                 tensors.reverse()
             rows = self._rows_of_every_expert(values, tensors, output)
         if rows is not None:
-            self._rows[units.call] = rows
+            self._rows[_place(units)] = rows
 
-    def _rows_of_every_expert(
-        self, values: tuple[Any, ...], tensors: Sequence[Tensor], output: Tensor
-    ) -> RowOwners | None:
+    def _rows_of_every_expert(self, values: tuple[Any, ...], tensors: Sequence[Tensor], output: Tensor) -> Rows | None:
         """Return what says which rows of a product with a whole stack are of which expert.
 
         Args:
@@ -125,7 +128,7 @@ class ExpertRows:
         used = write_call(used_rows, data[0], given, letters, stack[0])
         return None if used is None else _in_graph(write_call(owners_of_stack, used, dim, count))
 
-    def _joined_rows(self, tensors: Sequence[Tensor], output: Tensor, units: Units) -> RowOwners | None:
+    def _joined_rows(self, tensors: Sequence[Tensor], output: Tensor, units: Units) -> Rows | None:
         """Return what says which expert each part of a concatenation is of.
 
         Args:
@@ -142,13 +145,14 @@ class ExpertRows:
         if units.experts is not None and units.experts.joined:
             numbers = {layer: number for number, layer in enumerate(units.experts.layers)}
             return Joined(tuple([(numbers[each.layer], size) for each, size in parts]))
-        if all(each.call in self._rows for each, _ in parts):
-            return JoinedRows(tuple([(self._rows[each.call], size) for each, size in parts]))
-        return None
+        rows = [found for each, _ in parts if (found := self._rows.get(_place(each))) is not None]
+        if len(rows) < len(parts) or any(isinstance(each, InGraph) for each in rows):
+            return None
+        return JoinedRows(tuple([(each, size) for each, (_, size) in zip(rows, parts, strict=True)]))
 
     def _joined_rows_in_graph(
         self, tensors: Sequence[Tensor], own: Sequence[Units | None], dim: int | None, units: Units
-    ) -> RowOwners | None:
+    ) -> InGraph | None:
         """Do what :meth:`_joined_rows` does in a graph that is traced.
 
         Args:
@@ -163,20 +167,24 @@ class ExpertRows:
         if units.experts.joined:
             numbers = {layer: number for number, layer in enumerate(units.experts.layers)}
             return _in_graph(write_call(join_numbers, [numbers[each.layer] for each in known], dim, *tensors))
-        rows = [self._rows.get(each.call) for each in known]
+        rows = [self._rows.get(_place(each)) for each in known]
         owners = [each.numbers for each in rows if isinstance(each, InGraph)]
         return _in_graph(write_call(join_owners, dim, *tensors, *owners)) if len(owners) == len(rows) else None
 
     def owners(self, units: Units) -> Owners | None:
-        """Return which expert each row of a tensor is of; ``None`` if not known. It waits for no device.
+        """Return which expert each row of a tensor is of. It waits for no device.
+
+        It is not known, and ``None``, where the rows were made outside of the graph that is traced, or in a graph if
+        none is traced.
 
         Args:
             units: The units of the tensor, which have experts.
         """
-        found = self._rows.get(units.call)
-        if isinstance(found, InGraph) and not (traced_modules() is not None and is_in_graph(found.numbers)):
-            return None  # it was traced in another graph
-        return None if found is None else found.owners()
+        found = self._rows.get(_place(units))
+        if isinstance(found, InGraph):
+            return found.numbers if traced_modules() is not None and is_in_graph(found.numbers) else None
+        # What eager code knows is no value of a graph that is traced.
+        return None if found is None or traced_modules() is not None else found.owners()
 
 
 def _weighed_by(index: Tensor, matrices: int) -> Weighed | InGraph | None:
@@ -191,7 +199,7 @@ def _weighed_by(index: Tensor, matrices: int) -> Weighed | InGraph | None:
     return _in_graph(write_call(picked_owners, index, matrices))
 
 
-def _rows_by_offsets(ends: Tensor, output: Tensor, units: Units) -> RowOwners | None:
+def _rows_by_offsets(ends: Tensor, output: Tensor, units: Units) -> Rows | None:
     """Return what says which rows of a grouped product are of which expert.
 
     Args:
@@ -202,6 +210,10 @@ def _rows_by_offsets(ends: Tensor, output: Tensor, units: Units) -> RowOwners | 
     if traced_modules() is None:
         return Offsets.of(ends, units.rows)
     return _in_graph(write_call(owners_by_offsets, ends, output))
+
+
+def _place(units: Units) -> Place:
+    return units.layer, units.call
 
 
 def _in_graph(numbers: Tensor | None) -> InGraph | None:

@@ -183,10 +183,6 @@ class InGraph(NamedTuple):
 
     numbers: Tensor
 
-    def owners(self) -> Owners | None:
-        """Return the fake tensor."""
-        return self.numbers
-
 
 def picked_owners(index: Tensor, matrices: int) -> Tensor:
     """Return the number of each row's expert, int64 ``(R,)``.

@@ -300,6 +300,8 @@ class SiteFinder:
     def with_owners(self, call: Call, units: Units) -> Call:
         """Return a call with what says in this forward which experts the rows are of, if the layer is one of experts.
 
+        If it is not known, no expert's positions are known from then on: their sites are listed, and not reported.
+
         Args:
             call: The call.
             units: The units of the pre-activation, or of the product.
@@ -312,8 +314,9 @@ class SiteFinder:
         self.unmeasured.note(
             call.key.name,
             "the tensor that says which expert each row is of was not seen, or was changed in place before the "
-            "activation ran, or belongs to another compiled graph than the activation",
+            "activation ran, or does not belong to the compiled graph that the activation belongs to",
         )
+        call.counters.leave_out_call()
         return call._replace(counters=None, hook=None)
 
     def _find_anew(

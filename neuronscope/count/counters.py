@@ -58,6 +58,7 @@ class SiteCounters:
         shared: Whether the tensors are counted in together with those of other sites: they are views then.
         unreadable: Whether an output was seen that cannot be counted. Then the gradients do not belong to what is
             counted, and a tally has none.
+        incomplete: Whether a call was not counted. Then no census has the site.
         gate: The counters of the gate if the site is a gated product. A product has no gradient counts of its own:
             its pre-activation is that of its gate.
         sharded_dims: How the counted tensors are sharded: see :func:`neuronscope.attach.dtensor.sharded_dims`.
@@ -77,6 +78,7 @@ class SiteCounters:
         self.window: WindowCounts | None = None
         self._wide: CounterTensors | None = None
         self.unreadable = False
+        self.incomplete = False
         self.gate: SiteCounters | None = None
         self.clock: Tensor
         self.sharded_dims: tuple[int | None, ...] = ()

@@ -66,6 +66,11 @@ class JoinedCounters:
         for member in self.wanted:
             member.unreadable = value
 
+    def leave_out_call(self) -> None:
+        """Note that a call is not counted, so that nothing can be said of any of the sites."""
+        for member in self.wanted:
+            member.incomplete = True
+
     def gate_by(self, gates: JoinedCounters) -> None:
         """Take gradients from the gates of these products.
 

@@ -11,6 +11,7 @@ import datetime
 import fnmatch
 import json
 import multiprocessing
+import re
 import sys
 import time
 import warnings
@@ -34,6 +35,7 @@ RUNS = Path(__file__).with_name("compiled_runs.json")
 EQUAL = "equal"
 REASON = "not one graph"
 LIMIT = 900  # seconds for a network
+_EXPERT = re.compile(r"\.\d+(?=\(|/)")  # the number of an expert in the name of its site
 
 
 class CannotCompile(Exception):
@@ -48,7 +50,8 @@ class CompiledRuns:
         states: Weights, buffers and gradients of the compiled runs: unwatched, watched.
         graphs: How many graphs each of them had, and how many tensors these returned.
         compiled: Census of the compiled run.
-        eager: Census of the same run in eager mode.
+        eager: Census of the same run in eager mode, without what the compiled run's report lists as not measured:
+            sites of experts, where a graph cannot know which expert each row is of.
     """
 
     states: tuple[dict[str, Tensor], dict[str, Tensor]]
@@ -72,7 +75,7 @@ def run(network: Network, backend: str = "aot_eager", *, fullgraph: bool = True)
         CannotCompile: torch cannot compile the unwatched network.
         AssertionError: The watching ended, or the one graph is another one watched.
     """
-    states, graphs, censuses = [], [], []
+    states, graphs, censuses, listed = [], [], [], []
     with _threads(1), _quiet(bool(network.unseen)), torch._dynamo.config.patch(recompile_limit=64):
         for watcher, compiles in ((Nobody(), True), (Watched(), True), (Watched(), False)):
             torch._dynamo.reset()
@@ -92,9 +95,11 @@ def run(network: Network, backend: str = "aot_eager", *, fullgraph: bool = True)
             if isinstance(watcher, Watched):
                 assert watcher.scope._hooks.failure is None
                 censuses.append(watcher.scope.census("train"))
+                listed.append({each.name for each in watcher.scope.report().not_measured})
     if fullgraph:
         assert graphs[0] == graphs[1], f"{graphs[0]} graphs and outputs unwatched, {graphs[1]} watched"
     compiled, eager = censuses
+    eager = {site: tally for site, tally in eager.items() if _EXPERT.sub("", site) not in listed[0]}
     return CompiledRuns((states[0], states[1]), (graphs[0], graphs[1]), compiled, eager)
 
 
