@@ -145,10 +145,9 @@ class ExpertRows:
         if units.experts is not None and units.experts.joined:
             numbers = {layer: number for number, layer in enumerate(units.experts.layers)}
             return Joined(tuple([(numbers[each.layer], size) for each, size in parts]))
-        rows = [found for each, _ in parts if (found := self._rows.get(_place(each))) is not None]
-        if len(rows) < len(parts) or any(isinstance(each, InGraph) for each in rows):
-            return None
-        return JoinedRows(tuple([(each, size) for each, (_, size) in zip(rows, parts, strict=True)]))
+        rows = [(self._rows.get(_place(each)), size) for each, size in parts]
+        known = [(each, size) for each, size in rows if each is not None and not isinstance(each, InGraph)]
+        return JoinedRows(tuple(known)) if len(known) == len(parts) else None
 
     def _joined_rows_in_graph(
         self, tensors: Sequence[Tensor], own: Sequence[Units | None], dim: int | None, units: Units
