@@ -228,7 +228,7 @@ def tables(shapes: list[tuple[int, int]], worlds: list[int]) -> list[Table]:
             times = [f"{costs.join_s:.3f} s", f"{costs.join_cpu_s:.3f} s", f"{costs.join_peak / 1e9:.2f} GB"]
             joining.rows.append([shape, str(world), given, wanted, str(costs.collectives), *times])
             if place == 0:
-                expected = f"{megabytes(16 * total)}, {megabytes((177 + WINDOWS) * total)}"
+                expected = f"{megabytes(20 * total)}, {megabytes((177 + WINDOWS) * total)}"
                 memory.rows.append([shape, *map(megabytes, (costs.all_counters, costs.rows, costs.state)), expected])
                 spent = [f"{costs.close_s:.3f} s", f"{costs.report_s:.3f} s", f"{costs.log_s:.1f} s"]
                 logging.rows.append([shape, *spent, f"{costs.log / 1e6:.2g} MB", f"{costs.peak / 1e9:.2f} GB"])

@@ -43,8 +43,8 @@ class Announcements:
     """
 
     def __init__(self) -> None:
-        self._said: set[str] = set()  # names of symptoms
-        self._collapsed: set[str] = set()  # layers of which it was said
+        self._said: set[str] = set()  # the symptoms that were announced
+        self._collapsed: set[str] = set()  # the layers whose collapse was announced
 
     def new(self, report: Report) -> list[str]:
         """Return some sentences for each finding that no earlier report had: where, since when, and what to do."""

@@ -46,9 +46,8 @@ class Runs:
         self._model_class = ""
         self._loaded: dict[str, Any] | None = None
         self._in_training = False
-        self._open_windows: dict[
-            str, Any
-        ] = {}  # training and inference as before the end of a run closed their windows
+        # The states of training and inference from before the end of a run closed their windows.
+        self._open_windows: dict[str, Any] = {}
 
     def _unattached_scope(self) -> Scope:
         scope = Scope(nn.ReLU(), self._options)

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from neuronscope.judge.verdicts import Policy, Verdict
     from neuronscope.linear.check import check_linear
     from neuronscope.linear.linear_report import LinearLayers, LinearReport
+    from neuronscope.options import Shards
     from neuronscope.report.reading import read_report
     from neuronscope.report.report import Report
     from neuronscope.sampled_features import LayerRepresentation, Representation, representation
@@ -73,6 +74,7 @@ __all__ = [
     "Rule",
     "Scope",
     "SelfNormalizedResets",
+    "Shards",
     "Shrunk",
     "Tally",
     "Verdict",

@@ -344,7 +344,7 @@ class Scope:
         Raises:
             DetachedError: The scope was detached.
         """
-        self._require_attached("close_window")
+        self._require_attached("revive" if acting else "close_window")
         with self._lock:
             record = self._flush("train", acting=acting)
             if record.census("open").last_step >= 0 and self._phases.close_windows(final=True):
@@ -700,7 +700,7 @@ class Scope:
         if self._detached:
             raise DetachedError(
                 f"Expected a scope that is attached for `{method}()`, but this one was detached. "
-                "Call `neuronscope.watch(model)` again."
+                "Call it inside the `with` block of `neuronscope.watch(model)`."
             )
 
 

@@ -131,20 +131,22 @@ def zeros_of(function: Function, dtype: torch.dtype) -> Zeros:
 
 def _number(value: float) -> str:
     value += 0.0  # no negative zero
-    return "–" if math.isnan(value) else f"{value:.3g}" if abs(value) < 1e3 else f"{value:,.0f}"
+    text = "–" if math.isnan(value) else f"{value:.3g}" if abs(value) < 1e3 else f"{value:,.0f}"
+    return text.replace("-", "−")
 
 
 def zero_table(found: dict[tuple[str, torch.dtype], Zeros]) -> list[str]:
     """Return the table of thresholds, one row for each function."""
     heads = [str(dtype).removeprefix("torch.") for dtype in TYPES]
     lines = [
-        "| activation | "
-        + " | ".join(f"{head}: output is 0 up to | gradient is 0 up to | … and from" for head in heads)
-        + " |",
-        "| --- " + "| ---: | ---: | ---: " * len(TYPES) + "|",
+        "| activation | " + " | ".join(f"{head}: output is 0 up to | gradient is 0 up to" for head in heads) + " |",
+        "| --- " + "| ---: | ---: " * len(TYPES) + "|",
     ]
     for name in FUNCTIONS:
-        cells = [_number(value) for dtype in TYPES for value in found[name, dtype]]
+        cells = []
+        for zeros in (found[name, dtype] for dtype in TYPES):
+            above = "" if math.isnan(zeros.gradient_above) else f", from {_number(zeros.gradient_above)}"
+            cells += [_number(zeros.output_below), _number(zeros.gradient_below) + above]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return lines
 
@@ -175,8 +177,8 @@ def draw(found: dict[tuple[str, torch.dtype], Zeros]) -> None:
     from matplotlib.figure import Figure
 
     shown = ("ReLU", "GELU", "SiLU", "Mish", "ELU", "Tanh")
-    figure = Figure(figsize=(12.8, 7.2), dpi=150, layout="constrained")
-    axes = figure.subplots(2, 3)
+    figure = Figure(figsize=(5.6, 7.2), dpi=200, layout="constrained")
+    axes = figure.subplots(3, 2)  # upright, so that it can be read on a phone
     for place, name in enumerate(shown):
         panel, zeros = axes.flat[place], found[name, torch.float32]
         low = max(-120.0, 1.25 * zeros.gradient_below) if not math.isnan(zeros.gradient_below) else -8.0
@@ -191,13 +193,14 @@ def draw(found: dict[tuple[str, torch.dtype], Zeros]) -> None:
         panel.set_xlim(low, high)
         panel.set_ylim(-1.4, 1.6)
         edges = [
-            f"{word} {_number(each)}".replace("-", "−")
+            f"{word} {_number(each)}"
             for word, each in (("up to", zeros.gradient_below), ("from", zeros.gradient_above))
             if not math.isnan(each)
         ]
-        panel.set_title(f"{name}: f′ = 0 {', '.join(edges)}", fontsize=11)
+        panel.set_title(f"{name}: {', '.join(edges)}", fontsize=10)
+        panel.tick_params(labelsize=8)
     axes.flat[0].legend(loc="upper left", frameon=False)
-    figure.suptitle("Where the gradient is exactly zero, in float32 (shaded)", x=0.01, ha="left", fontsize=15)
+    figure.suptitle("Where the gradient f′ is exactly zero (float32)", x=0.01, ha="left", fontsize=13)
     figure.savefig(PICTURE, format="png", metadata={"Software": None}, pil_kwargs={"optimize": True})
 
 
@@ -210,14 +213,15 @@ GELU, SiLU, Mish and ELU have a gradient that is nonzero nearly everywhere, so t
 die as ReLU's do. *Nearly*: a number has finitely many digits. Far enough below zero the output of a
 smooth unit, and its gradient, underflow to exactly zero. From there on it is as dead as a ReLU.
 
-![Six activations and their derivatives; red where the gradient is exactly zero](images/smooth-units.png)
+<img src="images/smooth-units.png" width="480"
+alt="Six activations and their derivatives; red where the gradient is exactly zero">
 
 ## From where on
 
-Measured with PyTorch {torch}, {machine}, {today}. In 16 bits every number was tried; in float32 a
-dense grid, and at each edge every number. – means nowhere up to ±10,000. Where output and gradient
-do not end together, a neuron between the two is *silent* (no output, but a gradient) or *cut off*
-(an output, but no gradient).
+Measured with PyTorch {torch}, {machine}, {today}. In 16 bits every number was tried; in
+float32 a dense grid, and at each edge every number. – means nowhere up to ±10,000. Where output and
+gradient do not end together, a neuron between the two is *silent* (no output, but a gradient) or
+*cut off* (an output, but no gradient).
 
 {zeros}
 
@@ -225,8 +229,8 @@ The exact GELU ends soon (its tail is that of a normal distribution), its tanh f
 every type; SiLU, Mish and Softplus fall off like an exponential, and last to about −90 or −100 in
 float32 and bfloat16. In float16, whose smallest number is 6·10⁻⁸, they end at −17 to −20. ELU never
 has an output of zero below zero (it tends to −1), but its gradient ends. Sigmoid and tanh end on
-both sides: above, their gradient is zero as soon as the output rounds to 1, which comes first in
-the types with few digits.
+both sides: above (*from* in the table), their gradient is zero as soon as the output rounds to 1,
+which comes first in the types with few digits.
 
 PyTorch computes most elements of a tensor in vectors, and the last few one by one, in other code.
 The table is of vectors. One by one GELU's output ends where the table says, but its gradient lasts

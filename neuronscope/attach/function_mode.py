@@ -60,7 +60,12 @@ class Watch(Protocol):
         """Return whether anything that is watched runs in this thread, around ``caller``."""
 
     def end_fused_while_tracing(self, args: Any, output: Any) -> None:
-        """Note that the fused kernel of a transformer's encoder layer is in the graph that is traced."""
+        """Note that the fused kernel of a transformer's encoder layer is in the graph that is traced.
+
+        Args:
+            args: The arguments of the kernel.
+            output: What it returned.
+        """
 
     def fail(self, error: Exception) -> None:
         """Handle an error in our own code."""

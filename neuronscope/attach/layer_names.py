@@ -21,6 +21,16 @@ from neuronscope.sites import NAMES_EXPERTS, expert_number
 
 __all__ = ["LayerNames", "lacking_layers", "layer_name"]
 
+#: The dimension of the weight that indexes the units, from the end, by class of a module.
+_OWN_SIDES = {
+    nn.Linear: -2,
+    nn.Conv1d: -3,
+    nn.Conv2d: -4,
+    nn.Conv3d: -5,
+    nn.ConvTranspose1d: -2,
+    nn.ConvTranspose2d: -3,
+    nn.ConvTranspose3d: -4,
+}
 #: How many frames lie between a torch function and the module that called it, at most.
 _FARTHEST = 8
 
@@ -142,9 +152,14 @@ class LayerNames:
 
     Args:
         model: The model.
+
+    Attributes:
+        sides: By layer, the dimension of its weight that indexes its units, from the end, where the class of the module
+            says it; of other layers :class:`~neuronscope.attach.unit_rules.operation.Operation` notes it.
     """
 
     def __init__(self, model: nn.Module) -> None:
+        self.sides: dict[str, int] = {}
         self._layers: dict[int, tuple[weakref.ref[Tensor], str, bool]] = {}
         self._shared: set[int] = set()
         self._shared_layers: set[str] = set()
@@ -163,6 +178,9 @@ class LayerNames:
         self._paths.clear()
         for path, module in walk(model):
             self._paths[id(module)] = path
+            side = next((side for kind, side in _OWN_SIDES.items() if isinstance(module, kind)), None)
+            if side is not None:
+                self.sides[layer_name(path, "weight")] = side
             for held, is_weight in ((module._parameters, True), (module._buffers, False)):
                 for name, tensor in held.items():
                     if tensor is not None:

@@ -178,7 +178,6 @@ class NeuronFlow:
         self._calls: dict[tuple[Any, ...], _KnownCall] = {}  # by the facts that their outcomes follow from
         self._begin = self._last = _KnownCall(_Outcome((_UNKNOWN,)))  # stands for the begin of a forward; the last call
         self._changes = 0  # how often a stored tensor has ended or been overwritten
-        self._sides: dict[str, int] = {}  # of weights; see `Operation`
         self.expert_rows = ExpertRows(self._origin_in_call)
         self.row_masks = RowMasks()
         self._variables: dict[tuple[Any, str], tuple[Origin, tuple[int, ...]]] = {}  # see `note_variables`
@@ -671,7 +670,7 @@ class NeuronFlow:
         described = tuple([self._describe(arg) for arg in args])
         named = {name: self._describe(value) for name, value in kwargs.items()}
         shapes = tuple([plain_shape(output) for output in outputs])
-        operation = Operation(function, described, named, shapes, call, self._sides)
+        operation = Operation(function, described, named, shapes, call, self._names.sides)
         try:
             origins = origins_of(operation)
         except (AttributeError, IndexError, KeyError, LookupError, TypeError, ValueError, ZeroDivisionError):

@@ -1,8 +1,9 @@
-"""Hold the counts of one site as tensors: 64 bits wide, or in 16 bytes a neuron for as long as those suffice."""
+"""Hold the counts of one site as tensors: 64 bits wide, or in 20 bytes a neuron for as long as those suffice."""
 
 from __future__ import annotations
 
 import functools
+import sys
 from typing import NamedTuple
 
 import numpy as np
@@ -22,7 +23,7 @@ _NEVER_IN_WINDOW = 2**15 - 1
 _SEEN_BY_HOST = "cpu"
 #: Most positions of a window: 32 bits hold the count.
 _POSITIONS = 2**31 - 1
-#: Most sums that a window adds up in float32, each wrong by 2**-24 of the sum at most.
+#: Most sums that a window adds up in float32, each wrong by 2**-24 of the sum at most; in float64 there is no limit.
 _SUMS = 1 << 12
 
 
@@ -33,7 +34,7 @@ class CounterTensors(NamedTuple):
         zero_outputs: int64; int32 in a window.
         zero_gradients: The same.
         not_finite: The same; ``(0,)`` in a window on the CPU, where outputs that are not finite are counted in 64 bits.
-        abs_sum: float64; float32 in a window, and on a device that has no float64.
+        abs_sum: float64; float32 on a device that has no float64.
         last_active: int64, −1 = never; int16 in a window, from its first step on.
         first_active: int64, ``NEVER`` = never; int16 in a window, from its first step on, and its largest number.
         traced: int64 ``(2,)``: positions and examples that compiled graphs added, less the positions that
@@ -78,12 +79,11 @@ def wide_tensors(neurons: int, traced: Tensor, traced_gradients: Tensor) -> Coun
         traced_gradients: See there.
     """
     zeros = torch.zeros(neurons, dtype=torch.int64, device=traced.device)
-    real = torch.float64 if has_float64(traced.device.type) else torch.float32
     return CounterTensors(
         zeros,
         zeros.clone(),
         zeros.clone(),
-        torch.zeros(neurons, dtype=real, device=traced.device),
+        _sums_of_magnitudes(neurons, traced.device),
         torch.full_like(zeros, -1),
         torch.full_like(zeros, NEVER),
         traced,
@@ -91,8 +91,13 @@ def wide_tensors(neurons: int, traced: Tensor, traced_gradients: Tensor) -> Coun
     )
 
 
+def _sums_of_magnitudes(neurons: int, device: torch.device) -> Tensor:
+    """Return zeros ``(N,)`` of the widest type: there the sum of float32 numbers does not depend on their grouping."""
+    return torch.zeros(neurons, dtype=torch.float64 if has_float64(device.type) else torch.float32, device=device)
+
+
 class WindowCounts:
-    """Count what one site does for a while, in 16 bytes a neuron, and in 20 on other devices than the CPU.
+    """Count what one site does for a while, in 20 bytes a neuron, and in 24 on other devices than the CPU.
 
     Nothing overflows, since the host knows what is added: before :meth:`take` finds no room, the counts are carried
     over into 64 bits, and new ones begin.
@@ -119,7 +124,7 @@ class WindowCounts:
             count,
             count.clone(),
             count.clone() if device.type != _SEEN_BY_HOST else torch.zeros(0, dtype=torch.int32, device=device),
-            torch.zeros(neurons, dtype=torch.float32, device=device),
+            _sums_of_magnitudes(neurons, device),
             torch.full((neurons,), -1, dtype=torch.int16, device=device),
             torch.full((neurons,), _NEVER_IN_WINDOW, dtype=torch.int16, device=device),
             traced,
@@ -128,6 +133,7 @@ class WindowCounts:
         self.first_step = 0
         self.never = _NEVER_IN_WINDOW
         self._positions = self._gradient_positions = self._sums = 0
+        self._most_sums = _SUMS if self.tensors.abs_sum.dtype is torch.float32 else sys.maxsize
 
     def take(self, positions: int, first: int, last: int) -> bool:
         """Note that outputs will be added, if there is room for them; otherwise change nothing.
@@ -138,7 +144,7 @@ class WindowCounts:
             last: Their last one.
         """
         begin = self.first_step if self._sums else first
-        fits = self._positions + positions <= _POSITIONS and self._sums < _SUMS
+        fits = self._positions + positions <= _POSITIONS and self._sums < self._most_sums
         if not fits or first < begin or last - begin >= self.never:
             return False
         self.first_step = begin

@@ -13,7 +13,7 @@ from torch._dynamo.trace_rules import get_torch_obj_rule_map, manual_torch_name_
 from torch._dynamo.variables import TorchInGraphFunctionVariable
 
 from neuronscope.count.counter_tensors import NEVER, CounterTensors, WindowCounts, add_whole, wide_tensors
-from neuronscope.count.counting import ScratchBuffers, is_finite, measure, plain_outputs, plain_zeros
+from neuronscope.count.counting import ScratchBuffers, fits_float32, measure, plain_outputs, plain_zeros
 from neuronscope.count.neuron_layout import Dims, neurons_first
 from neuronscope.count.pending_counts import PendingCounts
 from neuronscope.count.positions import blank_positions
@@ -41,7 +41,7 @@ Result = TypeVar("Result")
 class SiteCounters:
     """Count the outputs and gradients of one site in one phase, on the site's device.
 
-    In eager mode the host knows what is added, and counts are kept in ``window``, in 16 bytes a neuron, until it is
+    In eager mode the host knows what is added, and counts are kept in ``window``, in 20 bytes a neuron, until it is
     full. What counts by itself on the device adds to ``tensors``, in 64 bits: nobody knows there how much it adds.
     Either is made when it is needed. On the CPU counts wait first, in ``outputs``, ``gradients``, ``small_outputs`` and
     ``small_gradients``; :meth:`add_waiting` adds them.
@@ -88,8 +88,8 @@ class SiteCounters:
             self.last_forward = torch.full((), -1, dtype=torch.int64, device=device)
         self.outputs = PendingCounts(2, neurons)
         self.gradients = PendingCounts(1, neurons)
-        self.small_outputs = SmallTensors(2)
-        self.small_gradients = SmallTensors(1)
+        self.small_outputs = SmallTensors(2, self.outputs.room)
+        self.small_gradients = SmallTensors(1, self.gradients.room)
         self.positions = 0
         self.gradient_positions = 0
         self.examples = 0
@@ -255,7 +255,7 @@ class SiteCounters:
         small = self.small_outputs
         if len(small):
             row = self._rows_for(small, self.outputs, scratch)
-            if is_finite(row):
+            if fits_float32(row):
                 self._keep(small, self.outputs)
             else:
                 for y, step in zip(small.tensors(), small.steps, strict=True):
@@ -417,7 +417,7 @@ def add_outputs(
         return
     rows = counters.outputs
     row = rows.next() if rows.room else scratch.row(2, counters.neurons)
-    if not (measure(y, axis, scratch, tolerance, row) and is_finite(row)):
+    if not (measure(y, axis, scratch, tolerance, row) and fits_float32(row)):
         counters.add_plain(y, axis, step, tolerance)
     elif not rows.room:
         counters.add_row(row, positions, step, scratch)

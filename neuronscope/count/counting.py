@@ -18,6 +18,9 @@ from neuronscope.count.cpu_kernels import ScratchBuffers
 
 __all__ = ["OutputCounts", "ScratchBuffers", "count_outputs", "count_zeros", "measure", "plain_outputs", "plain_zeros"]
 
+#: Sums of magnitudes below this do not overflow float32 where a window adds up 2**18 of them (4096 times 64 rows).
+_MOST_SUM = 2.0**110
+
 
 class OutputCounts(NamedTuple):
     """The counts of one output tensor, ``(N,)`` each.
@@ -127,11 +130,14 @@ def count_outputs(tensor: Tensor, axis: int, scratch: ScratchBuffers, tolerance:
         The counts, on the tensor's device.
     """
     counts = torch.empty(2, tensor.shape[axis], dtype=torch.float32, device="cpu")
-    if measure(tensor, axis, scratch, tolerance, counts) and is_finite(counts):
+    if measure(tensor, axis, scratch, tolerance, counts) and fits_float32(counts):
         return OutputCounts(counts[0].long(), None, counts[1].double())
     return OutputCounts(*plain_outputs(tensor, axis, tolerance))
 
 
-def is_finite(counts: Tensor) -> bool:
-    """Whether all magnitudes in ``counts`` are finite; ``counts`` is on the CPU, so this does not synchronize."""
-    return math.isfinite(counts.sum().item())
+def fits_float32(counts: Tensor) -> bool:
+    """Whether all magnitudes in ``counts`` are finite, and so small that a window adds them up in float32.
+
+    ``counts`` is on the CPU, so this does not synchronize.
+    """
+    return bool(counts.sum().item() < _MOST_SUM)

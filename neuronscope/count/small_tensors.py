@@ -29,6 +29,7 @@ class SmallTensors:
 
     Args:
         quantities: 1 to count zeros, 2 for zeros and magnitudes.
+        most: The most tensors that it holds: there must be room for the counts of all.
 
     Attributes:
         axis: The dimension of the neurons in the tensors of the buffer.
@@ -36,7 +37,7 @@ class SmallTensors:
         steps: The optimizer step of each tensor.
         full: Whether the buffer has no room for another tensor.
 
-    >>> waiting = SmallTensors(2)
+    >>> waiting = SmallTensors(2, most=8)
     >>> waiting.try_add(torch.tensor([[0.0, 1.0, 2.0], [0.0, 0.0, 2.0]]), 1, step=7, tolerance=0.0)
     True
     >>> waiting.try_add(torch.zeros(1, 3), 1, step=7, tolerance=0.0)  # of another shape
@@ -48,8 +49,8 @@ class SmallTensors:
              [0., 1., 4.]]])
     """
 
-    def __init__(self, quantities: int) -> None:
-        self._quantities = quantities
+    def __init__(self, quantities: int, most: int) -> None:
+        self._quantities, self._most = quantities, min(most, _MOST)
         self._facts: tuple[Any, ...] = ()  # of the tensors in the buffer, and so are the next two
         self.axis = 0
         self.tolerance = 0.0
@@ -103,7 +104,7 @@ class SmallTensors:
             return False
         with torch.inference_mode(False):
             shape = (math.prod(tensor.shape[:axis]), tensor.shape[axis], math.prod(tensor.shape[axis + 1 :]))
-            most = min(_MOST, _NUMBERS // tensor.numel())
+            most = min(self._most, _NUMBERS // tensor.numel())
             self._room = torch.empty(most, *shape, dtype=tensor.dtype, device="cpu")
             self._each = [each.view(tensor.shape) for each in self._room]
             self._full = None

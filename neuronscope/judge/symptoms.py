@@ -434,10 +434,10 @@ def _decayed(layer: LayerFacts, facts: RunFacts) -> float:
 
 
 def _test_for(field: str, sentence: str) -> Callable[[RunFacts], Support | None]:
-    """Return a test for neurons of which each layer's facts have the number.
+    """Return a test for neurons whose number in each layer is a field of :class:`LayerFacts`.
 
     Args:
-        field: The name of that number in :class:`LayerFacts`.
+        field: The field's name.
         sentence: The evidence, with ``{layers}`` and one of ``{neurons}`` or ``{neurons_are}``; ``{they_get}`` agrees.
     """
 

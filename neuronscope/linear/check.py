@@ -254,6 +254,7 @@ def _described(model: nn.Module, stretch: Stretch, found: CollapsedMap | None, *
         kernel=known.kernel,
         parameters_of_one=known.parameters if found else -1,
         difference=known.difference,
+        border_share=known.border_share,
         matrix=_plain(known.matrix),
         offset=_plain(known.offset),
     )

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
-from neuronscope.linear.affine_flow import CONVOLUTION, EACH_POSITION, Stretch
+from neuronscope.linear.affine_flow import CONVOLUTION, EACH_POSITION, WHOLE, Stretch
 from neuronscope.linear.affine_functions import attention_arguments
 from neuronscope.linear.replay import Replayed, replay
 
@@ -36,6 +37,9 @@ class CollapsedMap(NamedTuple):
         offset: What the map adds, ``(outputs,)``; at one position, if it maps each position.
         difference: Largest difference between the layers' output and the map's, as a share of the largest output;
             ``None`` if it was not computed.
+        border_share: Share of the positions of the result at which one convolution with this kernel gives something
+            else than the layers, in [0, 1]. The kernel is that of the middle; towards the borders, layers that pad
+            what other layers gave do otherwise. 0 if the map is no convolution.
     """
 
     inputs: int
@@ -46,6 +50,7 @@ class CollapsedMap(NamedTuple):
     matrix: Tensor | None = None
     offset: Tensor | None = None
     difference: float | None = None
+    border_share: float = 0.0
 
     @property
     def parameters(self) -> int:
@@ -68,12 +73,32 @@ def collapsed_map(run: Callable[[Any], Any], inputs: Any, stretch: Stretch, *, p
     """
     affine = stretch.affine
     once = replay(run, inputs, affine, _leaf)
-    source, result = once.source, once.result
     if affine.mixing >= 0:
         return _by_heads(run, inputs, stretch, once)
-    rows, columns, kernel_of = _places(affine.places, source, result)
+    found = _of_places(affine.places, run, inputs, stretch, once, proved=proved)
+    return found or cast("CollapsedMap", _of_places(WHOLE, run, inputs, stretch, once, proved=proved))
+
+
+def _of_places(
+    places: str, run: Callable[[Any], Any], inputs: Any, stretch: Stretch, once: Replayed, *, proved: bool
+) -> CollapsedMap | None:
+    """Return the map of an example, of a position or of a convolution; ``None`` if it is no convolution.
+
+    Args:
+        places: As in :class:`~neuronscope.linear.affine_flow.Affine`.
+        run: Runs the model on inputs.
+        inputs: One batch.
+        stretch: The stretch.
+        once: The forward up to the end of the stretch.
+        proved: Whether it is affine for every input.
+
+    Raises:
+        ValueError: As :func:`collapsed_map`.
+    """
+    affine, source, result = stretch.affine, once.source, once.result
+    rows, columns, kernel_of = _places(places, source, result)
     if len(rows) * source[0].numel() > MOST_ELEMENTS:
-        return CollapsedMap(*_widths(affine.places, source, result))
+        return CollapsedMap(*_widths(places, source, result))
     derivatives = _jacobian(result[0].flatten()[rows], source)
     if derivatives[:, 1:].any():
         raise ValueError("an example's result depends on other examples")
@@ -92,8 +117,66 @@ def collapsed_map(run: Callable[[Any], Any], inputs: Any, stretch: Stretch, *, p
     difference = float(max(differences) / scale.clamp_min(torch.finfo(scale.dtype).tiny)) if differences else None
     if difference is not None and not difference <= _MOST_DIFFERENCE:
         raise ValueError("the layers do otherwise than the map, as where examples are mixed")
-    inputs_count = columns if not kernel else matrix.shape[1] // math.prod(kernel)
-    return CollapsedMap(inputs_count, len(rows), _rank(matrix), 1, kernel, matrix, moved[0], difference)
+    if not kernel:
+        return CollapsedMap(columns, len(rows), _rank(matrix), 1, kernel, matrix, moved[0], difference)
+    weight = matrix.reshape(len(rows), -1, *kernel)
+    border_share = _border_share(weight, moved[0], full.reshape(len(rows), *source.shape[1:]), source, result)
+    if border_share is None:
+        return None
+    return CollapsedMap(
+        weight.shape[1], len(rows), _rank(matrix), 1, kernel, matrix, moved[0], difference, border_share
+    )
+
+
+def _border_share(weight: Tensor, offset: Tensor, middle: Tensor, source: Tensor, result: Tensor) -> float | None:
+    """Return the share of positions at which one convolution gives something else than the layers.
+
+    ``None`` if it gives the same at one position only: then the kernel is none, as behind a transposed convolution, or
+    where the map is so small that the borders cut the kernel off in the middle too.
+
+    Args:
+        weight: The kernel in the middle of the map, ``(outputs, inputs, *kernel)``.
+        offset: What is added there, ``(outputs,)``.
+        middle: Derivatives of the outputs in the middle by one example, ``(outputs, inputs, *source)``.
+        source: The source, ``(B, inputs, *source)``.
+        result: The map's result, ``(B, outputs, *result)``.
+    """
+    given, kernel, strides = source.detach(), weight.shape[2:], []
+    starts = _window_starts(middle.abs().sum((0, 1)))
+    centre = [size // 2 for size in result.shape[2:]]
+    for dim, size in enumerate(result.shape[2:]):
+        before = [at - (dim == each) for each, at in enumerate(centre)]
+        stride = 1
+        if size > 1:  # how far the kernel moves from one position to the next
+            neighbour = result[0].flatten(1)[:, _flat(before, result.shape[2:])].abs().sum()
+            towards = torch.autograd.grad(neighbour, source, retain_graph=True)[0]
+            stride = starts[dim] - _window_starts(towards[0].abs().sum(0))[dim]
+        if stride < 1:
+            return None
+        first = starts[dim] - stride * centre[dim]
+        missing = first + stride * (size - 1) + kernel[dim] - given.shape[dim + 2]
+        padding = [0, 0] * (result.dim() - 3 - dim) + [-first, missing]
+        given = functional.pad(given, padding)  # negative numbers cut off
+        strides.append(stride)
+    convolve = (functional.conv1d, functional.conv2d, functional.conv3d)[len(kernel) - 1]
+    found = convolve(given, weight, offset, stride=strides)
+    scale = result.detach().abs().max()
+    unlike = (found - result.detach()).abs().amax((0, 1)) > scale * torch.finfo(result.dtype).eps ** 0.5
+    return None if unlike.sum() >= unlike.numel() - 1 > 0 else float(unlike.double().mean())
+
+
+def _flat(at: list[int], shape: Sequence[int]) -> int:
+    """Return the index of a position in a map of positions that was flattened."""
+    index = 0
+    for place, size in zip(at, shape, strict=True):
+        index = index * size + place
+    return index
+
+
+def _window_starts(weights: Tensor) -> list[int]:
+    """Return where, in each dimension, what is not zero begins; 0 if all is zero."""
+    used = weights.nonzero()
+    return used.amin(0).tolist() if len(used) else [0] * weights.dim()
 
 
 def _leaf(tensor: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from neuronscope.judge.verdicts import rate_bound
-from neuronscope.writers.formatting import at_most, count, listed, plural, visible
+from neuronscope.writers.formatting import at_most, count, listed, percent, plural, visible
 
 __all__ = ["LinearLayers", "LinearReport"]
 
@@ -40,6 +40,8 @@ class LinearLayers:
         parameters_of_one: Number of parameters of one layer that computes the map; −1 if not known.
         difference: Largest difference between the layers' output and the map's, as a share of the largest output;
             ``None`` if it was not computed.
+        border_share: Share of the positions of a map of channels at which the one convolution gives something else than
+            the layers: near the borders, if a layer pads what another one gave. 0 if the map is no convolution.
         matrix: The map's matrix, ``(outputs, inputs)``, or ``(outputs, inputs · kernel)`` of a convolution; ``None``
             if it was not computed, or if there are several heads.
         offset: What the map adds, ``(outputs,)``; where each position is mapped, at the first one.
@@ -59,6 +61,7 @@ class LinearLayers:
     kernel: tuple[int, ...]
     parameters_of_one: int
     difference: float | None
+    border_share: float
     matrix: npt.NDArray[np.floating[Any]] | None = field(default=None, repr=False, compare=False)
     offset: npt.NDArray[np.floating[Any]] | None = field(default=None, repr=False, compare=False)
 
@@ -86,7 +89,12 @@ class LinearLayers:
         if self.through:
             lines.append(f"Between them {listed(self.through)} {'acts' if len(self.through) == 1 else 'act'} linear.")
         if self.difference is not None:
-            lines.append(f"The map gives what the layers give, to within {self.difference:.1e} of the largest output.")
+            near = f"The map gives what the layers give, to within {self.difference:.1e} of the largest output"
+            unlike = (
+                f", but not at {percent(100 * self.border_share)} of the positions, near the borders: there a layer"
+                " pads what another one gave"
+            )
+            lines.append(f"{near}{unlike if self.border_share else ''}.")
         return " ".join(lines)
 
 

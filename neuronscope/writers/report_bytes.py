@@ -180,10 +180,8 @@ def _facts(site: SiteReport, steps: IntArray) -> dict[str, Any]:
 def _fields(site: SiteReport, shades: int) -> dict[str, npt.NDArray[Any]]:
     """Return what is held of each neuron of a layer, its fraction of zeros rounded to so many steps."""
     labels = site.judgement.labels()
-    with np.errstate(over="ignore"):
-        means = site.mean_abs_output.astype(
-            np.float32
-        )  # these sort the worst neurons; those of the others are not shown
+    with np.errstate(over="ignore"):  # the means only put the worst neurons in order
+        means = site.mean_abs_output.astype(np.float32)
     return {
         "label": labels,
         "level": coarse_levels(fraction_levels(site.zero_output_fraction), shades),

@@ -697,7 +697,7 @@ def test_bad_arguments() -> None:
         with pytest.raises(UsageError):
             make()
     run.scope.detach()
-    with pytest.raises(DetachedError):
+    with pytest.raises(DetachedError, match=r"`revive\(\)`.*inside the `with` block"):
         ns.revive(run.scope, run.optimizer)
 
 

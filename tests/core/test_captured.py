@@ -200,7 +200,7 @@ def test_what_a_graph_writes_to_outlives_the_watch(capture: Any) -> None:
         scope.step()
         with capture():
             step()
-        sites = [counters for _, counters in scope._records["train"]._counters.values()]
+        sites = [counters for _, counters in scope._phases.record("train")._counters.values()]
     held = {each.data_ptr() for counters in sites for each in counters.tensors}
     assert len(held) == 4 * 8
     assert held <= {tensor.data_ptr() for tensor in _kept.values()}
@@ -252,7 +252,7 @@ def test_nothing_keeps_a_compiled_graph_from_being_a_cuda_graph(monkeypatch: pyt
             run(torch.randn(BATCH, 6)).square().sum().backward()
             scope.step()
         clock = scope._hooks.recorder.clock
-        assert [counters.clock for _, counters in scope._records["train"]._counters.values()] == [
+        assert [counters.clock for _, counters in scope._phases.record("train")._counters.values()] == [
             clock.devices[torch.device("cpu")]
         ] * 2
     # of two sites six counters in the forward graph, and two in the backward graph

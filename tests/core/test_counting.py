@@ -179,6 +179,37 @@ def test_wide_counters_know_when_each_neuron_fired():
     assert tensors.first_active.tolist() == [each[0] if each else NEVER for each in steps]
 
 
+@pytest.mark.parametrize("neurons", [512, 513, 1000, 4096])
+def test_wide_layers_of_one_position_a_call_are_counted_exactly(neurons):
+    """As where a policy acts, or a model generates. More outputs could wait than there are rows for their counts."""
+    counters, scratch = SiteCounters(neurons, torch.device("cpu")), ScratchBuffers()
+    outputs = torch.randn(75, 1, neurons, generator=torch.Generator().manual_seed(neurons)).relu_()
+    outputs[70, 0, 0] = math.nan
+    for step, y in enumerate(outputs):
+        add_outputs(counters, y, 1, 1, step, scratch, 0.0)
+        add_gradients(counters, y, 1, scratch)
+    tensors, (zeros, broken, magnitude) = counters.flush(), plain(outputs, 2)
+    assert tensors.zero_outputs.tolist() == tensors.zero_gradients.tolist() == zeros.tolist()
+    assert tensors.not_finite.tolist() == broken.tolist()
+    np.testing.assert_allclose(tensors.abs_sum.numpy(), magnitude, rtol=1e-5)
+    steps = [np.flatnonzero(each) for each in ((outputs != 0) & outputs.isfinite())[:, 0].numpy().T]
+    assert tensors.last_active.tolist() == [each[-1] for each in steps]
+    assert tensors.first_active.tolist() == [each[0] for each in steps]
+
+
+@pytest.mark.parametrize("neurons", [3, 20_000])
+@pytest.mark.parametrize("positions", [2, 200])
+def test_sums_of_huge_magnitudes_are_finite(neurons, positions):
+    """No output of a network that diverges is infinite yet, but what a window adds up would be, in float32."""
+    counters, scratch = SiteCounters(neurons, torch.device("cpu")), ScratchBuffers()
+    y = torch.zeros(positions, neurons).index_fill_(1, torch.tensor([0]), 1e38 / positions)
+    for step in range(10):
+        add_outputs(counters, y, 1, positions, step, scratch, 0.0)
+    tensors = counters.flush()
+    np.testing.assert_allclose(tensors.abs_sum[:2].numpy(), [1e39, 0], rtol=1e-5)
+    assert tensors.zero_outputs[:2].tolist() == [0, 10 * positions]
+
+
 def test_counts_are_exact_beyond_a_block_and_beyond_float32():
     """2**24 + 3 positions of one neuron: a float32 counter would stick at 2**24."""
     tensor = torch.zeros(2**24 + 3, 1, dtype=torch.bfloat16)
@@ -378,7 +409,8 @@ def test_counts_beyond_32_bits_are_exact():
     for step in range(300):
         counters.add_row(row, most, 10**12 + step, SCRATCH)
         counters.add_row(row[:1], most, 0, SCRATCH)
-    tally = read_tallies([(SiteInfo("relu", "relu-like", True, 1, "declared"), counters)])[0]
+    info = SiteInfo(activation="relu", kind="relu-like", linear_when_on=True, axis=1, axis_source="declared")
+    tally = read_tallies([(info, counters)])[0]
     assert tally.zero_outputs.tolist() == tally.zero_gradients.tolist() == [300 * most, 300 * (most - 1), 0]
     assert tally.zero_outputs[0] > 2**32
     assert tally.abs_sum.tolist() == [0.0, 150.0, 300.0]

@@ -60,8 +60,8 @@ def held_by_counters(scope: ns.Scope) -> int:
     return sum(held_bytes(counters)[0] for counters in scope._hooks.recorder.sites.all_counters())
 
 
-def test_running_counts_take_sixteen_bytes_a_neuron_in_one_phase_and_in_64() -> None:
-    """Each count in 32 bits, steps in 16; a phase that does not run holds nothing. Widths of which no rows wait."""
+def test_running_counts_take_twenty_bytes_a_neuron_in_one_phase_and_in_64() -> None:
+    """Counts in 32 bits, steps in 16; a phase that does not run holds nothing. Of these widths no rows wait."""
     neurons = 20_000
     model = nn.Sequential(nn.Linear(2, neurons), nn.ReLU(), nn.Linear(neurons, 2))
     some = 100  # of numbers that a site has but once
@@ -70,20 +70,20 @@ def test_running_counts_take_sixteen_bytes_a_neuron_in_one_phase_and_in_64() -> 
             for _ in range(3):
                 model(torch.randn(5, 2)).sum().backward()
                 scope.step()
-            assert 16 * neurons <= held_by_counters(scope) <= 16 * neurons + 10 * some
+            assert 20 * neurons <= held_by_counters(scope) <= 20 * neurons + 10 * some
             with scope.phase(f"val_{number}"), torch.no_grad():
                 model(torch.randn(5, 2))
-                assert 32 * neurons <= held_by_counters(scope) <= 32 * neurons + 10 * some
+                assert 40 * neurons <= held_by_counters(scope) <= 40 * neurons + 10 * some
     assert len(scope.phases) == 65
 
 
-def test_running_counts_of_ten_million_neurons_take_sixteen_bytes_each() -> None:
+def test_running_counts_of_ten_million_neurons_take_twenty_bytes_each() -> None:
     counters, scratch = SiteCounters(10**7, torch.device("cpu")), ScratchBuffers()
     y = torch.ones(1, 10**7)
     y[:, ::2] = 0
     add_outputs(counters, y, 1, 1, 5, scratch, 0.0)
     add_gradients(counters, y, 1, scratch)
-    assert 16 * 10**7 <= held_bytes(counters)[0] <= 16 * 10**7 + 100
+    assert 20 * 10**7 <= held_bytes(counters)[0] <= 20 * 10**7 + 100
     window = counters.window
     assert window is not None
     assert [int(each.sum()) for each in window.tensors[:2]] == [5 * 10**6] * 2

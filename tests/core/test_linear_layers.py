@@ -64,6 +64,42 @@ def test_convolutions_are_one_convolution_whose_kernel_covers_both() -> None:
     torch.testing.assert_close(functional.conv2d(x.double(), weight, bias, stride=2), exact, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize(
+    ("padding", "inner", "stride", "expected"),
+    [
+        (0, 0, 1, 0.0),
+        (2, 0, 2, 0.0),  # padding before the first layer is padding of the one convolution
+        (1, 1, 1, 1 - 10 * 10 / 12**2),  # 12 × 12 outputs; at the outermost ones the second kernel reads padding
+        (1, 1, 2, 1 - 5 * 5 / 6**2),  # 12 → 6: at the first row and column only, as 2 · 5 + 1 is inside
+    ],
+)
+def test_a_convolution_says_where_padding_between_the_layers_makes_it_another(
+    padding: int, inner: int, stride: int, expected: float
+) -> None:
+    net = nn.Sequential(nn.Conv2d(3, 4, 3, padding=padding), nn.Conv2d(4, 5, 3, stride, padding=inner), nn.ReLU())
+    report = ns.check_linear(net, torch.randn(2, 3, 12, 12))
+    assert report.stretches[0].border_share == pytest.approx(expected)
+    assert ("near the borders" in str(report)) == (expected > 0)
+
+
+@pytest.mark.parametrize(
+    ("first", "size"),
+    [
+        (nn.ConvTranspose2d(3, 4, 2, stride=2), 4),  # its kernel differs from one position to the next
+        (nn.Conv2d(3, 4, 3, padding=1), 4),  # the kernel of 5 × 5 is wider than the map
+    ],
+)
+def test_a_map_without_a_kernel_is_one_of_all_elements(first: nn.Module, size: int) -> None:
+    net = nn.Sequential(first, nn.Conv2d(4, 5, 3, padding=1), nn.ReLU())
+    x = torch.randn(2, 3, size, size, dtype=torch.float64)
+    (found,) = ns.check_linear(net.double(), x).stretches
+    assert found.kernel == ()
+    assert found.matrix is not None
+    assert found.offset is not None
+    expected = net[:2](x).flatten(1).detach().numpy()
+    np.testing.assert_allclose(x.flatten(1).numpy() @ found.matrix.T + found.offset, expected, rtol=1e-9, atol=1e-9)
+
+
 class Residual(nn.Module):
     """``head(x + f2(act(f1(x))))``."""
 

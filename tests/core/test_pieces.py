@@ -162,7 +162,7 @@ def test_a_network_on_a_device_without_float64_has_the_counts_of_the_cpu(request
     net = network()
     with WithoutFloat64(), ns.watch(net) as there:
         train(there, net)
-        first = next(iter(there._records["train"]._counters.values()))[1]
+        first = next(iter(there._phases.record("train")._counters.values()))[1]
         assert first.tensors.abs_sum.dtype is torch.float32
     for expected, census in zip(counted, (there.census(), there.census("val")), strict=True):
         assert list(census) == list(expected) == ["1/relu", "4/gelu", "6/glu"]

@@ -368,6 +368,20 @@ class BothDirectionsOfMaps(Keeping):
         return self.head(x)
 
 
+class OtherDirectionFirst(Keeping):
+    """The decoder runs before the encoder whose weights it uses, as where a run is resumed that generates first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder, self.maps = nn.Linear(4, 4), nn.Conv1d(4, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.keep("encoder(transposed)/relu", F.relu(x @ self.encoder.weight))
+        x = self.keep("encoder/relu", F.relu(self.encoder(x)))
+        x = self.keep("maps(transposed)/relu", F.relu(F.conv_transpose1d(x[..., None], self.maps.weight)), 1)
+        return self.keep("maps/relu", F.relu(self.maps(x)), 1)[..., 0]
+
+
 class Sliced(Keeping):
     """Parts of weights: some units of a layer, in both orientations; and inputs that are left out."""
 
@@ -533,6 +547,7 @@ CASES = {
     "tied weights": Case(Tied, lambda: (torch.randint(9, (3, 4)),), 3, outputs=("head/relu",)),
     "both directions of a weight": Case(BothDirections, rows(6, 4), 6),
     "both directions of a convolution": Case(BothDirectionsOfMaps, rows(2, 3, 5, 5), 2),
+    "the other direction of a weight first": Case(OtherDirectionFirst, rows(6, 4), 6, outputs=("maps/relu",)),
     "computed weights": Case(Computed, rows(6, 4), 6, outputs=("c/relu",)),
     "weights computed by hooks": Case(ComputedByHooks, rows(6, 4), 6),
     "parts of weights": Case(Sliced, rows(6, 4), 6, outputs=("fewer/relu",)),
@@ -573,6 +588,31 @@ def test_the_units_of_each_layer_are_counted_together_and_nothing_else_is(case: 
         assert tally.axis_source == f"layer ({tally.layer})"
     assert {place.rpartition(".")[2] for place in scope.not_neurons()} == set(case.no_neurons)
     assert [item.name for item in scope.report().not_measured] == list(case.missing)
+
+
+def test_a_run_that_is_resumed_by_a_decoder_names_the_directions_of_a_weight_as_before() -> None:
+    class Autoencoder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.encoder = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor, decodes: bool) -> Tensor:
+            return F.relu(x @ self.encoder.weight) if decodes else F.relu(self.encoder(x))
+
+    model, state, found = Autoencoder(), None, []
+    for order in ((False, True), (True, False)):
+        with ns.watch(model) as scope:
+            if state is not None:
+                scope.load_state_dict(state)
+            for decodes in order:
+                model(torch.randn(3 + 4 * decodes, 4), decodes).sum().backward()
+                scope.step()
+            state = scope.state_dict()
+        found.append({name: tally.positions for name, tally in scope.census().items()})
+    assert found == [
+        {"encoder/relu": 3, "encoder(transposed)/relu": 7},
+        {"encoder/relu": 6, "encoder(transposed)/relu": 14},
+    ]
 
 
 COMPILED = {name: case for name, case in CASES.items() if case.compiles}

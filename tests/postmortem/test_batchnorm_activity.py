@@ -142,3 +142,17 @@ def test_where_nothing_follows_nothing_is_said(model: nn.Sequential) -> None:
     if not isinstance(model[1], nn.ReLU):
         train(model, 20)
     assert not said_of(model, torch.zeros(1, 3, 6, 6))
+
+
+def test_a_layer_of_a_single_unit_may_have_a_weight_without_rows() -> None:
+    class OneUnit(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight, self.norm = nn.Parameter(torch.ones(4)), nn.BatchNorm1d(3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.relu(self.norm(nn.functional.linear(x, self.weight)))
+
+    model = OneUnit()
+    nn.init.ones_(model.norm.bias)
+    assert {key[:2] for key in said_of(model, torch.rand(2, 3, 4))} == {("norm/relu", "alive")}

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import neuronscope as ns
+from neuronscope.checkpoints.model.batchnorm_step import HALF_NORMAL
 from neuronscope.checkpoints.model.examine_model import examine_model
 from neuronscope.checkpoints.verdict.diagnosis_inputs import postmortem_facts
 from neuronscope.checkpoints.verdict.evidence import Evidence
@@ -134,6 +135,16 @@ def test_the_counter_of_batches_dates_silence_only_if_a_batch_is_a_step() -> Non
         assert (dead.since is not None) == dates
         if dead.since is not None:
             assert abs(int(dead.since[0]) - 200) <= 20
+
+
+def test_steps_are_computed_in_double_precision() -> None:
+    model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.BatchNorm1d(3)).double()
+    model(torch.randn(16, 4, dtype=torch.float64))
+    model[2].running_mean = torch.ones(3, dtype=torch.float64)
+    model[2].running_var = torch.ones(3, dtype=torch.float64)
+    model[2].running_var[1] = 0.9**-100 / HALF_NORMAL * (1 + 1e-10)  # silent for 100 steps and a billionth
+    (dead,) = [one for one in found_in(model) if one.claim == "dead"]
+    assert (dead.neurons.tolist(), dead.numbers.tolist()) == ([1], [100.0])
 
 
 def test_a_report_says_that_its_dates_are_estimates(tmp_path: Path) -> None:

@@ -402,6 +402,8 @@ def test_a_proof_that_data_contradicts_is_reported_prominently() -> None:
     assert fault.startswith(
         "FAULT OF NEURONSCOPE: interval bound called 2 neurons of 0/relu proved dead that fired on the data (first 1)"
     )
+    (fault,) = contradictions([*measured, proof("dead", 2)])
+    assert "called 1 neuron of 0/relu" in fault
 
 
 def test_proofs_and_measurement_agree_on_a_trained_network() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import torch
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 
 from neuronscope.checkpoints.checkpoint import Checkpoint, OptimizerState
 from neuronscope.checkpoints.file.examine_file import examine_file
+from neuronscope.checkpoints.file.training_settings import learning_rates, weight_decay_per_step
 from neuronscope.checkpoints.verdict.evidence import Abstention, Evidence
 from scripts.dying_networks import Held
 
@@ -89,3 +91,10 @@ def test_damaged_optimizer_state_gives_evidence_or_a_reason(checkpoint, earlier,
 def test_a_checkpoint_compared_with_itself_gives_no_evidence(checkpoint):
     found, _ = examine_file(checkpoint, earlier=checkpoint)
     assert not [piece for piece in found if piece.source.startswith("two checkpoints")]
+
+
+@given(st.lists(GROUPS, max_size=3))
+def test_settings_that_are_no_finite_numbers_are_left_out(groups):
+    checkpoint = Checkpoint(Path("a.ckpt"), "test", {}, optimizers=(OptimizerState(tuple(groups), {}),))
+    assert all(map(math.isfinite, learning_rates(checkpoint)))
+    assert not math.isnan(weight_decay_per_step(checkpoint))

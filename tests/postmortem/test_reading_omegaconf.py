@@ -8,7 +8,7 @@ import typing
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -81,3 +81,14 @@ def test_a_circle_ends() -> None:
     assert find_hyperparameters({"hyper_parameters": {"a": one, "b": 1}}) == {"b": 1}
     one.state = {"_content": [one]}
     assert find_hyperparameters({"hyper_parameters": one}) == {}
+
+
+def test_containers_are_copied_with_pythons_own_types() -> None:
+    class Sizes(NamedTuple):
+        width: int
+        depths: list[int]
+
+    node = AttributesPlaceholder("omegaconf.listconfig.ListConfig", ())
+    node.state = {"_content": [1]}  # no set can hold the list that it stands for
+    kept = {"a": {node}, "b": {(1, 2)}, "c": Sizes(3, [4])}
+    assert find_hyperparameters({"hyper_parameters": kept}) == {"b": {(1, 2)}, "c": (3, [4])}

@@ -46,7 +46,8 @@ def produce(
     """Return the origin of a layer's output.
 
     A weight that is used in both directions, as an autoencoder's decoder uses the encoder's, has two layers: the second
-    direction is called ``encoder(transposed)``.
+    direction is called ``encoder(transposed)``. Of a module such as ``nn.Linear`` the first direction is its own, and
+    otherwise the one that is used first.
 
     Args:
         operation: The call of the layer.
@@ -73,7 +74,7 @@ def produce(
 
 
 def _is_other_side(operation: Operation, weight: Operand, rows: int | None) -> bool:
-    """Whether a call takes another dimension of a weight for units than the first call of its layer did.
+    """Whether a call takes another dimension of a weight for units than its module, or the layer's first call, does.
 
     Args:
         operation: The call.

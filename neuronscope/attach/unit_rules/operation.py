@@ -56,7 +56,7 @@ class Operation(NamedTuple):
         kwargs: The keyword arguments, likewise.
         outputs: The shapes of the tensors that it returned.
         call: The number that it has if it is a call of a layer.
-        sides: By layer, the dimension of its weight that indexed its units first; see
+        sides: By layer, the dimension of its weight that indexes its units, or did so first; see
             :func:`~neuronscope.attach.unit_rules.layer_rules.produce`.
     """
 

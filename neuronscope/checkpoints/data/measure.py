@@ -193,8 +193,8 @@ def contradictions(evidence: Sequence[Evidence]) -> tuple[str, ...]:
         wrong = sorted(fired.get(one.layer, set()).intersection(one.neurons.tolist()))
         if wrong:
             faults.append(
-                f"FAULT OF NEURONSCOPE: {one.source} called {len(wrong)} neurons of {one.layer} proved dead that fired "
-                f"on the data (first {wrong[0]}). Either the data lies outside what the proof covers ({one.text}) or "
-                "the proof is wrong: please report it with this network."
+                f"FAULT OF NEURONSCOPE: {one.source} called {plural(len(wrong), 'neuron')} of {one.layer} proved dead "
+                f"that fired on the data (first {wrong[0]}). Either the data lies outside what the proof covers "
+                f"({one.text}) or the proof is wrong: please report it with this network."
             )
     return tuple(faults)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -65,4 +65,5 @@ def finite_settings(group: Mapping[str, Any], *names: str) -> list[float]:
     """
     values = (group.get(name) for name in names)
     numbers = (value.item() if isinstance(value, Tensor) and value.numel() == 1 else value for value in values)
-    return [float(number) for number in numbers if isinstance(number, (int, float)) and math.isfinite(number)]
+    # A damaged file may hold an integer that no float can hold; NaN is not below anything.
+    return [float(one) for one in numbers if isinstance(one, (int, float)) and abs(one) <= sys.float_info.max]

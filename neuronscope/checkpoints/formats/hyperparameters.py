@@ -64,13 +64,17 @@ def _copied(value: Any, left: int, depth: int) -> tuple[Any, int]:
         for key, inner in value.items():
             copy[key], left = _copied(inner, left, depth + 1)
         return copy, left
-    if isinstance(value, list | tuple | set | frozenset):
-        items = []
-        for inner in value:
-            item, left = _copied(inner, left, depth + 1)
-            items.append(item)
-        return type(value)(items), left
-    raise _NotPlainError
+    kind = next((kind for kind in (list, tuple, set, frozenset) if isinstance(value, kind)), None)
+    if kind is None:
+        raise _NotPlainError
+    items = []
+    for inner in value:
+        item, left = _copied(inner, left, depth + 1)
+        items.append(item)
+    try:
+        return kind(items), left
+    except TypeError as error:  # a set of what holds a list
+        raise _NotPlainError from error
 
 
 def _content(value: Any) -> Any:

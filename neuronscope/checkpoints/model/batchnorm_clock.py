@@ -86,7 +86,7 @@ def _evidence(found: NormBehindSite, batches: int | None) -> Iterator[Evidence]:
     )
     if norm.has_clock:
         ratio = mean.square() / found.variance.clamp(min=_TINY)
-        gain = torch.ones(()) if found.depthwise is None else _gain(found.depthwise.weight)
+        gain = torch.ones((), dtype=torch.float64) if found.depthwise is None else _gain(found.depthwise.weight)
         silent = norm.steps_of_decay(HALF_NORMAL * gain.clamp(min=_TINY) / ratio.clamp(min=_TINY)).numpy()
         since = None if batches is None else np.clip(batches - np.floor(silent), 0, batches).astype(np.int64)
         for basis, mask in (("inferred", silent > _SURE), ("suspected", (silent > _SILENT) & (silent <= _SURE))):

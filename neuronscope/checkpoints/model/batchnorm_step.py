@@ -129,7 +129,7 @@ def weighted_step(graph: Graph, number: int) -> WeightedStep | None:
         return None
     read = step.argument(0, "input")
     weight, bias = (graph.constant(step.argument(place, name)) for place, name in ((1, "weight"), (2, "bias")))
-    if weight is None or not isinstance(read, TensorRef):
+    if weight is None or weight.dim() < 2 or not isinstance(read, TensorRef):
         return None
     one_each = weight.shape[1] == 1 and graph.values[read.value].shape[1] == weight.shape[0]
     has_bias = bias is not None and bool((bias != 0).any())
