@@ -670,7 +670,7 @@ class NeuronFlow:
         described = tuple([self._describe(arg) for arg in args])
         named = {name: self._describe(value) for name, value in kwargs.items()}
         shapes = tuple([plain_shape(output) for output in outputs])
-        operation = Operation(function, described, named, shapes, call, self._names.sides)
+        operation = Operation(function, described, named, shapes, call, self.names.sides)
         try:
             origins = origins_of(operation)
         except (AttributeError, IndexError, KeyError, LookupError, TypeError, ValueError, ZeroDivisionError):
