@@ -620,6 +620,7 @@ class Scope:
             note = ONLY_INFERENCE if record.empty else INFERENCE_APART
             if record.empty:
                 phase, record = INFERENCE, inference
+        unmeasured = self._hooks.recorder.unmeasured
         ignored_mask = MASK_IGNORED if self._hooks.recorder.ignored_mask else ""
         uncalled = UNCALLED.format(self._uncalled_steps) if self._uncalled_steps else ""
         return make_report(
@@ -631,8 +632,8 @@ class Scope:
             unseen=not_measured(
                 self._hooks.recorder.sites.all_not_measured(compiled=self._hooks.recorder.compiled),
                 phase,
-                self._hooks.module_sites,
-                self._hooks.recorder.unmeasured.phases_of_modules,
+                [path for path in self._hooks.module_sites if path not in unmeasured.idle_experts],
+                unmeasured.phases_of_modules,
                 self._patterns.wants,
             ),
             notes=(note, self._ranks.note, ignored_mask, uncalled, *backend_notes()),

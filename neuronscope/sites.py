@@ -5,16 +5,57 @@ A site is a place in the network where an activation is observed. Its name is bu
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
-__all__ = ["INFERENCE", "NAMED_TENSOR", "IncomingRows", "ReaderColumns", "SiteDescription", "SiteInfo", "SiteKey"]
+__all__ = [
+    "INFERENCE",
+    "NAMED_TENSOR",
+    "NAMES_EXPERTS",
+    "IncomingRows",
+    "ReaderColumns",
+    "SiteDescription",
+    "SiteInfo",
+    "SiteKey",
+    "expert_number",
+]
 
 
 #: The phase of forwards that begin without gradients while the phase is ``train``.
 INFERENCE = "inference"
 #: The place of a tensor that the user named.
 NAMED_TENSOR = "scope.count()"
+
+
+#: A number in a path that comes after a part named so is the number of an expert: the first one after ``experts``, as
+#: an expert may be a list of layers; the last one after ``moe``, which may be a list of mixtures.
+NAMES_EXPERTS = re.compile(r"(?:^|[._])(?:(experts?)|moe)(?=[._]|$)")
+_NUMBER = re.compile(r"\.(\d+)(?=\.|$)")
+
+
+def expert_number(layer: str) -> tuple[int, int, int] | None:
+    """Return where the number of an expert begins and ends in a layer's path, and the number; ``None`` without one.
+
+    Args:
+        layer: Path of the layer. If no part of it is named as experts are, a number at its end is taken.
+
+    >>> expert_number("layers.2.experts.5.0"), expert_number("mlp.w1.3"), expert_number("layers.2.up")
+    ((17, 18, 5), (7, 8, 3), None)
+    >>> expert_number("moe.layers.0.experts.5.2")  # the third module of expert 5
+    (21, 22, 5)
+    """
+    for named in reversed([*NAMES_EXPERTS.finditer(layer)]):
+        found = [*_NUMBER.finditer(layer, named.end())]
+        if found:
+            number = found[0 if named[1] else -1]
+            break
+    else:
+        found = [*_NUMBER.finditer(layer)]
+        if not found or NAMES_EXPERTS.search(layer) or found[-1].end() < len(layer):
+            return None
+        number = found[-1]
+    return number.start(1), number.end(1), int(number[1])
 
 
 class SiteKey(NamedTuple):

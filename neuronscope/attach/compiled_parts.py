@@ -18,8 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from neuronscope.attach.compiling import TracedEnd, code_of_forward, is_compiled
-from neuronscope.attach.neuron_flow import NeuronFlow, nested_tensors, plain_shape
+from neuronscope.attach.neuron_flow import NeuronFlow
 from neuronscope.attach.origins import LOST, RAW, UNKNOWN, Origin
+from neuronscope.attach.plain_sizes import plain_shape
+from neuronscope.attach.tensor_map import nested_tensors
 from neuronscope.attach.units import has_units, resized
 from neuronscope.sites import SiteKey
 

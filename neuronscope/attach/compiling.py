@@ -48,7 +48,9 @@ __all__ = [
     "in_backward",
     "in_compiled_graph",
     "is_compiled",
+    "is_in_graph",
     "is_tracing",
+    "set_variable",
     "skip_frames",
     "skip_when_hooked",
     "stop_asking_modes_about",
@@ -60,6 +62,7 @@ __all__ = [
     "traced_variable",
     "unwatched",
     "while_tracing",
+    "write_call",
 ]
 
 #: Whether ``torch.compile`` is tracing the code that asks. It is torch's own function under another name, because the
@@ -484,6 +487,7 @@ def _modules_of(translator: Any) -> Iterator[nn.Module]:
 
 
 _nodes: TensorMap[Any] = TensorMap()  # of each fake tensor that was looked at: its node in the graph
+_variables: TensorMap[Any] = TensorMap()  # likewise: the variable that was last seen to have it
 
 
 def traced_call(tensor: Tensor) -> tuple[Any, tuple[Any, ...], dict[str, Any]] | None:
@@ -536,6 +540,57 @@ def traced_variable(tensor: Tensor) -> tuple[CodeType, str] | None:
     return original, name() if callable(name) else name
 
 
+def is_in_graph(tensor: Tensor) -> bool:
+    """Whether a fake tensor stands for a value of the graph that is traced, and not for one of an earlier graph."""
+    node = _nodes.get(tensor)
+    return node is not None and _tracer_of(node) is not None
+
+
+def write_call(function: Callable[..., Tensor], *args: Any) -> Tensor | None:
+    """Write a call of a function into the graph that is traced. If nothing reads its result, the back end drops it.
+
+    Args:
+        function: A function of tensors and settings that returns a tensor.
+        args: Its arguments, with a fake tensor for each tensor.
+
+    Returns:
+        The fake tensor of its result; ``None`` if an argument is no value of the graph.
+    """
+    from torch._dynamo.variables.builder import wrap_fx_proxy
+
+    translator, written = _translators[-1], []
+    for arg in args:
+        proxy = _proxy_of(arg) if isinstance(arg, Tensor) else arg
+        if proxy is None:
+            return None
+        written.append(proxy)
+    variable = wrap_fx_proxy(translator, translator.output.create_proxy("call_function", function, tuple(written), {}))
+    found: Tensor = _value(variable)
+    return found
+
+
+def set_variable(name: str, tensor: Tensor) -> None:
+    """Give a local variable of the traced code that called ``comptime`` another value.
+
+    Args:
+        name: The variable, which the code has set before.
+        tensor: What :func:`while_tracing` gave or :func:`write_call` returned.
+    """
+    _translators[-1].symbolic_locals[name] = _variables.get(tensor)
+
+
+def _proxy_of(tensor: Tensor) -> Any:
+    """Return the value of the graph that a fake tensor stands for; ``None`` if it is none."""
+    node: Any = _nodes.get(tensor)
+    tracer = None if node is None else _tracer_of(node)
+    return None if tracer is None else torch.fx.Proxy(node, tracer)
+
+
+def _tracer_of(node: Any) -> Any:
+    """Return what traces the graph of a node, which may be one around the innermost one; ``None`` if it was traced."""
+    return next((each for each in _translators[-1].output.tracers if each.graph is node.graph), None)
+
+
 def _tensor_of(node: Any) -> Any:
     """Return the tensor that stands for a node, and note that it does."""
     argument = node.meta.get("grapharg")
@@ -557,7 +612,10 @@ def _value(variable: Any) -> Any:
     if isinstance(variable, (variables.LazyVariableTracker,)):
         variable = variable.realize()
     if isinstance(variable, variables.TensorVariable):
-        return _tensor_of(variable.as_proxy().node)
+        found = _tensor_of(variable.as_proxy().node)
+        if isinstance(found, Tensor):
+            _variables.put(found, variable)
+        return found
     if isinstance(variable, variables.tensor.SymNodeVariable):
         return variable.sym_num
     if isinstance(variable, variables.ConstDictVariable):

@@ -144,18 +144,23 @@ class ForwardContext:
                 comptime(self._begin_while_tracing)
             elif not self.recomputing:
                 self._begin(path, args, kwargs)
-            self.mask = self._masks.find(module, args, kwargs)
+            self._set_mask(self._masks.find(module, args, kwargs))
             if self._step is not None and not self._inference and not traced:
                 self._take_step(self._step)
             else:
                 self.examples = self._counter.count(module, args, kwargs) or 0
         elif self._runs_only_step:
-            self.mask = self._masks.find(module, args, kwargs)
+            self._set_mask(self._masks.find(module, args, kwargs))
             if self._begins_inference():
                 self._inference = True
                 self._examples_of_step, self.examples = self.examples, self._counter.count(module, args, kwargs) or 0
         self.module_stack.append(path)
         return outermost
+
+    def _set_mask(self, mask: Tensor | None) -> None:
+        self.mask = mask
+        if not is_tracing():
+            self.flow.row_masks.begin(mask)
 
     def begin_outside(self, x: Tensor) -> None:
         """Note that a tensor is counted; outside of every forward and step its rows are the examples.
@@ -169,7 +174,7 @@ class ForwardContext:
         self._set_number(self._numbers)
         self.examples = self._counter.count_step((x,)) or 0
         if not self.explicit_step:
-            self.mask = None
+            self._set_mask(None)
 
     def begin_step(self, inputs: tuple[Any, ...]) -> None:
         """Note what a training step is given that stands for the forward of the model.
@@ -256,7 +261,7 @@ class ForwardContext:
         if self.module_stack:
             return False
         if not self.explicit_step:
-            self.mask = None
+            self._set_mask(None)
         if self._step is not None:
             self._take_step(self._step)
         return True
@@ -288,7 +293,7 @@ class ForwardContext:
         self.flow.clear()
         self._ordinals.clear()
         self._ran.clear()
-        self.mask = None
+        self._set_mask(None)
 
     def restart(self) -> None:
         """Start again: an optimizer step is over, or a forward did not end."""

@@ -41,6 +41,10 @@ _QUESTIONS = frozenset(
 )
 
 
+#: Stands for an index that a graph is given anew at each run.
+_ANY_NUMBER = torch.zeros((), dtype=torch.int64, device="cpu")
+
+
 class Watch(Protocol):
     """What the mode needs to know; see :class:`neuronscope.attach.hooks.HookManager`."""
 
@@ -95,7 +99,7 @@ class ActivationFunctionMode(TorchFunctionMode):
         self._functions = frozenset(manager.registry.functions if manager.functional else ())  # quick to look through
         self._end_fused_while_tracing = while_tracing(manager.end_fused_while_tracing, "args", "output")
         self._follow_while_tracing = while_tracing(
-            self._follow_traced, "func", "args", "kwargs", "output", "inputs", listener=manager.recorder
+            self._follow_traced, "func", "args", "kwargs", "output", "mask", "inputs", listener=manager.recorder
         )
 
     def __torch_function__(
@@ -196,10 +200,15 @@ class ActivationFunctionMode(TorchFunctionMode):
         self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> None:
         """Follow a function while ``torch.compile`` traces; `comptime` reads the arguments and variables."""
-        inputs = self.manager.recorder.forward.parts.inputs  # noqa: F841, the graph is for these
+        forward = self.manager.recorder.forward
+        inputs, mask = forward.parts.inputs, forward.mask  # noqa: F841, the graph is for these inputs
         comptime(self._follow_while_tracing)
         if func in SELECTING and self.manager.functional:
             self.manager.recorder.select(func, args, kwargs, output)
 
-    def _follow_traced(self, func: Any, args: Any, kwargs: Any, output: Any, _: str) -> None:
-        self.manager.recorder.forward.flow.follow(func, args, kwargs, output)
+    def _follow_traced(self, func: Any, args: Any, kwargs: Any, output: Any, mask: Any, _: str) -> None:
+        flow = self.manager.recorder.forward.flow
+        flow.row_masks.begin(mask if isinstance(mask, Tensor) else None)
+        if func is Tensor.__getitem__ and isinstance(args[1], torch.SymInt):
+            args = args[0], _ANY_NUMBER  # the graph serves other numbers too, and so other experts
+        flow.follow(func, args, kwargs, output)

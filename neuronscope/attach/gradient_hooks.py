@@ -120,14 +120,15 @@ class CountedGradient(GradientHook):
         hook.mask = mask
         return hook
 
-    def with_owners(self, owners: Owners) -> CountedGradient:
+    def with_owners(self, owners: Owners, mask: Tensor | None) -> CountedGradient:
         """Return a hook for a call of a layer of experts.
 
         Args:
             owners: Which expert each row is of.
+            mask: Which rows are counted, bool ``(R, 1)``; ``None`` = all.
         """
         hook = CountedGradient(self.recorder, self.place, self.glu_dim, self.counters, self.layout)
-        hook.site = self.counters, self.layout, owners
+        hook.site, hook.mask = (self.counters, self.layout, owners), mask
         return hook
 
 

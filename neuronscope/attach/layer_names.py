@@ -17,6 +17,7 @@ from torch.autograd.graph import Node
 
 from neuronscope.attach.compiling import traced_modules
 from neuronscope.attach.module_paths import walk
+from neuronscope.sites import NAMES_EXPERTS, expert_number
 
 __all__ = ["LayerNames", "lacking_layers", "layer_name"]
 
@@ -207,6 +208,40 @@ class LayerNames:
     def layers(self) -> set[str]:
         """Return the layers of all weights, but for biases."""
         return {layer for _, layer, is_weight in self._layers.values() if is_weight and not layer.endswith("bias")}
+
+    def other_experts(self, layer: str, place: str) -> list[tuple[str, str]]:
+        """Return the layers of the other experts of a mixture that are like that of one, whether they ran or not.
+
+        Experts are the modules of one ``ModuleList``, or the matrices of one stack.
+
+        Args:
+            layer: Path of the layer of one expert.
+            place: Place of an activation behind it: the path of a module, or the function in a module.
+
+        Returns:
+            The layer of each other expert, and the place of its activation.
+        """
+        numbered, model = expert_number(layer), self._model()
+        if numbered is None or model is None:
+            return []
+        start, stop, number = numbered
+        weights = [(known, weight()) for weight, known, is_weight in self._layers.values() if is_weight]
+        shapes = {known: weight.shape for known, weight in weights if weight is not None}
+        stack = shapes.get(layer[: start - 1], ()) if layer not in shapes and stop == len(layer) else ()
+        if len(stack) > 2:
+            return [(f"{layer[:start]}{each}", place) for each in range(stack[0]) if each != number]
+        modules = dict(walk(model))
+        holder = modules.get(layer[: start - 1])
+        if layer not in shapes or not isinstance(holder, nn.ModuleList) or not NAMES_EXPERTS.search(layer[:start]):
+            return []
+        found = []
+        for each in range(len(holder)):
+            other = f"{layer[:start]}{each}{layer[stop:]}"
+            where = f"{layer[:start]}{each}{place[stop:]}" if place.startswith(layer[:stop]) else place
+            alike = type(modules.get(where)) is type(modules.get(place)) and shapes.get(other) == shapes[layer]
+            if each != number and alike:
+                found.append((other, where))
+        return found
 
     def of_node(self, node: Node | None) -> str:
         """Return the layer of the weight that a node of autograd's graph gives, or a view of it; else ``""``."""

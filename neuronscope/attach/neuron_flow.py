@@ -22,15 +22,14 @@ from torch import Tensor, nn
 from neuronscope.attach.compiling import traced_call, traced_modules, traced_variable, unwatched
 from neuronscope.attach.dtensor import NeuronShard, is_distributed, is_later_shard, local_tensor, neuron_shard
 from neuronscope.attach.examples import all_tensors
+from neuronscope.attach.expert_rows import ExpertRows
 from neuronscope.attach.layer_names import LayerNames, layers_before
 from neuronscope.attach.operators import (
     LAYERS,
     Index,
     Listed,
     Operation,
-    grouped_offsets,
     is_elementwise,
-    is_grouped,
     keeps_zero,
     lose,
     may_bend,
@@ -52,15 +51,16 @@ from neuronscope.attach.origins import (
     Origin,
     PickedMatrices,
 )
+from neuronscope.attach.plain_sizes import plain_shape, plain_size
 from neuronscope.attach.readers import carry_layer, columns_of, read_dim
-from neuronscope.attach.row_owners import EveryExpert, Joined, JoinedRows, Offsets, Owners, Picked, RowOwners, Weighed
-from neuronscope.attach.tensor_map import TensorMap
+from neuronscope.attach.row_masks import RowMasks
+from neuronscope.attach.tensor_map import TensorMap, nested_tensors
 from neuronscope.attach.torch_functions import spellings
-from neuronscope.attach.units import Units, has_rows, has_units, place
+from neuronscope.attach.units import Units, has_units, place
 from neuronscope.count.neuron_layout import Dims
 from neuronscope.sites import ReaderColumns
 
-__all__ = ["LEAVING", "SHIFTED", "UNSEEN", "NeuronFlow", "nested_tensors", "plain_shape"]
+__all__ = ["LEAVING", "SHIFTED", "UNSEEN", "NeuronFlow"]
 
 #: Begins the name of a function that autograd's graph shows, and no function mode.
 UNSEEN = "unseen "
@@ -163,20 +163,23 @@ class NeuronFlow:
         names: The layers of the model's weights.
 
     Attributes:
+        names: The same.
         read: Calls of layers whose outputs another layer reads, as bits; they are no outputs of the network.
+        expert_rows: Knows which expert each row of a layer of experts is of.
+        row_masks: Knows which rows are padding of what data picked from a batch.
         layers: The layer of each call, in the order of the calls.
     """
 
     def __init__(self, names: LayerNames) -> None:
-        self._names = names
+        self.names = names
         self._origins: TensorMap[Origin] = TensorMap()
         self._hidden: TensorMap[Origin] | None = None
         self._weights: TensorMap[Origin] = TensorMap()
         self._calls: dict[tuple[Any, ...], _KnownCall] = {}  # by the facts that their outcomes follow from
         self._begin = self._last = _KnownCall(_Outcome((_UNKNOWN,)))  # stands for the begin of a forward; the last call
         self._changes = 0  # how often a stored tensor has ended or been overwritten
-        self._weighed: TensorMap[Weighed] = TensorMap()  # of weights that data picked
-        self._rows: dict[tuple[int, ...], RowOwners] = {}  # of the calls of layers of experts, and of joined ones
+        self.expert_rows = ExpertRows(self._origin_in_call)
+        self.row_masks = RowMasks()
         self._variables: dict[tuple[Any, str], tuple[Origin, tuple[int, ...]]] = {}  # see `note_variables`
         self.layers: list[str] = []
         self.read = 0
@@ -206,8 +209,8 @@ class NeuronFlow:
             return
         self._close_calls()
         self._origins.entries.clear()
-        self._weighed.entries.clear()
-        self._rows.clear()
+        self.expert_rows.clear()
+        self.row_masks.clear()
         self._variables.clear()
         self.layers.clear()
         self.read = 0
@@ -228,7 +231,7 @@ class NeuronFlow:
         self._close_calls()
         seen = {part for layer in self.seen for part in layer.split("+")}
         parts = tuple(sorted(seen))  # of a stack, or of a fused weight: `w1.0`, `w1(0:3)`
-        found = self._names.layers() - seen
+        found = self.names.layers() - seen
         return sorted(
             layer for layer in found if not any(part.startswith((f"{layer}.", f"{layer}(")) for part in parts)
         )
@@ -321,10 +324,10 @@ class NeuronFlow:
             return unseen
         else:
             calls = {layer: 1 << call for call, layer in enumerate(self.layers)}
-            layers, hidden, between = layers_before(tensor.grad_fn, calls, self._names)
+            layers, hidden, between = layers_before(tensor.grad_fn, calls, self.names)
             upstream = sum(calls[layer] for layer in layers)
             slot, dim = _WEIGHT_SLOTS.get(tensor.grad_fn.name(), (None, 0))
-            if slot is not None and (layer := self._names.of_node(tensor.grad_fn.next_functions[slot][0])) in hidden:
+            if slot is not None and (layer := self.names.of_node(tensor.grad_fn.next_functions[slot][0])) in hidden:
                 return self._note_call(tensor, layer, dim, upstream)
             for layer in hidden:
                 self.hidden.setdefault(layer, tensor.grad_fn.name())
@@ -361,14 +364,14 @@ class NeuronFlow:
         found = self._weights.get(tensor)
         if found is not None:
             return found
-        known = self._names.of(tensor)
+        known = self.names.of(tensor)
         if known is None:
             if isinstance(tensor, nn.Parameter):
                 return Origin.of(WEIGHT)
             return self._of_part(tensor) if is_distributed(tensor) else _UNKNOWN
         layer, is_weight = known
         found = Origin.of(WEIGHT if is_weight else CONSTANT, layer=layer)
-        if not self._names.is_shared(tensor):
+        if not self.names.is_shared(tensor):
             self._weights.put(tensor, found)
         return found
 
@@ -396,7 +399,7 @@ class NeuronFlow:
     def note_inputs(self, values: Any) -> None:
         """Note that all tensors in nested tuples, lists and mappings are inputs, unless they are known."""
         for tensor in nested_tensors(values):
-            if self._origins.get(tensor) is not None or self._names.of(tensor) is not None:
+            if self._origins.get(tensor) is not None or self.names.of(tensor) is not None:
                 continue
             if self.layers and traced_modules() is None:
                 with unwatched():  # a part of the model may be called with what another one gave
@@ -419,6 +422,8 @@ class NeuronFlow:
         Returns:
             Whether it is; otherwise nothing is noted.
         """
+        if self.row_masks.concern(function):
+            return False
         known, overwritten = self._last.next, None
         if known is None or known.function is not function:
             return len(args) == 2 and result is args[0] and self._stays_stored(args)
@@ -470,6 +475,8 @@ class NeuronFlow:
             kwargs: The keyword arguments of the call.
             result: What the function returned.
         """
+        if self.row_masks.mask is not None:
+            self.row_masks.follow(function, args, kwargs, result)
         if isinstance(result, Tensor):
             if args and result is args[0] and self._stays_stored(args):
                 return
@@ -495,8 +502,8 @@ class NeuronFlow:
             for output in outputs:
                 self._note_overwritten(output)
         self.overwritten = self._origins.get(first) if args and first is args[0] else None
-        if outcome.rows and traced_modules() is None:
-            self._note_rows(function, (*args, *kwargs.values()), grouped_offsets(args, kwargs), first, outcome)
+        if outcome.rows:
+            self.expert_rows.note(function, args, kwargs, first, outcome.origins[0], outcome.layer is not None)
         if outcome.layer is not None:
             self.layers.append(outcome.layer)
             self.read |= outcome.reads
@@ -508,105 +515,6 @@ class NeuronFlow:
         for output, origin in zip(outputs, outcome.origins, strict=True):
             if not _stays_weight(output, origin):
                 self._origins.put(output, origin)
-
-    def _note_rows(
-        self, function: Any, values: tuple[Any, ...], offsets: Any, output: Tensor, outcome: _Outcome
-    ) -> None:
-        """Note what says which experts the rows of an output are of.
-
-        Args:
-            function: The function.
-            values: All its arguments.
-            offsets: Where the rows of each expert end, if the function is a grouped product.
-            output: What it returned.
-            outcome: What it led to.
-        """
-        tensors, (origin, *_) = [*nested_tensors(values)], outcome.origins
-        weighed = next((found for each in tensors if (found := self._weighed.get(each)) is not None), None)
-        if isinstance(origin.picked, PickedMatrices):
-            if weighed is None and len(tensors) > 1:
-                weighed = Weighed.of(tensors[1], origin.picked.matrices)
-            if weighed is not None:
-                self._weighed.put(output, weighed)
-            return
-        units = origin.units
-        if units is None or units.experts is None:
-            return
-        if is_grouped(function):
-            if isinstance(offsets, Tensor):
-                self._rows[units.call] = Offsets.of(offsets, units.rows)
-        elif outcome.layer is not None:
-            if function is Tensor.__rmatmul__:
-                tensors.reverse()
-            if weighed is not None:
-                self._rows[units.call] = Picked(weighed)
-            elif (rows := self._rows_of_every_expert(values, tensors, output)) is not None:
-                self._rows[units.call] = rows
-        else:
-            self._note_joined(tensors, output, units)
-
-    def _rows_of_every_expert(
-        self, values: tuple[Any, ...], tensors: Sequence[Tensor], output: Tensor
-    ) -> EveryExpert | None:
-        """Return what says which rows of a product with a whole stack are of which expert.
-
-        Args:
-            values: All arguments of the product.
-            tensors: The tensors among them.
-            output: What it returned.
-        """
-        weights = [each for each in tensors if self._origin_in_call(each).state == WEIGHT]
-        data = [each for each in tensors if self._origin_in_call(each).state not in _STORED]
-        if len(weights) != 1 or len(data) != 1:
-            return None
-        equation = values[0] if isinstance(values[0], str) else ""
-        if not equation:
-            is_left = data[0] is tensors[-2]  # x @ W
-            equation = _matrix_equation(data[0].dim(), output.dim(), is_left=is_left)
-        terms, _, result = equation.replace(" ", "").partition("->")
-        stack, given = terms.split(",")
-        if next(each for each in tensors if each is weights[0] or each is data[0]) is data[0]:
-            stack, given = given, stack
-        letters = [letter for letter in result if letter not in stack[1:]]
-        summed = [dim for dim, letter in enumerate(given) if letter not in letters]
-        used = data[0].detach().ne(0)
-        used = used.any(dim=summed) if summed else used
-        kept = [letter for letter in given if letter in letters]
-        if stack[0] not in kept:  # all experts are given the same rows
-            used = torch.ones_like(used)
-        used = used.permute([kept.index(letter) for letter in letters if letter in kept])
-        for dim, letter in enumerate(letters):
-            if letter not in kept:
-                used = used.unsqueeze(dim)
-        shape = tuple([output.shape[result.index(letter)] for letter in letters])
-        return EveryExpert(used, shape, letters.index(stack[0]))
-
-    def _note_joined(self, tensors: Sequence[Tensor], output: Tensor, units: Units) -> None:
-        """Note which expert each part of a concatenation is of.
-
-        Args:
-            tensors: The parts.
-            output: The concatenation.
-            units: Its units.
-        """
-        dim = next(place for place, each in enumerate(units.dims) if has_rows(each))
-        sizes = [each.shape[dim] if each.dim() == output.dim() else 1 for each in tensors]
-        own = [self.origin(each).units for each in tensors]
-        parts = [(each, size) for each, size in zip(own, sizes, strict=True) if each is not None and size]
-        if units.experts is not None and units.experts.joined:
-            numbers = {layer: number for number, layer in enumerate(units.experts.layers)}
-            self._rows[units.call] = Joined(tuple([(numbers[each.layer], size) for each, size in parts]))
-        elif all(each.call in self._rows for each, _ in parts):
-            self._rows[units.call] = JoinedRows(tuple([(self._rows[each.call], size) for each, size in parts]))
-
-    def row_owners(self, units: Units) -> Owners | None:
-        """Return which expert each row of a tensor is of; ``None`` if not known. It waits for no device.
-
-        Args:
-            units: The units of the tensor, which have experts.
-        """
-        found = self._rows.get(units.call)
-        return None if found is None else found.owners()
 
     def _note_left(self, tensor: Tensor, name: str) -> None:
         """Note that code outside of torch reads a tensor.
@@ -762,7 +670,7 @@ class NeuronFlow:
         described = tuple([self._describe(arg) for arg in args])
         named = {name: self._describe(value) for name, value in kwargs.items()}
         shapes = tuple([plain_shape(output) for output in outputs])
-        operation = Operation(function, described, named, shapes, call, self._names.sides)
+        operation = Operation(function, described, named, shapes, call, self.names.sides)
         try:
             origins = origins_of(operation)
         except (AttributeError, IndexError, KeyError, LookupError, TypeError, ValueError, ZeroDivisionError):
@@ -858,7 +766,7 @@ class NeuronFlow:
         """Return why a layer's weight is used more than once in a forward; ``""`` if it is not."""
         if layer in self.repeated:
             return "is called more than once in a forward"
-        return "shares a weight with another layer" if layer in self._names.shared_layers() else ""
+        return "shares a weight with another layer" if layer in self.names.shared_layers() else ""
 
     def _note_norm(self, norm: str, layer: str) -> None:
         """Note which layer's units a norm normalises one by one.
@@ -881,9 +789,9 @@ class NeuronFlow:
             described = [self._describe(each) for each in value]
             return tuple(described) if isinstance(value, tuple) else Listed(described)
         if isinstance(value, slice):
-            return Index(*(_plain(each) for each in (value.start, value.stop, value.step)))
+            return Index(*(plain_size(each) for each in (value.start, value.stop, value.step)))
         if isinstance(value, torch.SymInt):
-            return _plain(value)
+            return plain_size(value)
         return value if isinstance(value, (torch.dtype, torch.device)) or value is Ellipsis else type(value)
 
     def _origin_in_call(self, tensor: Tensor) -> Origin:
@@ -891,8 +799,8 @@ class NeuronFlow:
         if found is not None and not _became_weight(tensor, found):
             return found
         origin = self._unseen(tensor)
-        if origin.state in (UNKNOWN, WEIGHT) and (not origin.layer or self._names.is_shared(tensor)):
-            layer = self._names.running(tensor, depth=4)
+        if origin.state in (UNKNOWN, WEIGHT) and (not origin.layer or self.names.is_shared(tensor)):
+            layer = self.names.running(tensor, depth=4)
             if layer is not None:
                 return Origin.of(WEIGHT, layer=layer)
         return self._origin_in_graph(tensor, origin) if origin.state == UNKNOWN else origin
@@ -1035,26 +943,9 @@ def _tells_rows(operation: Operation, result: Origin) -> bool:
     """Whether data says by a call that is no layer's which expert's weights its result is, or which experts' rows."""
     if isinstance(result.picked, PickedMatrices):
         return True
-    if result.units is None or result.units.experts is None:
+    if result.units is None or result.units.experts is None or result.picks is not None:
         return False
     return all(each.origin.units is None or each.origin.units.call != result.units.call for each in operation.tensors)
-
-
-def _matrix_equation(rank: int, result: int, *, is_left: bool) -> str:
-    """Return the product of a tensor and a stack of matrices ``(E, …, …)`` as ``einsum`` writes it.
-
-    Args:
-        rank: Number of dimensions of the tensor.
-        result: Number of dimensions of the product.
-        is_left: Whether the tensor is the left factor.
-
-    >>> _matrix_equation(3, 3, is_left=True), _matrix_equation(3, 3, is_left=False)
-    ('etk,ekf->etf', 'efk,ekt->eft')
-    """
-    outer = "abcd"[: result - 3] + "e"
-    if is_left:
-        return f"{(outer + 'tk')[-rank:]},ekf->{outer}tf"
-    return f"efk,{(outer + 'kt')[-rank:]}->{outer}ft"
 
 
 def _name(function: Callable[..., Any]) -> str:
@@ -1092,21 +983,6 @@ def _is_nameless(origin: Origin) -> bool:
     return not origin.layer and origin.state in _NAMELESS
 
 
-def nested_tensors(values: Any) -> Iterable[Tensor]:
-    """Yield the tensors in nested tuples, lists and mappings."""
-    if isinstance(values, Tensor):
-        yield values
-    elif isinstance(values, Mapping):
-        for value in values.values():
-            yield from nested_tensors(value)
-    elif isinstance(values, (tuple, list)):
-        for value in values:
-            if isinstance(value, Tensor):
-                yield value
-            elif not isinstance(value, (int, float, str)):
-                yield from nested_tensors(value)
-
-
 def _named_tensors(expression: str, value: Any) -> Iterable[tuple[str, Tensor]]:
     """Yield the tensors in nested tuples, lists and mappings, each with the expression that is its value."""
     if isinstance(value, Tensor):
@@ -1122,19 +998,3 @@ def _local(dims: Dims, shape: Sequence[int]) -> Dims:
         () if size == 1 else ((size, next((stride for _, stride in dim if stride), 0) if has_units(dim) else 0),)
         for dim, size in zip(dims, shape, strict=True)
     )
-
-
-def plain_shape(tensor: Tensor) -> tuple[int, ...]:
-    """Return the shape of a tensor in integers; that of a nested tensor is ``()``."""
-    if tensor.is_nested:
-        return ()
-    shape = tensor.shape
-    return shape if type(tensor) is Tensor or type(tensor) is nn.Parameter else tuple([_plain(size) for size in shape])
-
-
-def _plain(size: Any) -> Any:
-    """Return a size as an integer; that of a symbolic size is the size with which the graph is traced."""
-    if isinstance(size, torch.SymInt):
-        hint = size.node.hint
-        return 0 if hint is None else int(hint)
-    return size

@@ -159,8 +159,11 @@ _KEEP_PICKED = frozenset((*ELEMENTWISE, *VIEWS, *PARTS))
 
 
 def _rows_unless_known(origin: Origin) -> Origin:
-    """Return what is made of rows of experts: rows still, of which it is not known any more whose they are."""
-    known = origin.units is not None and origin.units.has_all_rows
+    """Return what is made of rows of experts: rows still, of which it is not known any more whose they are.
+
+    What data picked of them may be put back where it was.
+    """
+    known = origin.picks is not None or (origin.units is not None and origin.units.has_all_rows)
     return origin if known or origin.state not in (UNITS, ENDED, LOST) else Origin.of(ROWS, origin.upstream)
 
 

@@ -8,6 +8,7 @@ traces, and is a constant of the graph: the counters, and where the neurons of t
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Callable, Hashable, Iterator
 from types import CodeType
 from typing import Any, NamedTuple
@@ -23,7 +24,9 @@ from neuronscope.attach.compiling import (
     enters_graph,
     has_real_tensors,
     in_backward,
+    is_in_graph,
     is_tracing,
+    set_variable,
     trace_attempt,
     unwatched,
     while_tracing,
@@ -56,8 +59,11 @@ from neuronscope.count.expert_counters import (
     JoinedCounters,
     add_expert_gradients,
     add_expert_outputs,
+    add_expert_outputs_in_graph,
+    leave_out_rows,
+    register_expert_gradient_hook,
 )
-from neuronscope.count.neuron_layout import Dims, NeuronLayout, neurons_first, rows_first
+from neuronscope.count.neuron_layout import NeuronLayout, neurons_first, rows_kept
 from neuronscope.count.positions import blank_positions, keep_positions
 from neuronscope.sites import INFERENCE, SiteKey
 
@@ -125,14 +131,18 @@ class SiteRecorder:
         self._leaf_handles: list[RemovableHandle] = []  # a leaf outlives the step, and its hook must not
         #: Calls in graphs, whether each adds to the examples, and whether its graph is of a part of the model.
         self._traced: list[tuple[Call, bool, bool]] = []
+        self._traced_owners: dict[int, weakref.ref[Tensor]] = {}  # of those of experts: which one each row is of
         self._given: set[int] = set()  # those of them whose pre-activation enters the graph
-        self._pre_activations: dict[int, int] = {}  # of selections: which argument is the pre-activation
+        self._pre_activations: dict[int, weakref.ref[Tensor]] = {}  # of selections
 
         # torch.compile runs these while it traces.
         self._find_while_tracing = while_tracing(
             self._find_traced, "phase", "path", "function", "activation", "x", "glu_dim", "inputs", listener=self
         )
-        self._end_while_tracing = while_tracing(self._end_traced, "call", "y")
+        self._end_while_tracing = while_tracing(self._end_traced, "call", "x", "y")
+        self._load_mask_while_tracing = while_tracing(self._load_mask, "tensor", "experts")
+        self._load_owners_while_tracing = while_tracing(self._load_owners, "call")
+        self._load_pre_activation_while_tracing = while_tracing(self._load_pre_activation, "number")
         self._unreadable_while_tracing = while_tracing(self._unreadable_traced, "call")
         self._select_while_tracing = while_tracing(self._select_traced, "phase", "function", "args", "kwargs", "y")
         self._carry_while_tracing = while_tracing(self._carry, "x", "y")
@@ -146,6 +156,10 @@ class SiteRecorder:
             counters = self._traced[call][0].counters
             return counters if isinstance(counters, SiteCounters) else None
 
+        def experts_of(call: int) -> ExpertCounters | None:
+            counters = self._traced[call][0].counters
+            return counters if isinstance(counters, ExpertCounters) else None
+
         def layout_of(call: int) -> tuple[Any, ...]:
             return tuple(self._traced[call][0].layout)
 
@@ -158,15 +172,12 @@ class SiteRecorder:
         def is_given(call: int) -> bool:
             return call in self._given
 
-        def pre_activation(call: int) -> int | None:
-            return self._pre_activations.get(call)
-
         self._last_found = torch.compiler.assume_constant_result(last_found)
         self._counters_of = torch.compiler.assume_constant_result(counters_of)
+        self._experts_of = torch.compiler.assume_constant_result(experts_of)
         self._layout_of = torch.compiler.assume_constant_result(layout_of)
         self._adds_examples = torch.compiler.assume_constant_result(adds_examples)
         self._is_given = torch.compiler.assume_constant_result(is_given)
-        self._pre_activation = torch.compiler.assume_constant_result(pre_activation)
         self._is_in_part = torch.compiler.assume_constant_result(is_in_part)
 
     def set_phase(self, phase: str, step: int) -> None:
@@ -277,10 +288,20 @@ class SiteRecorder:
         if hook is None or (self.compiled and any(known.counters is call.counters for known in _counted_gradients(x))):
             return  # a compiled part was expected to apply the activation, and is not compiled any more
         if call.owners is not None:
-            hook = hook.with_owners(call.owners)
+            hook = hook.with_owners(call.owners, self.forward.flow.row_masks.of(x))
         elif mask is not None:
-            hook = hook.with_mask(mask)
+            hook = hook.with_mask(self._mask_of(x, mask))
         self._hook(x, hook)
+
+    def _mask_of(self, tensor: Tensor, mask: Tensor) -> Tensor:
+        """Return which positions of a tensor are counted: by its own mask, if data picked its rows from a batch.
+
+        Args:
+            tensor: An activation or a pre-activation.
+            mask: The mask of the forward.
+        """
+        own = self.forward.flow.row_masks.of(tensor)
+        return mask if own is None else own
 
     def _begin_in_graph(  # `comptime` reads its arguments and variables
         self,
@@ -300,10 +321,37 @@ class SiteRecorder:
         return call
 
     def _count_gradient_in_graph(self, call: int, x: Tensor, glu_dim: int | None) -> None:
+        if self._is_given(call) or not x.requires_grad or not torch.is_grad_enabled():
+            return
+        axis, dims = self._layout_of(call)
+        experts = self._experts_of(call)
+        if experts is not None:
+            tensors = experts.tensors
+            register_expert_gradient_hook(
+                x,
+                dims,
+                glu_dim,
+                self._owners_in_graph(call),
+                self._mask_in_graph(x, True),
+                tensors.zero_gradients,
+                tensors.traced_gradients,
+            )
+            return
         counters = self._counters_of(call)
-        if counters is not None and not self._is_given(call) and x.requires_grad and torch.is_grad_enabled():
-            axis, dims = self._layout_of(call)
-            register_gradient_hook(x, axis, dims, glu_dim, counters, self.forward.mask)
+        if counters is not None:
+            register_gradient_hook(x, axis, dims, glu_dim, counters, self._mask_in_graph(x, False))
+
+    def _owners_in_graph(self, call: int) -> Any:  # noqa: ARG002, `comptime` reads it
+        """Return which expert each row is of, int64 ``(R,)``, in a graph that is traced."""
+        owners = None
+        comptime(self._load_owners_while_tracing)
+        return owners
+
+    def _load_owners(self, call: int) -> None:
+        """Set the variable ``owners`` of :meth:`_owners_in_graph` to what says which expert each row is of."""
+        owners = self._traced_owners[call]()
+        if owners is not None:
+            set_variable("owners", owners)
 
     def begin_graph(self, code: CodeType, owner: Any) -> Hashable:
         """Note that a graph begins to be traced, and return for what of ours it is made.
@@ -353,10 +401,13 @@ class SiteRecorder:
             self.forward.parts.note_given(x, call.key, _PreActivationOfCall(self, call))
 
     def _note_traced(self, call: Call) -> None:
-        counters = call.counters if isinstance(call.counters, SiteCounters) else None
+        counters = call.counters if isinstance(call.counters, (SiteCounters, ExpertCounters)) else None
         if counters is not None:
             counters.enter_graph()
-            counters.clock = self.clock.on(counters.traced.device)
+            counters.clock = self.clock.on(counters.tensors.traced.device)
+        if isinstance(call.owners, Tensor):  # the compiler keeps it as long as it traces the graph
+            self._traced_owners[len(self._traced)] = weakref.ref(call.owners)
+            call = call._replace(owners=None)
         self._found.append(len(self._traced))
         part = self.forward.parts.tracing
         first = part or (counters is not None and counters.is_first_call(self.forward.number, trace_attempt()))
@@ -371,7 +422,7 @@ class SiteRecorder:
             y: The output ``(…, N, …)``.
         """
         if isinstance(call, int):
-            self._end_in_graph(call, _first_output(y))
+            self._end_in_graph(call, x, _first_output(y))
             return
         if y is None:
             self.unmeasured.failed.add(call.key.name)
@@ -381,6 +432,8 @@ class SiteRecorder:
         given = y
         if type(y) is not Tensor:
             y = _first_output(y)
+        if self.forward.mask is not None:
+            self.forward.flow.row_masks.pass_on(x, y)
         if call.shape is not None and type(y) is Tensor and y.shape == call.shape:
             if call.counters is not None:
                 self._count(call.counters, y, call.layout, call.owners)
@@ -400,7 +453,7 @@ class SiteRecorder:
                 )
         self._end(call, y)
 
-    def _end_in_graph(self, call: int, y: Any) -> None:  # `comptime` reads its arguments
+    def _end_in_graph(self, call: int, x: Any, y: Any) -> None:  # noqa: ARG002, `comptime` reads its arguments
         if isinstance(y, Tensor):
             comptime(self._end_while_tracing)
             self._count_in_graph(call, y)
@@ -423,8 +476,32 @@ class SiteRecorder:
         if units is None or len(units.dims) == y.dim():
             self.forward.flow.put(y, call.after)
 
-    def _end_traced(self, call: int, y: Tensor) -> None:
+    def _end_traced(self, call: int, x: Any, y: Tensor) -> None:
+        self.forward.flow.row_masks.pass_on(x, y)
         self._end(self._traced[call][0], y)
+
+    def _mask_in_graph(self, tensor: Tensor, experts: bool) -> Tensor | None:  # noqa: ARG002, `comptime` reads them
+        """Return which positions of a tensor are counted in a graph that is traced; ``None`` = all.
+
+        Args:
+            tensor: An activation or a pre-activation.
+            experts: Whether its rows are of several experts, which the mask of the forward does not fit.
+        """
+        mask = self.forward.mask
+        if mask is None:
+            return None
+        if experts:
+            mask = None
+        comptime(self._load_mask_while_tracing)
+        return mask
+
+    def _load_mask(self, tensor: Tensor, experts: bool) -> None:
+        """Set the variable ``mask`` of :meth:`_mask_in_graph` to the tensor's own mask, if it has one."""
+        own = self.forward.flow.row_masks.of(tensor)
+        if own is not None and is_in_graph(own):
+            set_variable("mask", own)
+        elif experts:
+            self.ignored_mask = True
 
     def carry(self, x: Any, y: Any) -> None:
         """Note what an activation module returned whose call is not counted: what it was given.
@@ -461,32 +538,37 @@ class SiteRecorder:
             selected = self.sites.selections.find(phase, function, args, kwargs, y)
             if selected is None:
                 return
-            call, x = selected
+            call, before = selected
             if call.counters is not None:
                 self._count(call.counters, y, call.layout, call.owners)
-            if x is not None and x.requires_grad:
-                self.hook_call(x, call)
-            return
-        if not isinstance(y, Tensor):
+            if before is not None and before.requires_grad:
+                self.hook_call(before, call)
             return
         comptime(self._select_while_tracing)
         number = self._last_found()
         if number is not None:
-            place = self._pre_activation(number)
-            if place is not None:
-                self._count_gradient_in_graph(number, args[place], None)
+            x: Any = None
+            comptime(self._load_pre_activation_while_tracing)
+            if x is not None:
+                self._count_gradient_in_graph(number, x, None)
             self._count_in_graph(number, y)
 
-    def _select_traced(self, phase: str, function: Any, args: Any, kwargs: Any, y: Tensor) -> None:
+    def _load_pre_activation(self, number: int) -> None:
+        """Set the variable ``x`` of :meth:`select` to the pre-activation of a selection, if there is one."""
+        known = self._pre_activations.get(number)
+        found = None if known is None else known()
+        if found is not None:
+            set_variable("x", found)
+
+    def _select_traced(self, phase: str, function: Any, args: Any, kwargs: Any, y: Any) -> None:
         self._found.clear()
         selected = self.sites.selections.find(phase, function, args, kwargs, y, traced=True)
         if selected is not None:
             call, x = selected
             self._note_traced(call)
-            for place, arg in enumerate(args):
-                if arg is x and x is not None:
-                    self._pre_activations[len(self._traced) - 1] = place
-                    self._note_given(call, x)
+            if x is not None and is_in_graph(x):
+                self._pre_activations[len(self._traced) - 1] = weakref.ref(x)
+                self._note_given(call, x)
 
     def _count(self, counters: Counters, y: Tensor, layout: NeuronLayout, owners: Owners | None) -> None:
         if isinstance(counters, JoinedCounters):
@@ -506,35 +588,38 @@ class SiteRecorder:
         dims, forward = layout.dims, self.forward
         if dims is None or owners is None or not y.numel():
             return
-        y = y.detach()
-        if forward.mask is not None:
-            self.ignored_mask = True
         if is_capturing(y):
             self.unmeasured.note(self.sites.name_of(counters), CAPTURED)
             return
+        kept = None if forward.mask is None else forward.flow.row_masks.of(y)
+        self.ignored_mask = self.ignored_mask or (forward.mask is not None and kept is None)
+        rows, kept = rows_kept(y.detach(), dims, kept)
         with self.lock:
             if isinstance(counters, ExpertCounters) and isinstance(owners, Tensor):
-                add_expert_outputs(
-                    counters, y, dims, owners, forward.examples, forward.number, self.step, self._tolerance
-                )
+                rows, owners = leave_out_rows(rows, owners, kept, len(counters.members))
+                add_expert_outputs(counters, rows, owners, forward.examples, forward.number, self.step, self._tolerance)
                 return
-            for own, part in _parts_of(counters, y, dims, owners):
-                examples = own.new_examples(forward.number, forward.examples, part.numel() // own.neurons)
-                if part.is_cpu:
-                    add_outputs(own, part, 2, examples, self.step, self._scratch, self._tolerance)
+            for own, part, keep in _parts_of(counters, rows, kept, owners):
+                plain, axis = keep_positions(part, 2, keep) if part.is_cpu else (part, 2)
+                if not plain.numel():
+                    continue
+                examples = own.new_examples(forward.number, forward.examples, plain.numel() // own.neurons)
+                if plain.is_cpu:
+                    add_outputs(own, plain, axis, examples, self.step, self._scratch, self._tolerance)
                 else:
-                    add_outputs_on_device(own, part, NeuronLayout(2), None, examples, self.clock, self._tolerance)
+                    add_outputs_on_device(own, plain, NeuronLayout(2), keep, examples, self.clock, self._tolerance)
 
     def _count_site(self, counters: SiteCounters, y: Tensor, layout: NeuronLayout) -> None:
         if self.sampler is not None:
             self.sampler(counters, y, layout)
         forward, axis = self.forward, layout.axis
+        mask = None if forward.mask is None else self._mask_of(y, forward.mask)
         plain = y.detach() if y.requires_grad else y
         if type(y) is not Tensor:
             plain = local_tensor(plain)
         here = plain.is_cpu
-        if here and (layout.dims is not None or forward.mask is not None):
-            plain, axis = _arranged(plain, layout, forward.mask)
+        if here and (layout.dims is not None or mask is not None):
+            plain, axis = _arranged(plain, layout, mask)
             if not plain.numel():
                 return
         with self.lock:
@@ -545,12 +630,34 @@ class SiteRecorder:
                 examples = 0
             if here:
                 add_outputs(counters, plain, axis, examples, self.step, self._scratch, self._tolerance)
-            elif reason := add_outputs_on_device(
-                counters, plain, layout, forward.mask, examples, self.clock, self._tolerance
-            ):
+            elif reason := add_outputs_on_device(counters, plain, layout, mask, examples, self.clock, self._tolerance):
                 self.unmeasured.note(self.sites.name_of(counters), reason)
 
+    def _count_rows_in_graph(self, call: int, y: Tensor, experts: ExpertCounters) -> None:
+        """Count an output whose rows are of several experts in a graph that is traced; see :meth:`_count_rows`."""
+        _, dims = self._layout_of(call)
+        forward = self.forward
+        number = forward.number_tensor if self._is_in_part(call) else None
+        first = self._adds_examples(call)
+        add_expert_outputs_in_graph(
+            y,
+            dims,
+            self._owners_in_graph(call),
+            self._mask_in_graph(y, True),
+            forward.examples,
+            number,
+            first,
+            experts.clock,
+            self._tolerance,
+            *experts.tensors,
+            *experts.pace,
+        )
+
     def _count_in_graph(self, call: int, y: Tensor) -> None:
+        experts = self._experts_of(call)
+        if experts is not None:
+            self._count_rows_in_graph(call, y, experts)
+            return
         counters = self._counters_of(call)
         if counters is None:
             return
@@ -558,7 +665,7 @@ class SiteRecorder:
         plain, axis = neurons_first(y.detach(), axis, dims)
         left_out = None
         if dims is None:
-            plain, left_out = blank_positions(plain, axis, self.forward.mask)
+            plain, left_out = blank_positions(plain, axis, self._mask_in_graph(y, False))
         examples: int | Tensor = 0
         if self._adds_examples(call):
             positions = plain.numel() // plain.shape[axis]
@@ -675,7 +782,7 @@ class SiteRecorder:
             if type(plain) is not Tensor or glu_dim is not None:
                 plain = gate_half(local_tensor(plain), glu_dim)
             if isinstance(counters, JoinedCounters):
-                self._count_gradient_rows(counters, plain, layout, owners)
+                self._count_gradient_rows(counters, plain, layout, owners, mask)
                 return
             axis, here = layout.axis, plain.is_cpu
             if here and (layout.dims is not None or mask is not None):
@@ -690,43 +797,52 @@ class SiteRecorder:
                     self._note_gradient(counters, reason)
 
     def _count_gradient_rows(
-        self, counters: JoinedCounters, gradient: Tensor, layout: NeuronLayout, owners: Owners | None
+        self,
+        counters: JoinedCounters,
+        gradient: Tensor,
+        layout: NeuronLayout,
+        owners: Owners | None,
+        mask: Tensor | None,
     ) -> None:
         """Count a gradient whose rows are of several experts; see :meth:`_count_rows`."""
         dims = layout.dims
         if dims is None or owners is None or not gradient.numel() or is_capturing(gradient):
             return
+        rows, kept = rows_kept(gradient, dims, mask)
         with self.lock:
             self.got_gradients = True
             if isinstance(counters, ExpertCounters) and isinstance(owners, Tensor):
-                add_expert_gradients(counters, gradient, dims, owners)
+                add_expert_gradients(counters, *leave_out_rows(rows, owners, kept, len(counters.members)))
                 return
-            for own, part in _parts_of(counters, gradient, dims, owners):
+            for own, part, keep in _parts_of(counters, rows, kept, owners):
                 if part.is_cpu:
-                    add_gradients(own, part, 2, self._scratch)
+                    plain, axis = keep_positions(part, 2, keep)
+                    if plain.numel():
+                        add_gradients(own, plain, axis, self._scratch)
                 else:
-                    add_gradients_on_device(own, part, NeuronLayout(2), None, self.clock)
+                    add_gradients_on_device(own, part, NeuronLayout(2), keep, self.clock)
 
     def _note_gradient(self, counters: Counters, reason: str) -> None:
         self.unmeasured.note(self.sites.name_of(counters), reason)
 
 
 def _parts_of(
-    counters: JoinedCounters, tensor: Tensor, dims: Dims, owners: Owners
-) -> Iterator[tuple[SiteCounters, Tensor]]:
-    """Yield the rows of each layer ``(R, P, N)`` with the counters of its site, of rows of several layers.
+    counters: JoinedCounters, rows: Tensor, kept: Tensor | None, owners: Owners
+) -> Iterator[tuple[SiteCounters, Tensor, Tensor | None]]:
+    """Yield the counters of each layer's site, its rows ``(K, P, N)`` and which positions of them are counted.
 
     Args:
         counters: The counters of the layers.
-        tensor: An output or a gradient.
-        dims: Where its rows and units lie.
+        rows: An output or a gradient, ``(R, P, N)``.
+        kept: Which positions are counted, bool ``(R, P)``; ``None`` = all.
         owners: How many rows each part has, and of which layer it is.
     """
-    rows, start = rows_first(tensor, dims), 0
+    start = 0
     for number, size in owners:
         own = counters.members[number]
         if own is not None:
-            yield own, rows[start : start + size]
+            place = slice(start, start + size)
+            yield own, rows[place], None if kept is None else kept[place]
         start += size
 
 

@@ -1,13 +1,33 @@
-"""Know which expert each row of a layer's output is of, without waiting for the data that says it."""
+"""Know which expert each row of a layer's output is of, without waiting for the data that says it.
+
+In a graph that ``torch.compile`` traces the tensor that says it is computed in the graph, where the layer runs.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-__all__ = ["EveryExpert", "Joined", "JoinedRows", "Offsets", "Owners", "Picked", "RowOwners", "Weighed"]
+__all__ = [
+    "EveryExpert",
+    "InGraph",
+    "Joined",
+    "JoinedRows",
+    "Offsets",
+    "Owners",
+    "Picked",
+    "RowOwners",
+    "Weighed",
+    "join_numbers",
+    "join_owners",
+    "owners_by_offsets",
+    "owners_of_stack",
+    "picked_owners",
+    "used_rows",
+]
 
 
 #: The number of each row's expert, int64 ``(R,)``; one that is the number of experts says that the row is of none. Or,
@@ -58,7 +78,7 @@ class Picked(NamedTuple):
     def owners(self) -> Owners | None:
         """Return the number of each row's expert; ``None`` if the index was changed in place."""
         index, version, matrices = self.weighed
-        return index.reshape(-1).long() % matrices if _version(index) == version else None
+        return picked_owners(index, matrices) if _version(index) == version else None
 
 
 class Offsets(NamedTuple):
@@ -90,36 +110,29 @@ class Offsets(NamedTuple):
         >>> Offsets.of(torch.tensor([2, 2, 3]), 4).owners().tolist()
         [0, 0, 2, 3]
         """
-        if _version(self.ends) != self.version:
-            return None
-        rows = torch.arange(self.rows, device=self.ends.device, dtype=self.ends.dtype)
-        return torch.searchsorted(self.ends, rows, right=True)
+        return owners_by_offsets(self.ends, self.rows) if _version(self.ends) == self.version else None
 
 
 class EveryExpert(NamedTuple):
     """Rows of a product with all matrices of a stack, of which each expert has its own.
 
     Attributes:
-        used: Which rows the experts were given something in, bool, of the shape of the rows but for dimensions that are
-            left out or of size 1. A mixture with a fixed number of rows for each expert fills up with zeros.
-        shape: The shape of the rows.
+        used: Which rows the experts were given something in; see :func:`used_rows`.
         dim: The dimension of that which indexes the experts.
+        experts: Number of experts.
     """
 
     used: Tensor
-    shape: tuple[int, ...]
     dim: int
+    experts: int
 
     def owners(self) -> Owners | None:
         """Return the number of each row's expert, or the number of experts for a row of zeros.
 
-        >>> EveryExpert(torch.tensor([[True, False], [True, True]]), (2, 2), 0).owners().tolist()
+        >>> EveryExpert(torch.tensor([[True, False], [True, True]]), 0, 2).owners().tolist()
         [0, 2, 1, 1]
         """
-        count = self.shape[self.dim]
-        numbers = torch.arange(count, device=self.used.device)
-        numbers = numbers.reshape([count if dim == self.dim else 1 for dim in range(len(self.shape))])
-        return torch.where(self.used, numbers, count).expand(self.shape).reshape(-1)
+        return owners_of_stack(*self)
 
 
 class Joined(NamedTuple):
@@ -159,6 +172,108 @@ class JoinedRows(NamedTuple):
                 return None
             found.append(number.expand(rows))
         return torch.cat(found)
+
+
+class InGraph(NamedTuple):
+    """Rows of a graph that is traced.
+
+    Attributes:
+        numbers: The fake tensor of the number of each row's expert.
+    """
+
+    numbers: Tensor
+
+
+def picked_owners(index: Tensor, matrices: int) -> Tensor:
+    """Return the number of each row's expert, int64 ``(R,)``.
+
+    Args:
+        index: The index by which data picked the matrix of each row, of any shape.
+        matrices: Number of matrices in the stack.
+
+    >>> picked_owners(torch.tensor([[0, -1], [2, 1]]), 3).tolist()
+    [0, 2, 2, 1]
+    """
+    return index.reshape(-1).long() % matrices
+
+
+def owners_by_offsets(ends: Tensor, rows: int | Tensor) -> Tensor:
+    """Return the number of each row's expert, int64 ``(R,)``, of rows that are sorted by experts.
+
+    Args:
+        ends: Where the rows of each expert end, integers ``(E,)``.
+        rows: Number of rows, or a tensor that has so many.
+    """
+    count = rows.shape[0] if isinstance(rows, Tensor) else rows
+    return torch.searchsorted(ends, torch.arange(count, device=ends.device, dtype=ends.dtype), right=True)
+
+
+def used_rows(data: Tensor, given: str, letters: str, expert: str) -> Tensor:
+    """Return the rows in which experts were given something: a mixture with a fixed number of them fills up with zeros.
+
+    Args:
+        data: What a product with a stack of matrices was given.
+        given: A letter for each of its dimensions, as in ``einsum``.
+        letters: Those of the dimensions of the rows.
+        expert: That of the stack's first dimension. If the data has it not, all experts are given the same rows.
+
+    Returns:
+        bool, with a dimension for each letter, of size 1 if the data has it not.
+
+    >>> used_rows(torch.tensor([[1.0, 0.0], [0.0, 0.0]]), "eh", "te", "e").tolist()
+    [[True, False]]
+    """
+    summed = [dim for dim, letter in enumerate(given) if letter not in letters]
+    used = data.detach().ne(0)
+    used = used.any(dim=summed) if summed else used
+    if expert not in given:
+        used = torch.ones_like(used)
+    kept = [letter for letter in given if letter in letters]
+    used = used.permute([kept.index(letter) for letter in letters if letter in kept])
+    for dim, letter in enumerate(letters):
+        if letter not in kept:
+            used = used.unsqueeze(dim)
+    return used
+
+
+def owners_of_stack(used: Tensor, dim: int, count: int) -> Tensor:
+    """Return the number of each row's expert, int64 ``(R,)``, of a product with all matrices of a stack.
+
+    Args:
+        used: As :func:`used_rows` gives it.
+        dim: The dimension of it that indexes the experts.
+        count: Number of experts, which also stands for a row that is of none.
+    """
+    numbers = torch.arange(count, device=used.device)
+    numbers = numbers.reshape([count if each == dim else 1 for each in range(used.dim())])
+    return torch.where(used, numbers, count).reshape(-1)
+
+
+def join_numbers(numbers: Sequence[int], dim: int, *parts: Tensor) -> Tensor:
+    """Return the number of each row's layer, int64 ``(R,)``, of rows of several layers that were joined.
+
+    Args:
+        numbers: The number of the layer of each part.
+        dim: The dimension along which they were joined.
+        parts: The parts.
+
+    >>> join_numbers([1, 0], 0, torch.ones(2, 4), torch.ones(1, 4)).tolist()
+    [1, 1, 0]
+    """
+    each = zip(numbers, parts, strict=True)
+    return torch.cat([torch.full((part.shape[dim],), number, device=part.device) for number, part in each])
+
+
+def join_owners(dim: int, *tensors: Tensor) -> Tensor:
+    """Return the number of each row's expert, int64 ``(R,)``, of rows that were joined and are of one expert a part.
+
+    Args:
+        dim: The dimension along which they were joined.
+        tensors: The parts, and then the number of the expert of each, int64 ``(1,)``.
+    """
+    half = len(tensors) // 2
+    each = zip(tensors[half:], tensors[:half], strict=True)
+    return torch.cat([owner.expand(part.shape[dim]) for owner, part in each])
 
 
 def _version(tensor: Tensor) -> int:

@@ -107,7 +107,11 @@ class Selections:
             return None
         flow = self._forward.flow
         origin = flow.origin_before(x, y)
-        if origin.units is None or not origin.units.layer or not _is_mask(mask, flow.origin_before(mask, y), origin):
+        before = flow.origin_before(mask, y)
+        if origin.units is None or not origin.units.layer:
+            return None
+        if not _is_mask(mask, before, origin):
+            self._note_switch(before, origin)
             return None
         gate = self._call_of(origin.site)
         if gate is not None:
@@ -117,6 +121,25 @@ class Selections:
         if x is y:
             return None  # it was changed in place, so that its pre-activation is gone
         return self._new(phase, _JUMP, x, x, y, traced)
+
+    def _note_switch(self, mask: Origin, selected: Origin) -> None:
+        """Note that a comparison of one layer's units switches those of another layer on and off, if it does.
+
+        Args:
+            mask: What the mask is.
+            selected: What it selects from.
+        """
+        switch, units = mask.units, selected.units
+        if switch is None or units is None or not switch.layer or switch.layer == units.layer or not _compares(mask):
+            return
+        if switch.size == units.size and switch.dims == units.dims:
+            what = "and no activation that is known. Count the product: `scope.count()`"
+            self._sites.unmeasured.note_unless_measured(
+                switch.layer, f"it is only compared with something, which switches `{units.layer}` on and off, {what}"
+            )
+            self._sites.unmeasured.note_unless_measured(
+                units.layer, f"a comparison of `{switch.layer}` switches its units on and off, {what}"
+            )
 
     def _note_picked(self, args: tuple[Any, ...], y: Any) -> None:
         """Note from which tensor an index was picked."""
@@ -138,31 +161,15 @@ class Selections:
     ) -> Selected | None:
         """Return the call of a top-k selection that was put back into zeros."""
         index = kwargs.get("index", args[2] if len(args) > 2 else None)
-        source = None if index is None or traced else self._picked_from.get(index)
+        source = None if index is None else self._picked_from.get(index)
         picks = self._forward.flow.origin(y).picks
         if picks is None or not picks.units.layer:
-            self._note_selected_of_experts(None if source is None else source())
             return None
         self._sites.unmeasured.withdraw(picks.units.layer, PICKED)
         gate = self._call_of(picks.site)
         if gate is not None:
             return self._derived(phase, gate, self._forward.flow.origin(y), y, traced, f"topk {gate.activation.name}")
         return self._new(phase, _LARGEST, None if source is None else source(), y, y, traced)
-
-    def _note_selected_of_experts(self, picked_from: Tensor | None) -> None:
-        """Note that a top-k selection is not measured, if its rows are of several experts.
-
-        Args:
-            picked_from: From what the values were picked; ``None`` if that is not known.
-        """
-        units = None if picked_from is None else self._forward.flow.origin(picked_from).units
-        if units is not None and units.experts is not None:
-            self._sites.unmeasured.note(
-                f"{units.layer}/topk",
-                "it picks the largest units in rows of several experts, and which expert each row of the result is of "
-                "is not known: only what comes before is counted. Put `scope.count()` there to count all experts "
-                "together",
-            )
 
     def _new(
         self, phase: str, activation: Activation, x: Tensor | None, like: Tensor, y: Tensor, traced: bool
@@ -206,8 +213,13 @@ def _is_mask(tensor: Tensor, origin: Origin, selected: Origin) -> bool:
         return False
     if not tensor.dtype.is_floating_point:
         return True
+    return origin.state == UNITS and _compares(origin)
+
+
+def _compares(origin: Origin) -> bool:
+    """Whether what a tensor is was made of a layer's units by comparisons alone."""
     functions = {name for _, name in origin.bends if name != ACTIVATED}
-    return origin.state == UNITS and bool(functions) and all(map(_COMPARISON.fullmatch, functions))
+    return bool(functions) and all(map(_COMPARISON.fullmatch, functions))
 
 
 def _left(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Tensor, Tensor] | None:

@@ -17,6 +17,7 @@ from neuronscope.attach.gradient_hooks import CountedGradient, Counters, Gradien
 from neuronscope.attach.hand_split import HandSplit
 from neuronscope.attach.incoming import Incoming
 from neuronscope.attach.origins import ACTIVATED, CONSTANT, LOST, UNITS, WEIGHT, Operand, Origin
+from neuronscope.attach.plain_sizes import plain_shape
 from neuronscope.attach.readers import carry_site
 from neuronscope.attach.row_owners import Owners
 from neuronscope.attach.selections import Selected, Selections
@@ -132,6 +133,7 @@ class SiteFinder:
         self._named: set[SiteKey] = set()  # tensors that the user names
         self._experts: dict[tuple[str, SiteKey], ExpertCounters] = {}  # of layers whose rows are of several experts
         self._common: dict[SiteKey, SiteKey] = {}  # of each expert's site: the key of all experts together
+        self._stacked: dict[str, bool] = {}  # whether a layer is a matrix of a stack, by its path
         self._modules: set[SiteKey] = set()  # sites whose activation is a module
         self._maybe_missed: dict[SiteKey, int] = {}  # positions of the sites that may have been compiled without hooks
 
@@ -154,7 +156,9 @@ class SiteFinder:
         gone = {key for key, counters in known if counters is not None and not counters.in_graph}
         for key in gone:
             del self._counters[phase, key]
-        self._experts = {place: counters for place, counters in self._experts.items() if place[0] != phase}
+        self._experts = {
+            place: counters for place, counters in self._experts.items() if place[0] != phase or counters.in_graph
+        }
         self._calls = {facts: call for facts, call in self._calls.items() if facts[1] != phase}
         return gone
 
@@ -296,20 +300,23 @@ class SiteFinder:
     def with_owners(self, call: Call, units: Units) -> Call:
         """Return a call with what says in this forward which experts the rows are of, if the layer is one of experts.
 
+        If it is not known, no expert's positions are known from then on: their sites are listed, and not reported.
+
         Args:
             call: The call.
             units: The units of the pre-activation, or of the product.
         """
         if not isinstance(call.counters, JoinedCounters):
             return call
-        owners = self._forward.flow.row_owners(units)
-        if owners is not None and (not isinstance(owners, Tensor) or owners.numel() == units.rows):
+        owners = self._forward.flow.expert_rows.owners(units)
+        if owners is not None and (not isinstance(owners, Tensor) or plain_shape(owners) == (units.rows,)):
             return call._replace(owners=owners)
         self.unmeasured.note(
             call.key.name,
             "the tensor that says which expert each row is of was not seen, or was changed in place before the "
-            "activation ran",
+            "activation ran, or does not belong to the compiled graph that the activation belongs to",
         )
+        call.counters.leave_out_call()
         return call._replace(counters=None, hook=None)
 
     def _find_anew(
@@ -480,13 +487,25 @@ class SiteFinder:
             if beside.state in (WEIGHT, CONSTANT):
                 continue
             if beside.unit_set and beside.unit_set == origin.unit_set:  # written out, and no gated product
-                if _is_swish(gate, origin, beside):
+                if self._is_of_experts(origin.units) and _is_swish(gate, origin, beside):
                     found = self._swish(phase, gate, origin, origin.units, y, traced)
                     return Selected(found, other if torch.is_grad_enabled() else None)
                 continue
             found = self.find_derived(phase, gate, origin, origin.units, y, traced)
             return None if found is None else Selected(self.with_owners(found, origin.units))
         return None
+
+    def _is_of_experts(self, units: Units) -> bool:
+        """Whether units are those of experts, of which data or a number picked the matrix from a stack."""
+        if units.experts is not None:
+            return True
+        found = self._stacked.get(units.layer)
+        if found is None:
+            layers = self._forward.flow.names.layers()
+            parts = [part.rpartition(".") for part in units.layer.split("+")]
+            found = all(number.isdigit() and stack in layers for stack, _, number in parts)
+            self._stacked[units.layer] = found = found and layers.isdisjoint(units.layer.split("+"))
+        return found
 
     def _swish(self, phase: str, gate: Call, origin: Origin, units: Units, y: Tensor, traced: bool) -> Call:
         """Return the call of a SiLU that is written out as ``x * sigmoid(x)``, maybe with a factor inside.
@@ -592,17 +611,6 @@ class SiteFinder:
         )
         return True
 
-    def _is_of_experts_in_graph(self, key: SiteKey, units: Units | None) -> bool:
-        """Whether the rows of a traced site are of several experts, after noting that it is not measured."""
-        if units is None or units.experts is None:
-            return False
-        self.unmeasured.note(
-            key.name,
-            "torch.compile traced it, and its rows are of several experts: the tensor that says which expert each row "
-            "is of is not known in a traced graph. Watch the model without compiling it",
-        )
-        return True
-
     def _all_counters_for(
         self,
         phase: str,
@@ -628,10 +636,14 @@ class SiteFinder:
             units: The units, if they are known.
             traced: Whether ``x`` is the fake tensor of a graph.
         """
-        if traced and (self._is_shared_in_graph(key) or self._is_of_experts_in_graph(key, units)):
+        if traced and self._is_shared_in_graph(key):
             return None
         if units is None or units.experts is None:
-            return self._counters_for(phase, key, info, names, neurons, x)
+            new = (phase, key) not in self._counters
+            alone = self._counters_for(phase, key, info, names, neurons, x)
+            if new and alone is not None:
+                self._add_other_experts(phase, key, info, neurons, x)
+            return alone
         known = self._experts.get((phase, key))
         if known is not None and known.neurons == neurons:
             return known
@@ -649,13 +661,33 @@ class SiteFinder:
             members.append(self._counters_for(phase, own, described, (own.name, layer, names[2]), neurons, x))
         if all(member is None for member in members):
             return None
-        if units.experts.joined:
+        if units.experts.joined and not traced:
             return JoinedCounters(members, neurons)
         if any(member is not None and (member.shared or member.in_graph) for member in members):
             self.unmeasured.note(key.name, "its experts are run in two ways in one phase, of which one is counted")
             return None
         found = self._experts[phase, key] = ExpertCounters(members, neurons, x.device)
         return found
+
+    def _add_other_experts(self, phase: str, key: SiteKey, info: SiteInfo, neurons: int, x: Tensor) -> None:
+        """Make the sites of the other experts of a mixture, which are *unseen* until they are given a token.
+
+        Args:
+            phase: The phase.
+            key: The site of an expert that has just been made.
+            info: What is known of it.
+            neurons: Number of its neurons.
+            x: A tensor on its device.
+        """
+        for layer, place in self._forward.flow.names.other_experts(key.layer, info.place):
+            own = key._replace(layer=layer)
+            runs = tuple((layer, *run[1:]) for run in info.units)
+            described = replace(info, layer=layer, units=runs, axis_source=f"layer ({layer})", place=place)
+            self._units[own] = runs
+            if key in self._modules:
+                self._modules.add(own)
+                self.unmeasured.idle_experts.add(place)
+            self._counters_for(phase, own, described, (own.name, layer, place), neurons, x)
 
     def _counters_for(
         self, phase: str, key: SiteKey, info: SiteInfo, names: Names, neurons: int, x: Tensor
@@ -714,9 +746,9 @@ class SiteFinder:
 
 
 def _is_swish(gate: Call, origin: Origin, beside: Origin) -> bool:
-    """Whether the product of a site's output and another tensor of the same units is a SiLU that experts write out.
+    """Whether the product of a site's output and another tensor of the same units is a SiLU that is written out.
 
-    Elsewhere an activation that is written out is listed as not measured, so that its module gets registered.
+    Experts write it so. Elsewhere it is listed as not measured, so that its module gets registered.
 
     Args:
         gate: The site.
@@ -724,7 +756,7 @@ def _is_swish(gate: Call, origin: Origin, beside: Origin) -> bool:
         beside: What the other factor is.
     """
     units = origin.units
-    if units is None or units.experts is None:
+    if units is None:
         return False
     own = {name for layer, name in beside.bends if layer == units.layer}
     return gate.activation.name == "sigmoid" and beside.site is None and beside.units == units and own <= _CLAMPS

@@ -1,13 +1,14 @@
-"""Remember facts about the tensors of a forward, by identity."""
+"""Find the tensors in nested values, and remember facts about the tensors of a forward, by identity."""
 
 from __future__ import annotations
 
 import weakref
-from typing import Generic, TypeVar
+from collections.abc import Iterable, Mapping
+from typing import Any, Generic, TypeVar
 
 from torch import Tensor
 
-__all__ = ["TensorMap"]
+__all__ = ["TensorMap", "nested_tensors"]
 
 Known = TypeVar("Known")
 
@@ -55,3 +56,18 @@ class TensorMap(Generic[Known]):
     def clear(self) -> None:
         """Forget everything."""
         self.entries.clear()
+
+
+def nested_tensors(values: Any) -> Iterable[Tensor]:
+    """Yield the tensors in nested tuples, lists and mappings."""
+    if isinstance(values, Tensor):
+        yield values
+    elif isinstance(values, Mapping):
+        for value in values.values():
+            yield from nested_tensors(value)
+    elif isinstance(values, (tuple, list)):
+        for value in values:
+            if isinstance(value, Tensor):
+                yield value
+            elif not isinstance(value, (int, float, str)):
+                yield from nested_tensors(value)

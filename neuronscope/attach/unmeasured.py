@@ -25,6 +25,7 @@ class Unmeasured:
         not_neurons: Maps the place of an activation to the reason why what it is applied to are no neurons.
         phases_of_modules: Maps the path of each activation module that ran to the phases in which it did.
         failed: Sites whose last call gave no output.
+        idle_experts: Places of activations of experts whose sites are known although they may not have run.
     """
 
     def __init__(self, flow: NeuronFlow) -> None:
@@ -32,8 +33,10 @@ class Unmeasured:
         self.not_neurons: dict[str, str] = {}
         self.phases_of_modules: dict[str, dict[str, None]] = {}
         self.failed: set[str] = set()
+        self.idle_experts: set[str] = set()
         self._flow = flow
         self._unclear: dict[str, tuple[str, tuple[str, ...]]] = {}  # functions without known neurons: reason, layers
+        self._switched: dict[str, str] = {}  # see `note_unless_measured`
         self._transformed: set[str] = set()  # layers whose activations ran inside a function transform
 
     def note(self, name: str, reason: str) -> None:
@@ -44,6 +47,15 @@ class Unmeasured:
             reason: Why.
         """
         self.reasons.setdefault(name, reason)
+
+    def note_unless_measured(self, layer: str, reason: str) -> None:
+        """Note why a layer is not measured, which holds if it has no site.
+
+        Args:
+            layer: Path of the layer.
+            reason: Why.
+        """
+        self._switched.setdefault(layer, reason)
 
     def withdraw(self, name: str, beginning: str) -> None:
         """Forget the reason why something is not measured, if it begins so.
@@ -146,6 +158,9 @@ class Unmeasured:
         for place, (reason, layers) in list(self._unclear.items()):
             if not layers or not all(flow.gives_outputs(layer) for layer in layers):
                 not_measured.setdefault(place, reason)
+        for layer, reason in list(self._switched.items()):
+            if measured.isdisjoint(layer.split("+")):
+                not_measured.setdefault(layer, reason)
         said = {place.rpartition(".")[2] for place in list(self._unclear)}
         for layer, functions in list(flow.bent.items()):
             function = next((name for name in list(functions) if f"{name}()" not in said), "")
@@ -155,7 +170,8 @@ class Unmeasured:
                     not_measured.setdefault(layer, reason)
         for layer, function in list(flow.hidden.items()):
             inside = any(layer.startswith(f"{path}.") for path in list(self.reasons))  # of a scripted module
-            if layer not in measured and layer not in flow.called and not inside:
+            known = any(each == layer or each.startswith(f"{layer}.") for each in measured | flow.called)
+            if not known and not inside:
                 not_measured.setdefault(
                     layer,
                     f"its weight was given to `{function}`, which is not known as a layer, so that its units are not "

@@ -26,7 +26,9 @@ __all__ = [
     "gate_half",
     "leave_out",
     "once_a_forward",
+    "one_call_in_graph",
     "register_gradient_hook",
+    "save_unchecked",
 ]
 
 #: Size of the buffer in which the counts of a wide layer are added up, part by part: 512 kB stay in the cache.
@@ -56,6 +58,7 @@ class SiteCounters:
         shared: Whether the tensors are counted in together with those of other sites: they are views then.
         unreadable: Whether an output was seen that cannot be counted. Then the gradients do not belong to what is
             counted, and a tally has none.
+        incomplete: Whether a call was not counted. Then no census has the site.
         gate: The counters of the gate if the site is a gated product. A product has no gradient counts of its own:
             its pre-activation is that of its gate.
         sharded_dims: How the counted tensors are sharded: see :func:`neuronscope.attach.dtensor.sharded_dims`.
@@ -75,6 +78,7 @@ class SiteCounters:
         self.window: WindowCounts | None = None
         self._wide: CounterTensors | None = None
         self.unreadable = False
+        self.incomplete = False
         self.gate: SiteCounters | None = None
         self.clock: Tensor
         self.sharded_dims: tuple[int | None, ...] = ()
@@ -163,7 +167,7 @@ class SiteCounters:
         if self._by_step and self._by_step[-1][0] == step:
             self._by_step.pop()
         traced = None
-        if self.in_graph:
+        if self.counts_on_device:
             with torch.inference_mode(False), torch.no_grad(), torch._C.DisableTorchFunction():
                 traced = self.traced[0].clone()
         self._by_step.append((step, self.positions, traced))
@@ -502,7 +506,7 @@ def gate_half(gradient: Tensor, glu_dim: int | None) -> Tensor:
     return gradient.narrow(glu_dim, half, half)
 
 
-def _one_call_in_graph(function: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
+def one_call_in_graph(function: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
     """Tell ``torch.compile`` to write a function as one call into a graph; its back end fuses the body with the rest.
 
     ``torch.compiler.allow_in_graph`` does so too, and marks the graph: where the back end cannot compile a marked graph
@@ -514,7 +518,7 @@ def _one_call_in_graph(function: Callable[Parameters, Result]) -> Callable[Param
     return function
 
 
-@_one_call_in_graph
+@one_call_in_graph
 def _add_outputs_in_graph(
     y: Tensor,
     axis: int,
@@ -537,7 +541,7 @@ def _add_outputs_in_graph(
         traced[1].add_(examples)
 
 
-@_one_call_in_graph
+@one_call_in_graph
 def once_a_forward(examples: int, forward: Tensor, last: Tensor) -> Tensor:
     """Return the number of examples of a call in a graph, 0 if a call of the same forward was counted.
 
@@ -554,13 +558,13 @@ def once_a_forward(examples: int, forward: Tensor, last: Tensor) -> Tensor:
     return fresh * examples
 
 
-@_one_call_in_graph
+@one_call_in_graph
 def _leave_out_in_graph(zeros: Tensor, counted: Tensor, positions: Tensor) -> None:
     zeros.sub_(positions)
     counted[0].sub_(positions)
 
 
-@_one_call_in_graph
+@one_call_in_graph
 def _register_gradient_hook_in_graph(
     x: Tensor,
     axis: int,
@@ -570,7 +574,7 @@ def _register_gradient_hook_in_graph(
     positions: Tensor,
     mask: Tensor | None,
 ) -> None:
-    _save_unchecked(zero_gradients, positions)
+    save_unchecked(zero_gradients, positions)
 
     def count(gradient: Tensor) -> None:
         part, neurons = neurons_first(gate_half(gradient, glu_dim).detach(), axis, dims)
@@ -586,7 +590,7 @@ def _register_gradient_hook_in_graph(
     x.register_hook(count)
 
 
-def _save_unchecked(*counters: Tensor) -> None:
+def save_unchecked(*counters: Tensor) -> None:
     """Let a backward graph keep counters although another graph may change them before it runs.
 
     If the forward runs twice before the first backward pass, both backward graphs add to the same counters. Torch

@@ -6,16 +6,25 @@ have views of it: each has its own counts and its own positions.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from neuronscope.count.counter_tensors import NEVER, CounterTensors
-from neuronscope.count.counters import SiteCounters
-from neuronscope.count.neuron_layout import Dims, rows_first
+from neuronscope.count.counters import SiteCounters, gate_half, one_call_in_graph, save_unchecked
+from neuronscope.count.neuron_layout import Dims, rows_kept
 
-__all__ = ["ExpertCounters", "JoinedCounters", "add_expert_gradients", "add_expert_outputs"]
+__all__ = [
+    "ExpertCounters",
+    "JoinedCounters",
+    "add_expert_gradients",
+    "add_expert_outputs",
+    "add_expert_outputs_in_graph",
+    "leave_out_rows",
+    "register_expert_gradient_hook",
+]
 
 #: Most elements that are looked at together in eager mode, so that what is made for them stays small.
 _PIECE = 1 << 20
@@ -57,6 +66,11 @@ class JoinedCounters:
         for member in self.wanted:
             member.unreadable = value
 
+    def leave_out_call(self) -> None:
+        """Note that a call is not counted, so that nothing can be said of any of the sites."""
+        for member in self.wanted:
+            member.incomplete = True
+
     def gate_by(self, gates: JoinedCounters) -> None:
         """Take gradients from the gates of these products.
 
@@ -82,35 +96,55 @@ class ExpertCounters(JoinedCounters):
     Attributes:
         tensors: The counts of all experts: ``(E + 1, …)``, and ``…`` as in
             :class:`~neuronscope.count.counters.CounterTensors`.
+        pace: The number of the last forward that each expert ran in, and its positions and examples in it so far: int64
+            ``(E + 1,)`` each.
+        clock: As of :class:`~neuronscope.count.counters.SiteCounters`.
 
     >>> sites = [SiteCounters(2, torch.device("cpu")) for _ in range(3)]
     >>> counters = ExpertCounters(sites, 2, torch.device("cpu"))
     >>> y = torch.tensor([[0.0, 1.0], [0.0, 0.0], [2.0, 0.0]])
     >>> owners = torch.tensor([2, 0, 2])
-    >>> add_expert_outputs(counters, y, (((3, -1),), ((2, 1),)), owners, examples=1, forward=1, step=0, tolerance=0.0)
+    >>> add_expert_outputs(counters, y[:, None], owners, examples=1, forward=1, step=0, tolerance=0.0)
     >>> [site.tensors.zero_outputs.tolist() for site in sites], [site.totals()[0] for site in sites]
     ([[1, 1], [0, 0], [1, 1]], [1, 0, 2])
     """
 
     def __init__(self, members: Sequence[SiteCounters | None], neurons: int, device: torch.device) -> None:
         super().__init__(members, neurons)
+        self.clock: Tensor
         count = len(self.members) + 1
         with torch.inference_mode(False):
             single = SiteCounters(neurons, device).tensors
             self.tensors = CounterTensors(*[each.expand(count, *each.shape).clone() for each in single])
-            #: Number of the last forward that each expert ran in, and its positions and examples in it so far.
-            self.forwards = torch.full((count,), -1, dtype=torch.int64, device=device)
-            self.forward_positions = torch.zeros(count, dtype=torch.int64, device=device)
-            self.forward_examples = torch.zeros(count, dtype=torch.int64, device=device)
+            none = torch.zeros(count, dtype=torch.int64, device=device)
+            self.pace = (none - 1, none, none.clone())
             for number, member in enumerate(self.members):
                 if member is not None:
                     member.share(CounterTensors(*[each[number] for each in self.tensors]))
 
+    @property
+    def in_graph(self) -> bool:
+        """Whether a compiled graph holds the tensors."""
+        return any(member.in_graph for member in self.wanted)
+
+    def enter_graph(self) -> None:
+        """Note that a graph holds the tensors from now on."""
+        for member in self.wanted:
+            member.enter_graph()
+
+    def is_first_call(self, forward: int, attempt: tuple[Any, int]) -> bool:
+        """Return whether this is the first call in a forward; see :class:`~neuronscope.count.counters.SiteCounters`.
+
+        Args:
+            forward: Number of the forward.
+            attempt: Which compilation it is, and which attempt.
+        """
+        return self.wanted[0].is_first_call(forward, attempt)
+
 
 def add_expert_outputs(
     counters: ExpertCounters,
-    y: Tensor,
-    dims: Dims,
+    rows: Tensor,
     owners: Tensor,
     examples: int,
     forward: int,
@@ -121,20 +155,79 @@ def add_expert_outputs(
 
     Args:
         counters: The counters of the experts.
-        y: Output of any shape, detached.
-        dims: Where its rows and its units lie, as in :class:`~neuronscope.count.neuron_layout.NeuronLayout`.
+        rows: Output ``(R, P, N)``, detached.
         owners: The number of each row's expert, int64 ``(R,)``.
         examples: Number of independent examples that the forward was given.
         forward: Number of the forward.
         step: Optimizer step of the output.
         tolerance: See :class:`neuronscope.judge.verdicts.Policy`.
     """
-    tensors = counters.tensors
-    rows = rows_first(y, dims)
+    _add_outputs(
+        rows, _pieces(rows, owners), owners, examples, forward, step, tolerance, counters.tensors, counters.pace
+    )
+
+
+@one_call_in_graph
+def add_expert_outputs_in_graph(
+    y: Tensor,
+    dims: Dims,
+    owners: Tensor,
+    mask: Tensor | None,
+    examples: int,
+    forward: Tensor | None,
+    first: bool,
+    step: Tensor,
+    tolerance: float,
+    *tensors: Tensor,
+) -> None:
+    """Do what :func:`add_expert_outputs` does in a graph that ``torch.compile`` traces.
+
+    Args:
+        y: Output of any shape.
+        dims: Where its rows and its units lie, as in :class:`~neuronscope.count.neuron_layout.NeuronLayout`.
+        owners: As there.
+        mask: Which indices of the first dimensions are counted, bool ``(R, 1)``; ``None`` = all.
+        examples: As there.
+        forward: Number of the forward, int64 without dimensions; ``None`` if each run of the graph is one forward.
+        first: In that case, whether this is the first call in it.
+        step: Optimizer step of the output, int64 without dimensions.
+        tolerance: As there.
+        tensors: Those of :attr:`ExpertCounters.tensors`, and then those of :attr:`ExpertCounters.pace`.
+    """
+    counts, pace = CounterTensors(*tensors[: len(CounterTensors._fields)]), tensors[len(CounterTensors._fields) :]
+    same = not first if forward is None else forward
+    rows, owners = leave_out_rows(*_with_owners(y.detach(), dims, owners, mask), len(counts.traced) - 1)
+    _add_outputs(rows, ((rows, owners),), owners, examples, same, step, tolerance, counts, pace)
+
+
+def _add_outputs(
+    rows: Tensor,
+    pieces: Iterable[tuple[Tensor, Tensor]],
+    owners: Tensor,
+    examples: int,
+    forward: int | Tensor,
+    step: int | Tensor,
+    tolerance: float,
+    tensors: CounterTensors,
+    pace: Sequence[Tensor],
+) -> None:
+    """Count one output; see :func:`add_expert_outputs`. ``forward`` may say whether it is the same forward as before.
+
+    Args:
+        rows: The output ``(R, P, N)``.
+        pieces: The parts of it that are looked at one by one, each with the owners of its rows.
+        owners: The number of each row's expert.
+        examples: Number of examples of the forward.
+        forward: Number of the forward; or ``True`` if it is that of the last call, and ``False`` if another one begins.
+        step: Optimizer step.
+        tolerance: See :class:`neuronscope.judge.verdicts.Policy`.
+        tensors: The counts.
+        pace: What :attr:`ExpertCounters.pace` has.
+    """
     zeros, bad = torch.zeros_like(tensors.zero_outputs), torch.zeros_like(tensors.not_finite)
     real = tensors.abs_sum.dtype
-    wide = torch.float64 if y.device.type == "cpu" else torch.float32
-    for part, own in _pieces(rows, owners):
+    wide = torch.float64 if rows.device.type == "cpu" else torch.float32
+    for part, own in pieces:
         finite = torch.isfinite(part)
         magnitude = torch.where(finite, part.abs(), 0)
         zeros.index_add_(0, own, (part == 0 if tolerance == 0 else part.abs() <= tolerance).sum(1))
@@ -147,33 +240,101 @@ def add_expert_outputs(
     tensors.last_active.copy_(torch.where(fired, step, tensors.last_active))
     tensors.first_active.copy_(torch.where(fired & (tensors.first_active == NEVER), step, tensors.first_active))
     tensors.traced[:, 0].add_(positions)
-    tensors.traced[:, 1].add_(_new_examples(counters, positions, examples, forward))
+    tensors.traced[:, 1].add_(_new_examples(positions, examples, forward, *pace))
 
 
-def _new_examples(counters: ExpertCounters, positions: Tensor, examples: int, forward: int) -> Tensor:
+def _new_examples(
+    positions: Tensor,
+    examples: int,
+    forward: int | Tensor,
+    forwards: Tensor,
+    forward_positions: Tensor,
+    forward_examples: Tensor,
+) -> Tensor:
     """Return by how much the examples of each expert grow: they count once a forward, and are at most its positions."""
-    same = counters.forwards == forward
-    before = torch.where(same, counters.forward_examples, 0)
-    counters.forward_positions.mul_(same).add_(positions)
-    counters.forward_examples.copy_(counters.forward_positions.clamp(max=examples))
-    counters.forwards.fill_(forward)
-    return counters.forward_examples - before
+    same = torch.full_like(forwards, forward) if isinstance(forward, bool) else forwards == forward
+    before = forward_examples * same
+    forward_positions.mul_(same).add_(positions)
+    forward_examples.copy_(forward_positions.clamp(max=examples))
+    if not isinstance(forward, bool):
+        forwards.copy_(torch.zeros_like(forwards) + forward)
+    return forward_examples - before
 
 
-def add_expert_gradients(counters: ExpertCounters, gradient: Tensor, dims: Dims, owners: Tensor) -> None:
+def add_expert_gradients(counters: ExpertCounters, rows: Tensor, owners: Tensor) -> None:
     """Count one gradient at a pre-activation whose rows are of several experts. It waits for no device.
 
     Args:
         counters: The counters of the experts.
-        gradient: Gradient of any shape, detached.
-        dims: As in :func:`add_expert_outputs`.
+        rows: Gradient ``(R, P, N)``, detached.
         owners: The number of each row's expert, int64 ``(R,)``.
     """
     tensors = counters.tensors
-    rows = rows_first(gradient, dims)
-    for part, own in _pieces(rows, owners):
-        tensors.zero_gradients.index_add_(0, own, (part == 0).sum(1))
-    tensors.traced_gradients[:, 0].add_(_positions(rows, owners, len(tensors.traced_gradients)))
+    _add_gradients(rows, _pieces(rows, owners), owners, tensors.zero_gradients, tensors.traced_gradients)
+
+
+@one_call_in_graph
+def register_expert_gradient_hook(
+    x: Tensor,
+    dims: Dims,
+    glu_dim: int | None,
+    owners: Tensor,
+    mask: Tensor | None,
+    zero_gradients: Tensor,
+    positions: Tensor,
+) -> None:
+    """Register a hook that counts the gradient of ``x``, in a graph that ``torch.compile`` traces.
+
+    Args:
+        x: The pre-activation, whose rows are of several experts.
+        dims: As in :func:`add_expert_outputs_in_graph`.
+        glu_dim: The dimension whose second half is the gate (GLU), otherwise ``None``.
+        owners: The number of each row's expert, int64 ``(R,)``.
+        mask: As in :func:`add_expert_outputs_in_graph`.
+        zero_gradients: That of :attr:`ExpertCounters.tensors`.
+        positions: Its ``traced_gradients``.
+    """
+    save_unchecked(zero_gradients, positions)
+
+    def count(gradient: Tensor) -> None:
+        half = gate_half(gradient, glu_dim).detach()
+        rows, own = leave_out_rows(*_with_owners(half, dims, owners, mask), len(positions) - 1)
+        _add_gradients(rows, ((rows, own),), own, zero_gradients, positions)
+
+    x.register_hook(count)
+
+
+def _add_gradients(
+    rows: Tensor, pieces: Iterable[tuple[Tensor, Tensor]], owners: Tensor, zero_gradients: Tensor, positions: Tensor
+) -> None:
+    for part, own in pieces:
+        zero_gradients.index_add_(0, own, (part == 0).sum(1))
+    positions[:, 0].add_(_positions(rows, owners, len(positions)))
+
+
+def _with_owners(
+    tensor: Tensor, dims: Dims, owners: Tensor, mask: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    rows, kept = rows_kept(tensor, dims, mask)
+    return rows, owners, kept
+
+
+def leave_out_rows(rows: Tensor, owners: Tensor, kept: Tensor | None, experts: int) -> tuple[Tensor, Tensor]:
+    """Return rows of which each has one position, and which expert each is of: none, if it is left out.
+
+    Args:
+        rows: An output or a gradient, ``(R, P, N)``.
+        owners: The number of each row's expert, int64 ``(R,)``.
+        kept: Which positions are kept, bool ``(R, P)``; ``None`` = all, and nothing is done.
+        experts: Number of experts, which stands for none.
+
+    >>> leave_out_rows(torch.ones(2, 1, 3), torch.tensor([1, 0]), torch.tensor([[True], [False]]), 2)[1].tolist()
+    [1, 2]
+    """
+    if kept is None:
+        return rows, owners
+    each = owners[:, None].expand(kept.shape)
+    return rows.reshape(-1, 1, rows.shape[-1]), torch.where(kept, each, experts).reshape(-1)
 
 
 def _positions(rows: Tensor, owners: Tensor, count: int) -> Tensor:

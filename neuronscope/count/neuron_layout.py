@@ -7,7 +7,16 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-__all__ = ["Dims", "Factor", "NeuronLayout", "assumed_layout", "neuron_dims_first", "neurons_first", "rows_first"]
+__all__ = [
+    "Dims",
+    "Factor",
+    "NeuronLayout",
+    "assumed_layout",
+    "neuron_dims_first",
+    "neurons_first",
+    "rows_first",
+    "rows_kept",
+]
 
 #: Size, and by how many neurons one step along it leads on: 0 for positions, and below 0 for rows of experts.
 Factor = tuple[int, int]
@@ -100,7 +109,8 @@ def rows_first(tensor: Tensor, dims: Dims) -> Tensor:
 
     Args:
         tensor: Activation of the layout's shape, but for the sizes of the dimensions that index positions.
-        dims: As in :class:`NeuronLayout`; strides below 0 count rows.
+        dims: As in :class:`NeuronLayout`; strides below 0 count rows. The tensor says how many these are, as a graph
+            may be traced with another number of them.
 
     >>> import torch
     >>> rows_first(torch.arange(6).reshape(3, 2), (((3, -1),), ((2, 1),))).tolist()
@@ -109,12 +119,36 @@ def rows_first(tensor: Tensor, dims: Dims) -> Tensor:
     sizes: list[int] = []
     strides: list[int] = []
     for index, dim in enumerate(dims):
-        for size, stride in dim if any(stride for _, stride in dim) else ((tensor.shape[index], 0),):
-            sizes.append(size)
-            strides.append(stride)
+        first, *rest = dim if any(stride for _, stride in dim) else ((1, 0),)
+        sizes += tensor.shape[index] // math.prod(size for size, _ in rest), *(size for size, _ in rest)
+        strides += first[1], *(stride for _, stride in rest)
     rows = sorted((place for place, stride in enumerate(strides) if stride < 0), key=lambda place: strides[place])
     others = [place for place, stride in enumerate(strides) if not stride]
     units = sorted((place for place, stride in enumerate(strides) if stride > 0), key=lambda place: -strides[place])
     moved = tensor.reshape(sizes).permute(rows + others + units)
     count, width = math.prod(sizes[place] for place in rows), math.prod(sizes[place] for place in units)
     return moved.reshape(count, math.prod(sizes[place] for place in others), width)
+
+
+def rows_kept(tensor: Tensor, dims: Dims, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Return a tensor of rows as :func:`rows_first` does, and which of its positions a mask keeps.
+
+    Args:
+        tensor: As there.
+        dims: As there.
+        mask: Which indices of the tensor's first dimensions are kept, bool ``(R, 1)``; ``None`` = all.
+
+    Returns:
+        ``(R, P, N)``, and bool ``(R, P)`` or ``None``.
+
+    >>> import torch
+    >>> mask = torch.tensor([[True], [False], [True]])
+    >>> rows_kept(torch.zeros(3, 2), (((3, -1),), ((2, 1),)), mask)[1].tolist()
+    [[True], [False], [True]]
+    """
+    rows = rows_first(tensor, dims)
+    if mask is None:
+        return rows, None
+    covered = next(count for count in range(1, tensor.dim()) if math.prod(tensor.shape[:count]) == len(mask))
+    kept = mask.reshape(tensor.shape[:covered] + (1,) * (tensor.dim() - covered)).expand(tensor.shape)
+    return rows, rows_first(kept, dims)[..., 0]

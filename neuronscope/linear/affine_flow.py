@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from neuronscope.attach.examples import all_tensors
 from neuronscope.attach.layer_names import LayerNames
-from neuronscope.attach.neuron_flow import NeuronFlow, nested_tensors
+from neuronscope.attach.neuron_flow import NeuronFlow
 from neuronscope.attach.origins import CONSTANT, WEIGHT
 from neuronscope.attach.read_outs import reads_out
-from neuronscope.attach.tensor_map import TensorMap
+from neuronscope.attach.tensor_map import TensorMap, nested_tensors
 from neuronscope.linear import affine_functions as kinds
 from neuronscope.linear.affine_functions import Function, is_norm, kind_of_call
 

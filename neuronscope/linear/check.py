@@ -17,7 +17,7 @@ from neuronscope.attach.compiling import is_compiled, unwatched
 from neuronscope.attach.examples import all_tensors
 from neuronscope.attach.layer_names import LayerNames
 from neuronscope.attach.module_paths import model_name, walk
-from neuronscope.attach.neuron_flow import nested_tensors
+from neuronscope.attach.tensor_map import nested_tensors
 from neuronscope.errors import NeuronscopeWarning, UsageError
 from neuronscope.linear.affine_flow import AffineFlow, Stretch
 from neuronscope.linear.affine_functions import ACTIVATION, kind_of_call

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from neuronscope.attach.examples import all_tensors
-from neuronscope.attach.neuron_flow import nested_tensors
+from neuronscope.attach.tensor_map import nested_tensors
 from neuronscope.linear.affine_flow import Affine
 from neuronscope.running import map_tensors
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -10,13 +9,9 @@ import numpy as np
 
 from neuronscope.arrays import IntArray
 from neuronscope.report.report import SiteReport
+from neuronscope.sites import NAMES_EXPERTS, expert_number
 
 __all__ = ["ExpertLayer", "expert_layers"]
-
-#: A number in a path that comes after a part named so is the number of an expert: the first one after ``experts``, as
-#: an expert may be a list of layers; the last one after ``moe``, which may be a list of mixtures.
-_NAMED = re.compile(r"(?:^|[._])(?:(experts?)|moe)(?=[._]|$)")
-_NUMBER = re.compile(r"\.(\d+)(?=\.|$)")
 
 
 @dataclass(frozen=True)
@@ -25,7 +20,7 @@ class ExpertLayer:
 
     Attributes:
         name: Name of the site with ``*`` in place of the expert's number: ``mlp.experts.w1.*/relu``.
-        numbers: The number of each expert, in rising order. An expert that a loop has never run is not among them.
+        numbers: The number of each expert, in rising order.
         experts: The site of each expert.
     """
 
@@ -70,7 +65,7 @@ def expert_layers(layers: Iterable[SiteReport]) -> list[ExpertLayer]:
     """
     found: dict[str, dict[str, dict[int, SiteReport]]] = {}  # pattern on the layer → that on the site → number → site
     for site in layers:
-        place = _number_in(site.layer)
+        place = expert_number(site.layer)
         if place is None:
             continue
         start, stop, number = place
@@ -81,28 +76,7 @@ def expert_layers(layers: Iterable[SiteReport]) -> list[ExpertLayer]:
     for pattern, sites in found.items():
         name, experts = [*sites.items()][-1]
         tokens = {site.positions for site in experts.values()}
-        if len(experts) > 1 and (_NAMED.search(pattern) or len(tokens) > 1):
+        if len(experts) > 1 and (NAMES_EXPERTS.search(pattern) or len(tokens) > 1):
             numbers = tuple(sorted(experts))
             mixtures.append(ExpertLayer(name, numbers, tuple(experts[number] for number in numbers)))
     return mixtures
-
-
-def _number_in(layer: str) -> tuple[int, int, int] | None:
-    """Return where the number of an expert begins and ends in a layer's path, and the number; ``None`` without one.
-
-    >>> _number_in("layers.2.experts.5.0"), _number_in("mlp.w1.3"), _number_in("layers.2.up")
-    ((17, 18, 5), (7, 8, 3), None)
-    >>> _number_in("moe.layers.0.experts.5.2")  # the third module of expert 5
-    (21, 22, 5)
-    """
-    for named in reversed([*_NAMED.finditer(layer)]):
-        found = [*_NUMBER.finditer(layer, named.end())]
-        if found:
-            number = found[0 if named[1] else -1]
-            break
-    else:
-        found = [*_NUMBER.finditer(layer)]
-        if not found or _NAMED.search(layer) or found[-1].end() < len(layer):
-            return None
-        number = found[-1]
-    return number.start(1), number.end(1), int(number[1])

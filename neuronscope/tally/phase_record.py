@@ -187,8 +187,14 @@ class PhaseRecord:
     def _running(self) -> Census:
         """Return what was counted since the last flush."""
         with self._lock:
-            names, sites = [key.name for key in self._counters], list(self._counters.values())
-            return Census(dict(zip(names, read_tallies(sites), strict=True)), **self._span(self._steps_flushed))
+            known = self._complete()
+            tallies = read_tallies([*known.values()])
+            names = [key.name for key in known]
+            return Census(dict(zip(names, tallies, strict=True)), **self._span(self._steps_flushed))
+
+    def _complete(self) -> dict[SiteKey, tuple[SiteInfo, SiteCounters]]:
+        """Return the sites of which every call was counted."""
+        return {key: site for key, site in self._counters.items() if not site[1].incomplete}
 
     def flush(self, join: Join | None = None) -> None:
         """Move the running counts into the census of the open window.
@@ -231,7 +237,7 @@ class PhaseRecord:
             return False
         seen = self._flushed_examples()
         with self._lock:
-            sites = {key: counters for key, (_, counters) in self._counters.items()}
+            sites = {key: counters for key, (_, counters) in self._complete().items()}
             running = observed(sites.values())
         for key, (positions, examples) in zip(sites, running, strict=True):
             if positions:

@@ -58,6 +58,8 @@ def render(report: Report) -> str:
         blocks += [f"#### {plain(one.sign)}", diagnosis_parts(one)]
     if found := wording.sparse(wording.fold(report.layers)[0]):
         blocks += ["### Latents", bullets(map(plain, found))]
+    if found := wording.experts(report, 12):
+        blocks += ["### Experts", bullets(map(plain, found))]
     if found := wording.weights(wording.fold(report.layers)[0]):
         blocks += ["### Weights of layers with idle neurons", bullets(map(plain, found))]
     if report.not_measured:

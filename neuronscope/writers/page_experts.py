@@ -11,6 +11,7 @@ from neuronscope.judge.verdicts import LABELS
 from neuronscope.report.expert_layers import ExpertLayer, expert_layers
 from neuronscope.report.report import Report, SiteReport
 from neuronscope.writers.formatting import count, percent, plural
+from neuronscope.writers.wording import expert_sentence, worst_experts
 
 __all__ = ["ExpertRow", "Mixture", "mixtures"]
 
@@ -62,25 +63,14 @@ def mixtures(report: Report) -> tuple[list[Mixture], str]:
         report: The report.
     """
     found = expert_layers(report.headline_layers)
-    ill = sorted(found, key=_severity, reverse=True)[:LAYERS]
+    ill = worst_experts(found, LAYERS)
     more = len(found) - len(ill)
     sentence = f"{plural(more, 'more mixture')} with fewer idle experts and dead neurons." if more else ""
-    return [_mixture(layer, sure=not report.provisional) for layer in found if layer in ill], sentence
-
-
-def _severity(layer: ExpertLayer) -> tuple[int, int]:
-    return len(layer.idle), sum(int(expert.judgement.dead.sum()) for expert in layer.experts)
+    return [_mixture(layer, sure=not report.provisional) for layer in ill], sentence
 
 
 def _mixture(layer: ExpertLayer, *, sure: bool) -> Mixture:
-    tokens, idle = layer.tokens, layer.idle
-    sentence = f"{count(len(layer.experts))} experts were given {plural(int(tokens.sum()), 'token')}."
-    if tokens.sum():
-        even = percent(100 * layer.routing_entropy)
-        sentence += f" Routing entropy: {even} of that of an even spread; the busiest has {percent(_most(layer))}."
-    if idle:
-        which = f"{plural(len(idle), 'expert')} got no token"
-        sentence += f" {which}: dead." if sure else f" {which} so far; the window is too short to call them dead."
+    tokens, sentence = layer.tokens, expert_sentence(layer, sure=sure)
     rows = [
         ExpertRow(
             number,
@@ -95,10 +85,6 @@ def _mixture(layer: ExpertLayer, *, sure: bool) -> Mixture:
     return Mixture(
         layer.name, sentence, rows[:EXPERTS], f"… {plural(more, 'more expert')} in the JSON report" if more > 0 else ""
     )
-
-
-def _most(layer: ExpertLayer) -> float:
-    return 100 * float(layer.tokens.max() / layer.tokens.sum())
 
 
 def _strip(expert: SiteReport) -> Markup:

@@ -54,6 +54,7 @@ def render(report: Report, top: int = 20) -> str:
         page.table(columns, cells, left_out)
     page.causes(wording.causes(report), provisional=report.provisional)
     page.list("Latents", wording.sparse(wording.fold(report.layers, top, top)[0]))
+    page.list("Experts", wording.experts(report, top))
     page.list("Weights of layers with idle neurons", wording.weights(wording.fold(report.layers, top, top)[0]))
     page.list("Not measured", [f"{item.name}: {item.reason}" for item in report.not_measured])
     page.list("Notes", report.other_notes)

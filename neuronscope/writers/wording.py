@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from neuronscope.judge.diagnosis import Diagnosis, diagnose
+from neuronscope.report.expert_layers import ExpertLayer, expert_layers
 from neuronscope.report.report import Report, SiteReport
 from neuronscope.report.run_facts import facts_from_report
 from neuronscope.writers.formatting import (
@@ -32,6 +33,8 @@ __all__ = [
     "causes",
     "confidence",
     "excluded_words",
+    "expert_sentence",
+    "experts",
     "findings",
     "fold",
     "glossary",
@@ -46,6 +49,7 @@ __all__ = [
     "title",
     "weights",
     "weights_of",
+    "worst_experts",
 ]
 
 
@@ -213,6 +217,53 @@ def sparse(sites: Sequence[SiteReport]) -> list[str]:
         sites: The layers that are shown.
     """
     return [f"{visible(site.name)}: {_sparse(site)}" for site in sites if site.kind == "sparse" and not site.is_unseen]
+
+
+def experts(report: Report, most: int) -> list[str]:
+    """Say of each mixture how the tokens are spread over its experts.
+
+    Args:
+        report: The report.
+        most: How many mixtures are shown: those with the most experts without a token and the most dead neurons.
+    """
+    found = expert_layers(report.headline_layers)
+    shown = worst_experts(found, most)
+    lines = [f"{visible(layer.name)}: {expert_sentence(layer, sure=not report.provisional)}" for layer in shown]
+    more = len(found) - len(shown)
+    return [*lines, f"… {plural(more, 'more mixture')}"] if more else lines
+
+
+def worst_experts(found: Sequence[ExpertLayer], most: int) -> list[ExpertLayer]:
+    """Return the mixtures with the most experts without a token and the most dead neurons, in their order.
+
+    Args:
+        found: All mixtures.
+        most: How many to return at most.
+    """
+
+    def severity(place: int) -> tuple[int, int]:
+        return len(found[place].idle), sum(int(expert.judgement.dead.sum()) for expert in found[place].experts)
+
+    worst = sorted(range(len(found)), key=severity, reverse=True)[:most]
+    return [found[place] for place in sorted(worst)]
+
+
+def expert_sentence(layer: ExpertLayer, *, sure: bool) -> str:
+    """Say how many tokens the experts of a mixture were given, how evenly, and how many experts got none.
+
+    Args:
+        layer: The mixture.
+        sure: Whether the window is long enough to call an expert dead.
+    """
+    tokens, idle = layer.tokens, layer.idle
+    sentence = f"{count(len(layer.experts))} experts were given {plural(int(tokens.sum()), 'token')}."
+    if tokens.sum():
+        even, most = percent(100 * layer.routing_entropy), percent(100 * float(tokens.max() / tokens.sum()))
+        sentence += f" Routing entropy: {even} of that of an even spread; the busiest has {most}."
+    if idle:
+        which = f"{plural(len(idle), 'expert')} got no token"
+        sentence += f" {which}: dead." if sure else f" {which} so far; the window is too short to call them dead."
+    return sentence
 
 
 def all_sparse(report: Report) -> bool:

@@ -189,25 +189,27 @@ def loss_of(out: Tensor) -> Tensor:
     return (out * (torch.arange(out.numel()).view(out.shape) % 3 - 1)).sum()
 
 
-def watched(model: nn.Module) -> ns.Scope:
-    with ns.watch(model) as scope:
+def watched(model: nn.Module, run: Callable[[Tensor], Tensor] | None = None, **options: Any) -> ns.Scope:
+    with ns.watch(model, **options) as scope:
         for x in batches():
-            loss_of(model(x)).backward()
+            loss_of(model(x) if run is None else run(x)).backward()
             scope.step()
     return scope
 
 
-def truth(model: Mixture) -> dict[int, dict[str, Any]]:
-    """Each token by the matrix of each of its experts, one at a time."""
+def truth(model: Mixture, kept: Tensor | None = None) -> dict[int, dict[str, Any]]:
+    """Each token by the matrix of each of its experts, one at a time; those that a mask leaves out are not counted."""
     found: dict[int, dict[str, Any]] = {}
     for step, x in enumerate(batches()):
         tokens, outs, products = x.flatten(0, 1).double(), [], []
         w1, w2 = (weight.detach().double().requires_grad_() for weight in (model.experts.w1, model.experts.w2))
-        for token, chosen in zip(tokens, model.choose(x.flatten(0, 1)).tolist(), strict=True):
+        real = [True] * len(tokens) if kept is None else kept.flatten().tolist()
+        for token, chosen, counts in zip(tokens, model.choose(x.flatten(0, 1)).tolist(), real, strict=True):
             out = torch.zeros(HIDDEN, dtype=torch.float64)
             for expert in chosen:
                 product = token @ w1[expert]
-                products.append((expert, product))
+                if counts:
+                    products.append((expert, product))
                 out = out + product.relu() @ w2[expert]
             outs.append(out)
         gradients = torch.autograd.grad(loss_of(torch.stack(outs).view(x.shape)), [each for _, each in products])
@@ -228,7 +230,10 @@ def truth(model: Mixture) -> dict[int, dict[str, Any]]:
 @pytest.mark.parametrize("way", WAYS)
 def test_the_counts_of_each_expert_are_those_of_its_tokens(way: str) -> None:
     model = Mixture(WAYS[way])
-    census, expected = watched(model).census("train"), truth(model)
+    assert_counts(watched(model).census("train"), truth(model))
+
+
+def assert_counts(census: ns.Census, expected: dict[int, dict[str, Any]]) -> None:
     assert sorted(expected) == [number for number in range(EXPERTS) if number != IDLE]
     for number, tally in expected.items():
         found = census[f"experts.w1.{number}/relu"]
@@ -239,21 +244,16 @@ def test_the_counts_of_each_expert_are_those_of_its_tokens(way: str) -> None:
         assert (found.positions, found.gradient_positions) == (tally["positions"], tally["positions"])
         assert found.examples == tally["examples"]
         assert (found.layer, found.neurons) == (f"experts.w1.{number}", WIDTH)
-    others = {*census} - {f"experts.w1.{number}/relu" for number in expected}
-    assert others <= {f"experts.w1.{IDLE}/relu"}
-    assert all(census[name].positions == 0 for name in others)
+    assert {*census} == {f"experts.w1.{number}/relu" for number in range(EXPERTS)}
+    assert census[f"experts.w1.{IDLE}/relu"].positions == 0
 
 
 @pytest.mark.parametrize("way", WAYS)
 def test_an_expert_without_a_token_is_unseen_and_never_dead(way: str) -> None:
     report = watched(Mixture(WAYS[way])).report("train")
     layers = {layer.name: layer for layer in report.layers}
-    idle = layers.get(f"experts.w1.{IDLE}/relu")
-    if way == "loop over integers":
-        assert idle is None  # it never ran
-    else:
-        assert idle is not None
-        assert (idle.positions, idle.judgement.unseen.all(), idle.judgement.dead.any()) == (0, True, False)
+    idle = layers[f"experts.w1.{IDLE}/relu"]
+    assert (idle.positions, idle.judgement.unseen.all(), idle.judgement.dead.any()) == (0, True, False)
     assert layers[f"experts.w1.{DEAD[0]}/relu"].judgement.dead[DEAD[1]]
     assert not report.not_measured
 
@@ -300,43 +300,62 @@ def test_an_index_that_was_changed_before_the_activation_ran_is_not_believed() -
     model = Mixture(way)
     with ns.watch(model) as scope, scope.phase("val"), torch.no_grad():
         model(next(iter(batches())))
-    assert all(tally.positions == 0 for tally in scope.census("val").values())
+    assert not scope.census("val")
     (item,) = scope.report("val").not_measured
     assert "changed in place" in item.reason
 
 
-def test_a_mask_does_not_reach_the_rows_of_experts_and_the_report_says_so() -> None:
-    def run(**options: Any) -> ns.Scope:
-        model = Mixture(bmm)
-        with ns.watch(model, **options) as scope:
-            loss_of(model(next(iter(batches())))).backward()
-            scope.step()
-        return scope
-
-    kept = torch.arange(TIME).lt(TIME - 1).expand(BATCH, TIME)
-    masked, plain = run(mask=lambda args, kwargs: kept), run()
-    assert [tally.positions for tally in masked.census().values()] == [
-        tally.positions for tally in plain.census().values()
-    ]
-    assert [MASK_IGNORED in scope.report().notes for scope in (masked, plain)] == [True, False]
+KEPT = torch.arange(TIME).lt(TIME - 1).expand(BATCH, TIME).clone()
+KEPT[1, 1] = False
 
 
-def test_a_top_k_selection_in_rows_of_several_experts_is_listed_and_what_comes_before_it_counted() -> None:
+@pytest.mark.parametrize("way", WAYS)
+def test_a_mask_reaches_the_rows_of_experts_or_the_report_says_that_it_does_not(way: str) -> None:
+    model = Mixture(WAYS[way])
+    scope = watched(model, mask=lambda args, kwargs: KEPT)
+    ignored = way.endswith("of all")  # a product sends the tokens to their rows
+    assert (MASK_IGNORED in scope.report().notes) == ignored
+    assert_counts(scope.census("train"), truth(model, None if ignored else KEPT))
+
+
+@pytest.mark.parametrize("activation", [F.relu, nn.Identity()], ids=["relu", "alone"])
+def test_a_top_k_selection_in_rows_of_several_experts_is_that_of_each_expert(
+    activation: Callable[[Tensor], Tensor],
+) -> None:
+    picked = []
+
     def way(self: Stack, x: Tensor, chosen: Tensor) -> Tensor:
         tokens, ids = pairs(x, chosen)
-        hidden = torch.bmm(tokens.unsqueeze(1), self.w1[ids]).squeeze(1).relu()
+        hidden = activation(torch.bmm(tokens.unsqueeze(1), self.w1[ids]).squeeze(1))
         values, index = hidden.topk(2, dim=-1)
         hidden = torch.zeros_like(hidden).scatter(-1, index, values)
+        picked.append((ids, hidden.detach()))
         return add_up(torch.bmm(hidden.unsqueeze(1), self.w2[ids]).squeeze(1))
 
-    model = Mixture(way)
-    with ns.watch(model) as scope:
-        model(next(iter(batches()))).sum().backward()
-        scope.step()
-    assert list(scope.census()) == [f"experts.w1.{number}/relu" for number in range(EXPERTS)]
-    (item,) = scope.report().not_measured
-    assert item.name == "experts.w1/topk"
-    assert "several experts" in item.reason
+    scope = watched(Mixture(way))
+    ids, hidden = (torch.cat(each) for each in zip(*picked, strict=True))
+    name = "topk relu" if activation is F.relu else "topk"
+    for number in range(EXPERTS):
+        tally, own = scope.census()[f"experts.w1.{number}/{name}"], hidden[ids == number]
+        assert tally.zero_outputs.tolist() == (own == 0).sum(0).tolist()
+        assert (tally.positions, tally.gradient_positions, tally.kind) == (len(own), len(own), "sparse")
+    assert not scope.report().not_measured
+
+
+def test_a_silu_that_is_written_out_on_a_matrix_of_a_stack_is_counted() -> None:
+    def way(self: Stack, x: Tensor, chosen: Tensor) -> Tensor:
+        result = torch.zeros_like(x)
+        for expert in range(EXPERTS):
+            token, _ = torch.where(chosen == expert)
+            hidden = x[token] @ self.w1[expert]
+            hidden = hidden * torch.sigmoid(hidden) * (x[token] @ self.w2[expert].t())
+            result.index_add_(0, token, hidden @ self.w2[expert])
+        return result
+
+    scope = watched(Mixture(way))
+    assert {f"experts.w1.{number}/swiglu" for number in range(EXPERTS)} <= {*scope.census()}
+    assert all(tally.gradient_positions == tally.positions for tally in scope.census().values())
+    assert not scope.report().not_measured
 
 
 def test_the_memory_of_the_counters_is_in_neurons_and_not_in_rows() -> None:
@@ -346,7 +365,7 @@ def test_the_memory_of_the_counters_is_in_neurons_and_not_in_rows() -> None:
         for rows in (4, 400):
             y, owners = torch.zeros(rows, 8), torch.arange(rows) % 4
             with Largest(y) as largest:
-                add_expert_outputs(counters, y, (((rows, -1),), ((8, 1),)), owners, 1, rows, 0, 0.0)
+                add_expert_outputs(counters, y[:, None], owners, 1, rows, 0, 0.0)
             assert largest.elements <= max(64, 5 * 8, rows)
     assert [int(member.tensors.zero_outputs.sum()) for member in counters.members] == [8 * 101] * 4
 

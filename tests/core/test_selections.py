@@ -172,10 +172,8 @@ def test_compiled_graphs_count_alike(select: Select) -> None:
         other = traced.census()[name]
         assert tally.zero_outputs.tolist() == other.zero_outputs.tolist()
         assert (tally.positions, tally.examples) == (other.positions, other.examples)
-        if select is top_k:  # in a graph the tensor that was picked from is out of reach
-            assert other.gradient_positions == 0
-        else:
-            assert tally.zero_gradients.tolist() == other.zero_gradients.tolist()
+        assert tally.gradient_positions == other.gradient_positions
+        assert tally.zero_gradients.tolist() == other.zero_gradients.tolist()
     eager.detach()
     traced.detach()
 
@@ -239,3 +237,27 @@ def test_a_product_of_truth_values_is_a_mask_and_no_fault() -> None:
         model(torch.randn(8, 4)).sum().backward()
         scope.step()
     assert list(scope.census()) == ["encode/relu", "encode/masked relu"]
+
+
+class Switched(nn.Module):
+    """One layer is only compared with zero, and switches the units of another one on and off."""
+
+    def __init__(self, *, activated: bool) -> None:
+        super().__init__()
+        self.encode, self.gate, self.decode = nn.Linear(4, 6), nn.Linear(4, 6), nn.Linear(6, 2)
+        self.activated = activated
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.encode(x)
+        output: Tensor = self.decode((h.relu() if self.activated else h) * (self.gate(x) > 0))
+        return output
+
+
+@pytest.mark.filterwarnings("ignore:No activation of Switched")
+@pytest.mark.parametrize(("activated", "listed"), [(True, {"gate"}), (False, {"gate", "encode"})])
+def test_a_layer_that_only_switches_another_one_is_listed(activated: bool, listed: set[str]) -> None:
+    with ns.watch(model := Switched(activated=activated)) as scope:
+        model(torch.randn(8, 4)).sum().backward()
+        scope.step()
+    assert {item.name for item in scope.report().not_measured} == listed
+    assert [*scope.census()] == (["encode/relu", "encode/reglu"] if activated else [])

@@ -51,7 +51,7 @@ class CompiledRuns:
         graphs: How many graphs each of them had, and how many tensors these returned.
         compiled: Census of the compiled run.
         eager: Census of the same run in eager mode, without what the compiled run's report lists as not measured:
-            sites of single experts, whose rows a traced graph does not tell apart.
+            sites of experts, where a graph cannot know which expert each row is of.
     """
 
     states: tuple[dict[str, Tensor], dict[str, Tensor]]

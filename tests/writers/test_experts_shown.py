@@ -67,8 +67,10 @@ def test_experts_that_are_lists_of_layers_are_told_by_the_number_after_their_nam
         model(torch.randn(10, 4))
         scope.step()
     (layer,) = expert_layers(scope.report().layers)
-    assert (layer.name, layer.numbers) == (f"{path}.*.0/relu", (0, 1, 3))
-    assert layer.tokens.tolist() == [10, 9, 7]  # expert 2 has never run
+    assert (layer.name, layer.numbers, layer.idle) == (f"{path}.*.0/relu", (0, 1, 2, 3), (2,))
+    assert layer.tokens.tolist() == [10, 9, 0, 7]  # expert 2 has never run
+    assert not scope.report().not_measured
+    assert "4 experts were given 26 tokens." in scope.report().to_markdown()
 
 
 def test_an_expert_is_called_dead_only_where_the_window_is_long_enough() -> None:
