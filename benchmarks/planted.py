@@ -1,7 +1,7 @@
 """What ormas-monitor says of networks whose dead neurons were made by hand: the cases of README's "How it compares".
 
-The networks are those of the tests (:mod:`tests.core.test_peers_table`), where Neuronscope is held to the truth. The
-monitor looks at every step, with its other settings as they are by default, and what it says is its last record: per
+The networks are those of the tests (:mod:`tests.agreement.test_peers_table`), where Neuronscope is held to the truth.
+The monitor looks at every step, with its other settings as they are by default, and what it says is its last record: per
 layer, the channels that it calls dead, constant, silent or decayed. A layer that it does not watch is a dash.
 """
 
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from benchmarks.peers import reach
 from benchmarks.tables import Table
-from tests.core import test_peers_table as cases
+from tests.agreement import test_peers_table as cases
 
 __all__ = ["tables"]
 

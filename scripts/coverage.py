@@ -97,7 +97,7 @@ torch runs a function uncompiled, with other last bits, and a watched run may me
 {parts} others {others} are.**
 """
 PROGRAMS = """\
-Random programs under `torch.compile` (`tests/core/test_compiled_programs.py`), each held to its
+Random programs under `torch.compile` (`tests/compiled/test_compiled_programs.py`), each held to its
 unwatched run, to eager mode and to the slow twin: **{programs:,} tried, {failed:,} failed**,
 {sites:,} sites, {dates}. {again:,} of those that pass failed once, and were run again when that was mended. {breaks}
 """
@@ -105,7 +105,7 @@ SETUPS_INTRODUCTION = """\
 ## Set-ups
 
 These are the ways in which people train, each a test that `make test` runs; this page lists them and
-does not run them. The first {count} are rows of one table, `tests/core/setups.py`. Each trains for
+does not run them. The first {count} are rows of one table, `tests/agreement/setups.py`. Each trains for
 20 steps, and two tests check it: after the run the counts equal the slow twin's (`test_setups.py`:
 `test_the_counts_of_every_setup_equal_the_twins[…]`); and weights, buffers, gradients and random
 numbers are bit for bit those of an unwatched run, and every hook table is what it was
@@ -120,20 +120,20 @@ These are rows of `tests/callbacks/networks.py`: the counts are those of the mod
 the run without us (`test_no_harm.py`).
 """
 TESTS = {
-    "Other set-ups": "tests/core/test_setups.py",
-    "Compiled": "tests/core/test_compile.py",
+    "Other set-ups": "tests/agreement/test_setups.py",
+    "Compiled": "tests/compiled/test_compile.py",
     "Compiled networks of others": "tests/networks/test_compiled_networks.py",
-    "Compiled random programs": "tests/core/test_compiled_programs.py",
-    "Compiled again and again": "tests/core/test_compile_limits.py",
-    "Fused kernels of attention": "tests/core/test_fused_calls.py",
-    "Fused kernels in compiled graphs": "tests/core/test_fused_in_graphs.py",
-    "Modules that look at their hooks": "tests/core/test_hook_points.py",
-    "Models that are scripted, traced, fused, copied": "tests/core/test_rebuilt_models.py",
-    "Modes and tensor classes of users": "tests/core/test_modes_of_users.py",
-    "Several threads": "tests/core/test_threads.py",
-    "Gradients that come more than once": "tests/core/test_gradient_passes.py",
-    "Losses": "tests/core/test_losses.py",
-    "Memory of a long run": "tests/core/test_flat_memory.py",
+    "Compiled random programs": "tests/compiled/test_compiled_programs.py",
+    "Compiled again and again": "tests/compiled/test_compile_limits.py",
+    "Fused kernels of attention": "tests/attach/test_fused_calls.py",
+    "Fused kernels in compiled graphs": "tests/compiled/test_fused_in_graphs.py",
+    "Modules that look at their hooks": "tests/attach/test_hook_points.py",
+    "Models that are scripted, traced, fused, copied": "tests/agreement/test_rebuilt_models.py",
+    "Modes and tensor classes of users": "tests/attach/test_modes_of_users.py",
+    "Several threads": "tests/attach/test_threads.py",
+    "Gradients that come more than once": "tests/attach/test_gradient_passes.py",
+    "Losses": "tests/attach/test_losses.py",
+    "Memory of a long run": "tests/agreement/test_flat_memory.py",
     "Several processes": "tests/ranks/test_two_ranks.py",
     "DDP, FSDP2 and tensor parallelism": "tests/ranks/test_strategies.py",
     "Uneven, failing and elastic ranks": "tests/ranks/test_uneven.py",
@@ -148,25 +148,25 @@ TESTS = {
     "Trainers × ranks × strategies": "tests/ranks/test_combinations.py",
     "Hugging Face and Accelerate on two ranks": "tests/ranks/test_two_ranks_of_trainers.py",
     "Resuming": "tests/callbacks/test_resume.py",
-    "Resuming into a changed network": "tests/core/test_changed_networks.py",
-    "Damaged saved states": "tests/core/test_damaged_states.py",
+    "Resuming into a changed network": "tests/tally/test_changed_networks.py",
+    "Damaged saved states": "tests/tally/test_damaged_states.py",
     "Killed and resumed under Hugging Face": "tests/callbacks/test_transformers_killed.py",
-    "Bad input": "tests/core/test_scope_usage.py",
-    "What breaks other tools": "tests/core/test_peers_table.py",
-    "Activations × layouts": "tests/core/test_activations_table.py",
-    "The neuron axis": "tests/core/test_axis_shown.py",
-    "Activation classes, and those of one's own": "tests/core/test_registration.py",
+    "Bad input": "tests/agreement/test_scope_usage.py",
+    "What breaks other tools": "tests/agreement/test_peers_table.py",
+    "Activations × layouts": "tests/agreement/test_activations_table.py",
+    "The neuron axis": "tests/attach/test_axis_shown.py",
+    "Activation classes, and those of one's own": "tests/attach/test_registration.py",
     "Activation classes of transformers and timm": "tests/networks/test_activation_classes.py",
     "Weights in other places": "tests/networks/test_weights.py",
-    "Layers behind activations of every spelling": "tests/core/test_layers_accounted.py",
-    "Exported graphs": "tests/core/test_exported_graphs.py",
-    "What is said not to be measured": "tests/core/test_true_reasons.py",
-    "Names in wrappers": "tests/core/test_names_in_wrappers.py",
-    "Which columns read a neuron": "tests/core/test_reader_columns.py",
-    "Activations of what is no tensor of real numbers": "tests/core/test_strange_tensors.py",
-    "Unusual programs": "tests/core/test_unusual_programs.py",
+    "Layers behind activations of every spelling": "tests/attach/test_layers_accounted.py",
+    "Exported graphs": "tests/attach/test_exported_graphs.py",
+    "What is said not to be measured": "tests/attach/test_true_reasons.py",
+    "Names in wrappers": "tests/attach/test_names_in_wrappers.py",
+    "Which columns read a neuron": "tests/attach/test_reader_columns.py",
+    "Activations of what is no tensor of real numbers": "tests/attach/test_strange_tensors.py",
+    "Unusual programs": "tests/agreement/test_unusual_programs.py",
     "Counts made elsewhere": "tests/truth/test_truth.py",
-    "Random networks": "tests/core/test_property_networks.py",
+    "Random networks": "tests/agreement/test_property_networks.py",
 }
 DISAGREES = "**disagrees**"
 TABLED = (
@@ -323,7 +323,7 @@ def _clients() -> Iterator[str]:
 
 def _compiled() -> Iterator[str]:
     """Yield the tables of what was tried compiled, from the files that those runs left."""
-    from tests.core import test_compiled_programs as programs
+    from tests.compiled import test_compiled_programs as programs
     from tests.networks import compiled
 
     rows = compiled.kept()
@@ -380,8 +380,8 @@ def _listed(failed: dict[str, str]) -> str:
 
 
 def _setups() -> Iterator[str]:
+    from tests.agreement.setups import SETUPS
     from tests.callbacks.networks import SETUPS as LIGHTNING
-    from tests.core.setups import SETUPS
 
     yield SETUPS_INTRODUCTION.format(count=len(SETUPS))
     yield from (f"- {setup.name}" for setup in SETUPS)

@@ -7,6 +7,7 @@ import os
 import random
 import shutil
 import sys
+from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 
@@ -62,6 +63,17 @@ def _shared_by(item: pytest.Item) -> str | None:
     fixtures = [each for found in item._fixtureinfo.name2fixturedefs.values() for each in found]
     homes = {fixture.baseid for fixture in fixtures if fixture.scope in ("module", "session") and fixture.baseid}
     return min(homes, key=len, default=None)
+
+
+@pytest.fixture
+def fresh_compiler() -> Iterator[None]:
+    """Have torch.compile begin with nothing compiled, and leave nothing."""
+    import torch._dynamo
+
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    yield
+    torch._dynamo.reset()
 
 
 @pytest.fixture(autouse=True)

@@ -19,7 +19,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from tests.core.slow_twin import Twin
+from tests.agreement.slow_twin import Twin
 
 VOCABULARY, LENGTH, WIDTH = 31, 6, 8
 #: The two sites of GPT-2, and the modules that apply their activations.

@@ -20,7 +20,7 @@ import neuronscope as ns
 from examples import ignite_callback
 from examples.ignite_callback import DeadNeuronHandler
 from neuronscope.errors import NeuronscopeWarning
-from tests.core.slow_twin import assert_bits, hook_tables, state_of
+from tests.agreement.slow_twin import assert_bits, hook_tables, state_of
 
 EPOCHS, STEPS, SIZE = 3, 8, 16
 TALLY = ("zero_outputs", "zero_gradients", "last_active_step", "positions", "gradient_positions", "examples")

@@ -18,7 +18,7 @@ from torch import nn
 import neuronscope.callbacks
 from neuronscope.callbacks import Monitor, SummaryWriterLog, lightning, transformers
 from neuronscope.errors import NeuronscopeWarning, UsageError
-from tests.core.slow_twin import hook_tables
+from tests.agreement.slow_twin import hook_tables
 
 SIZE = 16
 

@@ -17,8 +17,8 @@ from torch.optim.swa_utils import get_ema_avg_fn
 from neuronscope.callbacks import DeadNeuronMonitor
 from neuronscope.callbacks.runs import Runs
 from neuronscope.options import WatchOptions
+from tests.agreement.slow_twin import assert_bits, hook_tables, state_of
 from tests.callbacks.networks import SETUPS, Setup, batches, network, trainer
-from tests.core.slow_twin import assert_bits, hook_tables, state_of
 
 
 def weights(model: nn.Module) -> dict[str, torch.Tensor]:

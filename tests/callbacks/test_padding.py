@@ -21,17 +21,14 @@ from neuronscope.callbacks.transformers import DeadNeuronCallback
 from tests.callbacks.hugging import ACTS, HIDDEN, LENGTH, PLACES, VOCABULARY, arguments, gpt2
 
 #: The compiler asks for the gradient of a tensor that has none.
-pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf Tensor:UserWarning")
+pytestmark = [
+    pytest.mark.usefixtures("fresh_compiler"),
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf Tensor:UserWarning"),
+]
 LENGTHS = [1, 6, 3, 2, 5, 4, 6, 2]
 ROWS = 4  # of a batch
 TOKENS = sum(LENGTHS)
 PADDED = LENGTH * len(LENGTHS)
-
-
-@pytest.fixture(autouse=True)
-def _fresh_compiler() -> Iterator[None]:
-    yield
-    torch.compiler.reset()
 
 
 def padded_texts() -> list[dict[str, Tensor]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,23 +11,19 @@ import torch
 from transformers import TrainerCallback
 
 from neuronscope.callbacks.transformers import DeadNeuronCallback
+from tests.agreement.slow_twin import assert_same
 from tests.callbacks.hugging import ACTS, TwinTrainer, assert_same_weights, gpt2, llama, texts, trainer, weights
 from tests.callbacks.test_no_harm import hooks
-from tests.core.slow_twin import assert_same
 
 AXIS: dict[str | None, int] = {None: 2}
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
+
 #: 24 sentences, 4 at a time: 6 batches an epoch. By 4, a step has 4 of them, and the epoch's second the 2 left.
 ACCUMULATION = {"plain": {}, "accumulation": {"gradient_accumulation_steps": 4}}
 PRECISION = {"float32": {}, "bfloat16": {"bf16": True}}
 #: The twin knows neither: it counts the same numbers without them.
 MEMORY = {"kept": {}, "checkpointing": {"gradient_checkpointing": True}}
 COMPILER = {"eager": {}, "compiled": {"torch_compile": True, "torch_compile_backend": "aot_eager"}}
-
-
-@pytest.fixture(autouse=True)
-def _fresh_compiler() -> Iterator[None]:
-    yield
-    torch.compiler.reset()
 
 
 def options_of(*names: str) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import neuronscope as ns
 from neuronscope.attach import activations, operators
 from neuronscope.attach.activations import Activation, ActivationRow
 from neuronscope.attach.torch_functions import spellings
-from tests.core.slow_twin import Twin, Watched, assert_same
+from tests.agreement.slow_twin import Twin, Watched, assert_same
 
 ROWS = activations.ROWS
 

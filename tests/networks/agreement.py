@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import neuronscope as ns
-from tests.core.slow_twin import Nobody, Watched, assert_bits, assert_same, state_of
+from tests.agreement.slow_twin import Nobody, Watched, assert_bits, assert_same, state_of
 from tests.networks.flow_ends import ending_operators
 from tests.networks.language import TRANSFORMERS
 from tests.networks.twin import NetworkTwin

@@ -26,8 +26,8 @@ import torch._dynamo
 from torch import Tensor
 
 import neuronscope as ns
-from tests.core.slow_twin import Nobody, Watched, assert_bits, state_of
-from tests.core.test_compile import Counter, assert_same_census
+from tests.agreement.slow_twin import Nobody, Watched, assert_bits, state_of
+from tests.compiled.test_compile import Counter, assert_same_census
 from tests.networks.agreement import NETWORKS, _quiet, _threads, train
 from tests.networks.zoo import Network
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 import neuronscope as ns
-from tests.core.slow_twin import Nobody, Watched, assert_bits, assert_same, state_of
+from tests.agreement.slow_twin import Nobody, Watched, assert_bits, assert_same, state_of
 from tests.networks.twin import NetworkTwin
 
 #: In the packages' tables, and no activation.

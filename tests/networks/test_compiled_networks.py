@@ -7,7 +7,6 @@ here is kept in ``compiled_runs.json``; see :mod:`tests.networks.compiled`.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -15,8 +14,8 @@ import torch._dynamo
 from torch._inductor.cpp_builder import get_cpp_compiler
 from torch._inductor.exc import InvalidCxxCompiler
 
-from tests.core.slow_twin import assert_bits
-from tests.core.test_compile import assert_same_census
+from tests.agreement.slow_twin import assert_bits
+from tests.compiled.test_compile import assert_same_census
 from tests.networks.agreement import NETWORKS
 from tests.networks.clients import CLIENTS
 from tests.networks.compiled import EQUAL, REASON, kept, run
@@ -24,10 +23,10 @@ from tests.networks.test_networks import name_of
 from tests.networks.vision import timm
 from tests.networks.zoo import FEATURES, Network
 
-pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("fresh_compiler"), pytest.mark.filterwarnings("ignore")]
 
 #: Quick to compile, and between them they call `chunk`, `split`, `topk` and `unbind`. `tensor_split`, which
-#: none of these packages calls, is in `tests/core/test_compile.py` and in the random programs.
+#: none of these packages calls, is in `tests/compiled/test_compile.py` and in the random programs.
 FEW = (
     "shufflenet_v2_x0_5",
     "MaxVit",
@@ -61,12 +60,6 @@ def _has_compiler() -> bool:
     except InvalidCxxCompiler:
         return False
     return True
-
-
-@pytest.fixture(autouse=True)
-def _fresh_compiler() -> Iterator[None]:
-    yield
-    torch._dynamo.reset()
 
 
 @pytest.mark.parametrize("name", FEW)

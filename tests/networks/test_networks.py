@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import neuronscope as ns
-from tests.core.slow_twin import assert_bits, assert_same
+from tests.agreement.slow_twin import assert_bits, assert_same
 from tests.networks.agreement import NETWORKS, assert_agreement, run
 from tests.networks.language import MAMBAS
 from tests.networks.rows import Row, leave, left, row_of

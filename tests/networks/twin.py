@@ -1,7 +1,7 @@
 """The slow twin for networks of others: it knows activation modules by their class, and finds who made their input.
 
 A module whose class is defined where a library keeps its activations is one activation, whatever it calls inside. The
-layer whose units its neurons are is found as :mod:`tests.core.producers` says.
+layer whose units its neurons are is found as :mod:`tests.agreement.producers` says.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
-from tests.core.producers import GATED, Namer, Site
-from tests.core.slow_twin import NOT_ONE, PRODUCTS, Call, Twin, find_gated
+from tests.agreement.producers import GATED, Namer, Site
+from tests.agreement.slow_twin import NOT_ONE, PRODUCTS, Call, Twin, find_gated
 from tests.networks.zoo import Experts
 
 #: One dimension, or several that hold neurons together.

@@ -22,7 +22,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import neuronscope as ns
-from tests.core.slow_twin import hook_tables
+from tests.agreement.slow_twin import hook_tables
 from tests.ranks.parallel import CASES, SITES, Case, Network, as_fsdp, data, outcome, tried, whole
 from tests.ranks.recorded import Recorder
 from tests.ranks.worker import data as two_halves

@@ -15,7 +15,7 @@ import neuronscope as ns
 from neuronscope.act.revival import Revival
 from neuronscope.callbacks import Monitor
 from neuronscope.errors import NeuronscopeWarning, UsageError
-from tests.core.slow_twin import state_of
+from tests.agreement.slow_twin import state_of
 from tests.ranks.uneven import POLICY, batch, small
 
 DEAD, APART = 2, (0, 1)  # neurons of the first layer

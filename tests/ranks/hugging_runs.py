@@ -11,8 +11,8 @@ from torch import Tensor
 from transformers import Trainer, TrainerCallback
 
 from neuronscope.callbacks.transformers import DeadNeuronCallback
+from tests.agreement.slow_twin import hook_tables
 from tests.callbacks.hugging import ACTS, PLACES, Noting, arguments, gpt2, texts, trainer
-from tests.core.slow_twin import hook_tables
 from tests.ranks.accelerate_runs import afresh, as_on_gpus
 from tests.ranks.parallel import CASES, Case, outcome, tried, whole
 from tests.ranks.recorded import WRAPPED, Recorder

@@ -17,7 +17,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.utils.data import DataLoader
 
 from neuronscope.callbacks import DeadNeuronMonitor
-from tests.core.slow_twin import hook_tables
+from tests.agreement.slow_twin import hook_tables
 from tests.ranks.parallel import (
     CASES,
     SITES,

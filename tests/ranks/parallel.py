@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 import neuronscope as ns
-from tests.core.slow_twin import hook_tables
+from tests.agreement.slow_twin import hook_tables
 from tests.ranks.recorded import ARRAYS, NUMBERS, Recorder
 
 DEVICE = os.environ.get("NEURONSCOPE_RANKS_ON", "cpu")  # see tests.ranks.spawning

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import neuronscope as ns
-from tests.core.slow_twin import assert_bits, state_of
+from tests.agreement.slow_twin import assert_bits, state_of
 from tests.ranks.assertions import assert_equal_counts
 from tests.ranks.worker import BATCH, STEPS, adam, data, disjoint, network, watched_counts
 

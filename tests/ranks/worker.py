@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import neuronscope as ns
-from tests.core.slow_twin import Nobody, Watched, hook_tables, state_of
+from tests.agreement.slow_twin import Nobody, Watched, hook_tables, state_of
 from tests.ranks.acting import ACTING
 from tests.ranks.exchanges import EXCHANGES
 from tests.ranks.late import LATE

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
-from tests.core.slow_twin import Call, Twin
+from tests.agreement.slow_twin import Call, Twin
 
 __all__ = ["Recount", "may_differ"]
 

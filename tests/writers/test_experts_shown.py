@@ -17,7 +17,7 @@ from neuronscope.report.expert_layers import expert_layers
 from neuronscope.writers import page_experts
 from neuronscope.writers.page_experts import mixtures
 from neuronscope.writers.tensorboard.scalars import scalars
-from tests.core.test_experts import DEAD, EXPERTS, IDLE, WAYS, WIDTH, Mixture, batches, loss_of
+from tests.attach.test_experts import DEAD, EXPERTS, IDLE, WAYS, WIDTH, Mixture, batches, loss_of
 
 from . import sample_reports as samples
 

@@ -1,0 +1,1 @@
+"""Tests of compiled graphs: one graph, eager's counts, and the weights of the unwatched run."""

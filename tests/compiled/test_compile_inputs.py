@@ -1,0 +1,136 @@
+"""A pre-activation that a compiled graph is given: its gradient is that of all its uses, or is said not to be counted.
+
+A graph sees the gradient of the uses in the graph alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch._dynamo
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tests.agreement.slow_twin import Nobody, Watched, assert_bits, state_of
+from tests.compiled.compiler_marks import COMPILES
+from tests.compiled.test_compile import Partly, assert_same_census, train
+
+pytestmark = COMPILES
+
+
+class Applied(nn.Module):
+    """Applies a function to its inputs, and has a layer behind it or not."""
+
+    def __init__(self, function: Callable[..., Tensor], layer: bool) -> None:
+        super().__init__()
+        self.function = function
+        self.layer = nn.Linear(8, 8) if layer else nn.Identity()
+
+    def forward(self, *inputs: Tensor, bias: Tensor | None = None) -> Tensor:
+        return self.layer(self.function(*inputs, *(() if bias is None else (bias,))))
+
+
+def beside(net: Partly, x: Tensor) -> Tensor:
+    h = net.first(x)
+    return net.last(net.part(h) - h)
+
+
+def before(net: Partly, x: Tensor) -> Tensor:
+    h = net.first(x)
+    g = h * 2
+    return net.last(net.part(h) - g)
+
+
+def by_name(net: Partly, x: Tensor) -> Tensor:
+    h = net.first(x)
+    return net.last(net.part(net.second(x), bias=h) - h)
+
+
+def two(net: Partly, x: Tensor) -> Tensor:
+    h, g = net.first(x), net.second(x)
+    return net.last(net.part(h, g) - h - g)
+
+
+#: What the part does, whether a layer is in it, and how the eager model around it uses it.
+USES: dict[str, tuple[Callable[..., Tensor], bool, Callable[[Partly, Tensor], Tensor]]] = {
+    "function": (F.relu, False, beside),
+    "function and a layer": (F.relu, True, beside),
+    "in place": (torch.relu_, True, before),
+    "by name": (lambda x, bias: F.relu(bias) + x, True, by_name),
+    "two": (lambda x, y: F.relu(x) * 2 + F.gelu(y), True, two),
+    "changed first": (lambda x: F.relu(x * 2), True, beside),
+}
+
+
+@pytest.mark.parametrize("wraps", [False, True])
+@pytest.mark.parametrize("name", USES)
+def test_the_gradient_of_an_input_of_a_graph_is_that_of_all_its_uses(name, wraps):
+    function, layer, use = USES[name]
+    runs = []
+    for watcher, compiles in ((Watched(), False), (Watched(), True), (Nobody(), True)):
+        torch._dynamo.reset()
+        torch.manual_seed(0)
+        model = Partly(Applied(function, layer), use)
+        if compiles and wraps:
+            model.part = torch.compile(model.part, backend="aot_eager", fullgraph=True)
+        elif compiles:
+            model.part.compile(backend="aot_eager", fullgraph=True)
+        with watcher.attach(model):
+            for size in (6, 6, 5, 4):
+                train(model, model, watcher, (size, 8), 1)
+            with watcher.phase("val"), torch.no_grad():
+                model(torch.ones(5, 8))
+        runs.append((getattr(watcher, "scope", None), state_of(model)))
+    (eager, _), (compiled, weights), (_, plain) = runs
+    assert_bits(weights, plain)
+    assert compiled._hooks.failure is None
+    for phase in ("train", "val"):
+        assert_same_census(compiled.census(phase), eager.census(phase))
+    assert compiled.report().not_measured == eager.report().not_measured
+    assert compiled.census()["first/relu"].gradient_positions == 21
+
+
+class Broken(nn.Module):
+    """Its pre-activation is used before and after a graph break."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(5, 8), nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(x)
+        g = h * 2
+        torch._dynamo.graph_break()
+        return self.last(F.relu(h) - g)
+
+
+def test_gradients_are_not_counted_where_a_graph_sees_a_part_of_them():
+    model, watcher = Broken(), Watched()
+    with watcher.attach(model):
+        train(model, torch.compile(model, backend="aot_eager"), watcher, (6, 5), 2)
+    tally = watcher.scope.census()["first/relu"]
+    assert (tally.positions, tally.gradient_positions) == (12, 0)
+    (place,) = watcher.scope.report().not_measured
+    assert place.name == "first/relu"
+    assert "its gradients are not counted" in place.reason
+
+
+class Flagged(nn.Module):
+    """Applies its activation if an argument says so, which no hook knows."""
+
+    def forward(self, x: Tensor, applies: bool) -> Tensor:
+        return F.relu(x) if applies else x * 2
+
+
+def test_a_graph_that_depends_on_other_arguments_gives_no_wrong_gradients():
+    watcher = Watched()
+    flags = iter([True, False, True, False])
+    model = Partly(Flagged(), lambda net, x: net.last(net.part(h := net.first(x), next(flags)) - h))
+    model.part.compile(backend="aot_eager", fullgraph=True)
+    with watcher.attach(model):
+        train(model, model, watcher, (6, 8), 4)
+    tally = watcher.scope.census()["first/relu"]
+    assert (tally.positions, tally.gradient_positions) == (12, 0)
+    assert "first/relu" in [place.name for place in watcher.scope.report().not_measured]

@@ -1,0 +1,1 @@
+"""Tests of counting: zeros of a tensor, on each kind of device, against plain formulas."""

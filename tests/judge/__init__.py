@@ -1,0 +1,1 @@
+"""Tests of judging: what is said of a neuron, from counts alone."""

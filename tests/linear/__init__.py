@@ -1,0 +1,1 @@
+"""Tests of the search for layers that act as one linear map."""

@@ -1,0 +1,1 @@
+"""Tests of what is kept: windows, phases, histories, totals and saved states."""
