@@ -1,8 +1,8 @@
 """What ormas-monitor says of networks whose dead neurons were made by hand: the cases of README's "How it compares".
 
 The networks are those of the tests (:mod:`tests.agreement.test_peers_table`), where Neuronscope is held to the truth.
-The monitor looks at every step, with its other settings as they are by default, and what it says is its last record: per
-layer, the channels that it calls dead, constant, silent or decayed. A layer that it does not watch is a dash.
+The monitor looks at every step, with its other settings as they are by default, and what it says is its last record:
+per layer, the channels that it calls dead, constant, silent or decayed. A layer that it does not watch is a dash.
 """
 
 from __future__ import annotations

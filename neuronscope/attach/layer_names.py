@@ -212,7 +212,7 @@ class LayerNames:
     def other_experts(self, layer: str, place: str) -> list[tuple[str, str]]:
         """Return the layers of the other experts of a mixture that are like that of one, whether they ran or not.
 
-        Experts are the modules of one ``ModuleList``, or the matrices of one stack.
+        Experts are the modules of one ``ModuleList``, or the matrices of one stack, whose path names experts.
 
         Args:
             layer: Path of the layer of one expert.
@@ -225,6 +225,8 @@ class LayerNames:
         if numbered is None or model is None:
             return []
         start, stop, number = numbered
+        if not NAMES_EXPERTS.search(layer[:start]):
+            return []
         weights = [(known, weight()) for weight, known, is_weight in self._layers.values() if is_weight]
         shapes = {known: weight.shape for known, weight in weights if weight is not None}
         stack = shapes.get(layer[: start - 1], ()) if layer not in shapes and stop == len(layer) else ()
@@ -232,7 +234,7 @@ class LayerNames:
             return [(f"{layer[:start]}{each}", place) for each in range(stack[0]) if each != number]
         modules = dict(walk(model))
         holder = modules.get(layer[: start - 1])
-        if layer not in shapes or not isinstance(holder, nn.ModuleList) or not NAMES_EXPERTS.search(layer[:start]):
+        if layer not in shapes or not isinstance(holder, nn.ModuleList):
             return []
         found = []
         for each in range(len(holder)):

@@ -8,8 +8,8 @@ validation, five times: compiled and unwatched, compiled and watched, eager and 
 counted slowly.
 
 ``python -m tests.compiled.test_compiled_programs 20 1000`` runs the seeds from 20 to 999, tells which ones fail, and
-keeps that in ``compiled_programs.json``, with the date; without seeds, it runs those again that failed, and keeps that too.
-``docs/coverage.md`` shows that file.
+keeps that in ``compiled_programs.json``, with the date; without seeds, it runs those again that failed, and keeps that
+too. ``docs/coverage.md`` shows that file.
 """
 
 from __future__ import annotations
