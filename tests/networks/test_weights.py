@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -88,23 +86,23 @@ def test_weights_that_data_picks_are_those_of_the_layer_that_it_picks(product: s
 
 
 @pytest.mark.slow
-def test_in_a_graph_weights_that_data_picks_are_measured_only_when_their_axis_is_declared() -> None:
-    for axes in (None, {"relu()": -1}):
-        torch.compiler.reset()
-        model = Product("picked rows")
-        with ns.watch(model, axes=axes, window_steps=1) as scope:
-            run = torch.compile(model, backend="eager", fullgraph=True)
-            with (
-                pytest.warns(ns.NeuronscopeWarning, match="No activation") if axes is None else contextlib.nullcontext()
-            ):
-                run(torch.randn(2, 3, 4)).sum().backward()
-                scope.step()
-        if axes is None:
-            assert len(scope.census("train")) == 0
-            (item,) = scope.report("train").not_measured
-            assert item.reason.startswith("torch.compile traced it, and its rows are of several experts")
-        else:
-            assert scope.census("train")["relu()"].neurons == 5
+@pytest.mark.parametrize(
+    ("axes", "expected"),
+    [(None, {"(root).0/relu": 0, "(root).1/relu": 6}), ({"relu()": -1}, {"relu()": 6})],
+    ids=["by layer", "declared"],
+)
+def test_in_a_graph_weights_that_data_picks_are_those_of_the_layer_too(
+    axes: dict[str, int] | None, expected: dict[str, int]
+) -> None:
+    torch.compiler.reset()
+    model = Product("picked rows")
+    with ns.watch(model, axes=axes) as scope:
+        run = torch.compile(model, backend="eager", fullgraph=True)
+        run(torch.randn(2, 3, 4)).sum().backward()
+        scope.step()
+    tallies = scope.census("train")
+    assert {name: tally.positions for name, tally in tallies.items()} == expected
+    assert all(tally.neurons == 5 for tally in tallies.values())
 
 
 def test_a_stack_of_one_weight_is_measured_like_a_single_weight() -> None:
