@@ -83,7 +83,7 @@ def numbers_of_rows(mode: Following, units: Units, shape: Sequence[int]) -> Tens
     (dim,) = (place for place, each in enumerate(units.dims) if has_rows(each))
     positions_only = tuple(((each[0][0], 0),) if has_rows(each) else each for each in units.dims)
     found = numbers(units._replace(dims=positions_only), shape)
-    parts = mode.flow.row_owners(units)
+    parts = mode.flow.expert_rows.owners(units)
     layers = [units.experts.layers[number] for number, size in parts for _ in range(size)]
     of_b = torch.tensor([OF_B if layer == "b" else 0 for layer in layers], dtype=torch.float64)
     return found + of_b.view([-1 if place == dim else 1 for place in range(len(shape))])
@@ -1483,7 +1483,7 @@ def test_rows_that_data_picks_from_a_stack_of_weights_are_rows_of_its_layers() -
     assert units is not None
     assert units.experts is not None
     assert (units.experts.layers, units.size, units.rows) == (("s.0", "s.1", "s.2"), 6, 2)
-    assert mode.flow.row_owners(units).tolist() == [0, 2]
+    assert mode.flow.expert_rows.owners(units).tolist() == [0, 2]
     assert mode.flow.origin(turned).state == "rows"
 
 
