@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -78,14 +79,7 @@ class Backend:
             moment: When.
             tolerance: ``|y| <= tolerance`` counts as zero.
         """
-        if self.kernels is not None:
-            try:
-                self.kernels.add_outputs(counters, y, layout, mask, moment, tolerance)
-            except Exception as error:  # noqa: BLE001  # the watch goes on
-                self._give_up(error)
-            else:
-                return
-        self._plain.add_outputs(counters, y, layout, mask, moment, tolerance)
+        self._count(lambda counting: counting.add_outputs(counters, y, layout, mask, moment, tolerance))
 
     def add_gradients(
         self, counters: CounterTensors, gradient: Tensor, layout: NeuronLayout, mask: Tensor | None, moment: CountedAt
@@ -99,14 +93,18 @@ class Backend:
             mask: Which positions are counted.
             moment: When.
         """
+        self._count(lambda counting: counting.add_gradients(counters, gradient, layout, mask, moment))
+
+    def _count(self, count: Callable[[TritonKernels | Pieces], None]) -> None:
+        """Count by the kernels; by the plain formula if the device has no kernels, or if they fail."""
         if self.kernels is not None:
             try:
-                self.kernels.add_gradients(counters, gradient, layout, mask, moment)
+                count(self.kernels)
             except Exception as error:  # noqa: BLE001  # the watch goes on
                 self._give_up(error)
             else:
                 return
-        self._plain.add_gradients(counters, gradient, layout, mask, moment)
+        count(self._plain)
 
     def _give_up(self, error: Exception) -> None:
         """Use the plain formula from now on. The counters are as they were: no kernel has changed them."""

@@ -2,8 +2,8 @@
 
 The formula ``(y == 0).sum(dims)`` and its like make whole tensors in between: two and a half times the activation. Here
 a piece of at most 2**22 elements is looked at, in buffers that all pieces share: 20 MB whatever the activation. ``|y|``
-is computed once, and everything is counted from it. Only operations are used that every device has; where it has no
-float64 there is none.
+is computed once, and everything is counted from it. Only operations are used that every device has: float64 only where
+the device has it.
 """
 
 from __future__ import annotations
