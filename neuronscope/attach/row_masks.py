@@ -43,7 +43,7 @@ class RowMasks:
     """Knows the masks of tensors whose rows are not those of the batch.
 
     Attributes:
-        mask: The mask of the forward that is running, bool ``(B, T)``; ``None`` if there is none.
+        mask: The mask of the running forward, bool ``(B, T)``; ``None`` = all positions count.
         known: Whether any tensor of this forward has a mask of its own.
     """
 

@@ -109,7 +109,7 @@ class WindowCounts:
 
     Attributes:
         tensors: The counts.
-        first_step: The step from which ``last_active`` and ``first_active`` are counted; 0 if there is none yet.
+        first_step: The step from which ``last_active`` and ``first_active`` are counted; 0 before the first call.
         never: ``first_active`` of a neuron that never fired.
 
     >>> window = WindowCounts(2, torch.zeros(2, dtype=torch.int64), torch.zeros(1, dtype=torch.int64))
