@@ -195,7 +195,7 @@ def save_state(folder: Path, key: str, state: dict[str, Any]) -> None:
 
 
 def load_state(folder: Path, key: str) -> dict[str, Any] | None:
-    """Load the state that a callback saved; ``None`` if there is none.
+    """Load the state that a callback saved; ``None`` if no callback saved one.
 
     Args:
         folder: The checkpoint's folder.

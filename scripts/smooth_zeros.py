@@ -58,7 +58,7 @@ class Zeros(NamedTuple):
     Attributes:
         output_below: The output is exactly zero for all numbers up to this one; NaN if there is no such number.
         gradient_below: The gradient, likewise.
-        gradient_above: The gradient is exactly zero for all numbers from this one on; NaN if there is none.
+        gradient_above: The gradient is exactly zero for all numbers from this one on; NaN if it is so for no number.
     """
 
     output_below: float

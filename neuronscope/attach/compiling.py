@@ -530,7 +530,7 @@ def traced_variable(tensor: Tensor) -> tuple[CodeType, str] | None:
         tensor: A tensor that :func:`while_tracing` gave.
 
     Returns:
-        The function, as in :class:`TracedEnd`, and the variable as an expression; ``None`` if there is none.
+        The function, as in :class:`TracedEnd`, and the variable as an expression; ``None`` if no function has it.
     """
     node, code = _nodes.get(tensor), _translators[-1].output.root_tx.f_code
     argument, original = None if node is None else node.meta.get("grapharg"), _original_code(code)

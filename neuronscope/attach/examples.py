@@ -259,7 +259,7 @@ def first_tensor(value: Any) -> Tensor | None:
     """Return the first tensor with a dimension in nested lists, tuples, mappings, dataclasses and other objects.
 
     Returns:
-        The tensor, of any shape; ``None`` if there is none.
+        The tensor, of any shape; ``None`` if no tensor was found.
     """
     return _search(value, _has_rows, _DEEPEST, set())
 

@@ -72,7 +72,7 @@ class Watch(Protocol):
 
 
 def first_input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    """Return the first argument of a call, by position or by name; ``None`` if there is none.
+    """Return the first argument of a call, by position or by name; ``None`` for a call without arguments.
 
     Args:
         args: The positional arguments of the call.

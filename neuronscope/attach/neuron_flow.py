@@ -773,7 +773,7 @@ class NeuronFlow:
 
         Args:
             norm: Path of the norm.
-            layer: Path of the layer; ``""`` if there is none.
+            layer: Path of the layer; ``""`` if no layer is known.
         """
         layer = self.normalised.get(layer, "") or layer
         if self.normalised.setdefault(norm, layer) != layer:
@@ -899,7 +899,7 @@ def _are_equal(ids: list[int], values: tuple[Any, ...], known: _KnownCall) -> bo
 
 
 def _normalised(source: Origin, result: Origin) -> str:
-    """Return the path of the layer whose units a norm normalises one by one; ``""`` if there is none.
+    """Return the path of the layer whose units a norm normalises one by one; ``""`` if it normalises none.
 
     Args:
         source: What the norm is applied to.

@@ -87,8 +87,8 @@ class Origin:
         upstream: The calls of layers that the tensor depends on: bit ``n`` stands for call number ``n``.
         units: Which units it holds, if its state is :data:`UNITS`.
         layer: Path of the layer of a weight; of the layer that gave the units, if nothing was mixed into them since; or
-            of the layer some of whose units were picked by data, if its state is :data:`ENDED`. ``""`` if there is none
-            or it is not known.
+            of the layer some of whose units were picked by data, if its state is :data:`ENDED`. ``""`` for other
+            tensors, and if that layer is not known.
         cuts: Of a part of a weight: the slice of each dimension, or ``None`` where it is whole.
         picked: What data selected from a stack of weights, so that one index is a unit of several layers. ``True`` if
             more than this is not known; ``False`` if nothing was selected.

@@ -104,8 +104,8 @@ class Checkpoint:
         optimizers: The states of the optimizers.
         records: The states of Neuronscope's own monitors, by the key under which each was found.
         step: Number of optimizer steps taken; ``None`` if the file does not hold it.
-        config: The network's configuration (``config.json`` of a Hugging Face folder); empty if there is none.
-        adapter: The configuration of an adapter (``adapter_config.json`` of PEFT); empty if there is none.
+        config: The network's configuration (``config.json`` of a Hugging Face folder); empty for other checkpoints.
+        adapter: The configuration of an adapter (``adapter_config.json`` of PEFT); empty for other checkpoints.
         hyperparameters: Arguments that a LightningModule was created with, by name, if they are plain data.
         notes: Sentences that the report shows to the reader.
     """

@@ -267,7 +267,7 @@ def _examine(
         checkpoint, parameter_names=parameter_names, earlier=before, on_compared=compared.append
     )
     records = [report for report in recorded_reports(checkpoint) if isinstance(report, Report)]
-    found.sites += (site for report in records for site in report.layers)
+    recorded = [site for report in records for site in report.layers]
     for dtype, names in unexamined_types(checkpoint.tensors).items():
         found.notes.append(f"Weights and biases of type {dtype} are not examined: {quoted_list(names)}.")
 
@@ -281,9 +281,10 @@ def _examine(
         if examination.sites:  # the activation behind a norm is known: bounds prove it if its constant gives zero
             found.evidence = [one for one in found.evidence if one.source != "weights" or one.claim != "dead"]
         path_of = path_in_model(network, checkpoint)
-        found.evidence, found.sites = renamed(found.evidence, found.sites, path_of)
+        found.evidence, recorded = renamed(found.evidence, recorded, path_of)
         found.add((*examination.evidence, *examination.abstentions))
-        found.sites += examination.sites
+
+    found.sites += (*recorded, *examination.sites)
 
     # Measure: run the network over the data.
     moments = InputMoments()
@@ -320,8 +321,7 @@ def _examine(
     # Look for the causes of death.
     name_by_path = {layer.path: joined.name_of(path_of(layer.path)) for layer in layers}
     decay = weight_decay_per_step(checkpoint)
-    recorded = (path_of(site.name) for report in records for site in report.layers if site.is_norm)
-    behind_norms = {*examination.normalised, *recorded}
+    behind_norms = {*examination.normalised, *(site.name for site in recorded if site.is_norm)}
     facts = postmortem_facts(
         verdicts,
         step=checkpoint.step,

@@ -116,7 +116,7 @@ def _with_config(network: nn.Module, report: Report, batches: Iterable[Any]) -> 
 
 
 def _smaller_config(network: Any, small: nn.Module) -> dict[str, Any] | None:
-    """Return the configuration that builds a smaller network: one number of it changed; ``None`` if there is none."""
+    """Return the configuration that builds a smaller network: one number of it changed; ``None`` if no number does."""
     wanted = {name: tensor.shape for name, tensor in small.state_dict().items()}
     widths = {
         (before, after)

@@ -11,6 +11,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from neuronscope.arrays import BoolArray, IntArray
 from neuronscope.checkpoints.model.bounds.propagate import Box
 from neuronscope.checkpoints.model.examine_model import Examination
 from neuronscope.checkpoints.model.example_inputs import batch_example
@@ -140,16 +141,16 @@ def wake_dead_neurons(
     )
 
 
-def _proved_dead(evidence: Sequence[Evidence]) -> dict[str, npt.NDArray[np.bool_]]:
+def _proved_dead(evidence: Sequence[Evidence]) -> dict[str, BoolArray]:
     """Return the neurons that are proved dead, bool ``(N,)`` by site."""
-    proved: dict[str, npt.NDArray[np.bool_]] = {}
+    proved: dict[str, BoolArray] = {}
     for one in evidence:
         if one.basis == "proved" and one.claim == "dead":
             proved.setdefault(one.site, np.zeros(one.width, dtype=np.bool_))[one.neurons] = True
     return proved
 
 
-def _refuted(evidence: Sequence[Evidence], found: Mapping[str, npt.NDArray[np.int64]]) -> list[str]:
+def _refuted(evidence: Sequence[Evidence], found: Mapping[str, IntArray]) -> list[str]:
     """Report proofs of death that an input of the box refutes."""
     faults = []
     for one in evidence:

@@ -82,7 +82,7 @@ class Symptom:
         cause: The likely cause, as a sentence.
         remedies: What to do; only the remedies that apply are shown.
         source: Source of this knowledge; ``""`` if it is arithmetic.
-        test: A function that returns the evidence in the facts, or ``None`` if there is none.
+        test: A function that returns the evidence in the facts, or ``None`` without evidence.
         certain: Whether the cause follows from the evidence; otherwise it is the likely one.
     """
 

@@ -170,7 +170,7 @@ class RunFacts:
         return step - self.observed_every + 1
 
     def last_checkpoint(self, before: int | None) -> int | None:
-        """Return the step of the last known checkpoint before a step; ``None`` if there is none."""
+        """Return the step of the last known checkpoint before a step; ``None`` if no known one comes before it."""
         return max((step for step in self.checkpoints if before is not None and step < before), default=None)
 
 
@@ -183,7 +183,7 @@ class Support:
         neurons: Number of neurons that show the symptom.
         layers: Names of the layers that show it, the most affected first.
         steps: First and last step that it concerns; ``None`` if no step is known.
-        before: The step before which checkpoints do not show it yet; ``None`` if not known or if there is none.
+        before: The step before which checkpoints do not show it yet; ``None`` if no such step is known.
     """
 
     evidence: str

@@ -47,7 +47,7 @@ class ActRecord:
 
     @property
     def last_window(self) -> int:
-        """Last step of the newest window that was acted on; −1 if there is none."""
+        """Last step of the newest window that was acted on; −1 before the first act."""
         return self.acts[-1].last_step if self.acts else -1
 
     def revived(self, site: str) -> int:

@@ -315,7 +315,7 @@ class History:
 
     @property
     def newest_step(self) -> int:
-        """The newest step of any window, death or revival; −1 if there is none."""
+        """The newest step of any window, death or revival; −1 before the first."""
         steps = (
             max([-1, *trail.steps, *(int(each.max()) for each in (trail.died_step, trail.revived_step) if each.size)])
             for trail in self._trails.values()

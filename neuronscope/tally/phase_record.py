@@ -159,7 +159,7 @@ class PhaseRecord:
 
     @property
     def newest_step(self) -> int:
-        """The newest step that was observed, also on other ranks; −1 if there is none."""
+        """The newest step that was observed, also on other ranks; −1 before the first."""
         censuses = (self.closed, self.last, self._flushed)
         active = (int(each.last_active_step.max()) for census in censuses for each in census.values() if each.neurons)
         observed_steps = (*self._steps[-1:], *self._steps_before[-1:], self.checked_step)

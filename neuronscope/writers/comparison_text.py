@@ -40,7 +40,7 @@ class _ComparisonRow(NamedTuple):
 
 
 def render(found: ReportComparison, top: int = 20) -> str:
-    """Write a comparison, as wide as the terminal, or 120 columns without colour codes if there is none.
+    """Write a comparison, as wide as the terminal, or 120 columns without colour codes outside of one.
 
     Args:
         found: The comparison.

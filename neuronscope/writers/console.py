@@ -74,7 +74,7 @@ class Page:
     """A page of text, as wide as the terminal.
 
     Attributes:
-        width: Columns: those of the terminal (40 at least), or :data:`PIPE_WIDTH` if there is none.
+        width: Columns: those of the terminal (40 at least), or :data:`PIPE_WIDTH` where standard output is no terminal.
     """
 
     def __init__(self) -> None:

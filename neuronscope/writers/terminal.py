@@ -28,7 +28,7 @@ EXAMPLES = (Column("examples", "examples"), Column("fires in", "bound"))
 
 
 def render(report: Report, top: int = 20) -> str:
-    """Write a report as text, as wide as the terminal, or 120 columns without colour codes if there is none.
+    """Write a report as text, as wide as the terminal, or 120 columns without colour codes outside of one.
 
     Args:
         report: The report.

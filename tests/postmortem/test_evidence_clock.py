@@ -233,7 +233,7 @@ def test_momentum_is_dated_relative_to_the_largest_row(momentum):
         parameter.grad = torch.tensor([[1.0, 1.0], [float(step < 40)] * 2, [0.0, 0.0]])
         optimizer.step()
     peaks = BufferPeaks.of(optimizer.state[parameter]["momentum_buffer"])
-    reading = SGDClock(momentum).read({"a": peaks})["a"]
+    reading = SGDClock(momentum).read_layer(peaks, peaks.largest)
     # With a momentum of one half a buffer fades to an exact zero, so that a zero shows nothing.
     assert reading.never.tolist() == [False, False, momentum > 0.5]
     assert reading.steps[0] == 0
@@ -245,6 +245,7 @@ def test_momentum_is_dated_relative_to_the_largest_row(momentum):
 def test_a_layer_far_below_the_others_is_measured_by_them():
     loud, hushed = torch.tensor([1.0, 0.9]), torch.tensor([1.0, 0.9]) * 0.9**200
     layers = {name: BufferPeaks.of(rows[:, None]) for name, rows in (("a", loud), ("b", loud), ("c", hushed))}
-    readings = SGDClock(0.9).read(layers)
+    clock = SGDClock(0.9)
+    readings = {name: clock.read_layer(peaks, clock.largest(layers.values())) for name, peaks in layers.items()}
     assert readings["a"].steps.tolist() == [0, 1]
     assert readings["c"].steps.tolist() == [200, 201]

@@ -7,9 +7,9 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from torch import Tensor, nn
 
+from neuronscope.arrays import BoolArray, IntArray
 from neuronscope.checkpoints.verdict.evidence import Abstention, Evidence, evidence_on_site
 from neuronscope.judge.verdicts import Policy, rate_bound
 from neuronscope.report.report import Report, SiteReport
@@ -73,9 +73,9 @@ def counted_evidence(
     *,
     source: str,
     where: str,
-    judged: npt.NDArray[np.bool_] | None = None,
+    judged: BoolArray | None = None,
     blocked: bool = False,
-    since: npt.NDArray[np.int64] | None = None,
+    since: IntArray | None = None,
 ) -> Iterator[Evidence]:
     """Yield what exact counts show about the ``N`` neurons of one site.
 

@@ -113,8 +113,7 @@ def compare_with_earlier(
         if start is None or isinstance(passed, str):
             yield Abstention(_SOURCE, read.layer.path, passed if isinstance(passed, str) else "No clock in both.")
             continue
-        pair = _Pair(earlier, later, before, states, start, read, passed)
-        between = _between(start, read, passed, *(pair.decayed_tests() if read.is_decayed else pair.tests()))
+        between = _Pair((earlier, later), (before, states), (start, read), passed).gradients()
         yield between
         yield from _judge(start, read, between)
 
@@ -137,56 +136,65 @@ def _steps_between(start: LayerClock | None, end: LayerClock) -> int | str:
     return last - first
 
 
+@dataclass(frozen=True, eq=False)
 class _Pair:
-    """One layer in both checkpoints."""
+    """One layer in both checkpoints, each field with the earlier one first."""
 
-    def __init__(
-        self,
-        earlier: Checkpoint,
-        later: Checkpoint,
-        before: Mapping[str, ParameterState],
-        after: Mapping[str, ParameterState],
-        start: LayerClock,
-        end: LayerClock,
-        steps: int,
-    ) -> None:
-        self._tensors = earlier.tensors, later.tensors
-        self._entries = before, after
-        self._layer = end.layer
-        self._names = [name for name in end.parameters if name in start.parameters]
-        self._rules = start.rule, end.rule
-        self._steps = steps
-        self._tolerance = _RELATIVE + _RELATIVE_A_STEP * steps
-        self._averaged = earlier.is_averaged or later.is_averaged
+    checkpoints: tuple[Checkpoint, Checkpoint]
+    states: tuple[Mapping[str, ParameterState], Mapping[str, ParameterState]]
+    clocks: tuple[LayerClock, LayerClock]
+    steps: int
 
-    def tests(self) -> tuple[Tensor, Tensor]:
+    @property
+    def _layer(self) -> Layer:
+        return self.clocks[1].layer
+
+    @property
+    def _names(self) -> list[str]:
+        return [name for name in self.clocks[1].parameters if name in self.clocks[0].parameters]
+
+    @property
+    def _tolerance(self) -> float:
+        return _RELATIVE + _RELATIVE_A_STEP * self.steps
+
+    def gradients(self) -> GradientsBetween:
+        """Return which rows got a gradient, without those of which a clock shows nothing."""
+        end = self.clocks[1]
+        no_gradient, touched = self._decayed_tests() if end.is_decayed else self._tests()
+        readable = torch.ones_like(touched)
+        for clock in self.clocks:
+            readable &= ~(clock.reading.not_finite | clock.reading.unknown)
+        none, some = no_gradient & readable, touched & readable & ~no_gradient
+        whole = bool((none | end.reading.never).all())
+        return GradientsBetween(end.layer.path, self.steps, none, some, whole, self.steps <= end.clock.silent_steps)
+
+    def _tests(self) -> tuple[Tensor, Tensor]:
         """Return which rows got no gradient as far as can be seen, and which certainly got one, both bool ``(N,)``."""
-        kept = torch.full((self._layer.width,), not self._averaged)
+        averaged = any(one.is_averaged for one in self.checkpoints)
+        kept = torch.full((self._layer.width,), not averaged)
         touched = torch.zeros(self._layer.width, dtype=torch.bool)
         for name in self._names:
             room = self._means(name, touched)
-            if not self._averaged:
+            if not averaged:
                 self._weights(name, room, kept)
         return kept & ~touched, touched
 
-    def decayed_tests(self) -> tuple[Tensor, Tensor]:
-        """Return the same as :meth:`tests`, for a momentum buffer that weight decay is part of."""
+    def _decayed_tests(self) -> tuple[Tensor, Tensor]:
+        """Return the same as :meth:`_tests`, for a momentum buffer that weight decay is part of."""
         columns: list[list[Tensor]] = [[], [], [], []]  # weights and buffers of the earlier and of the later one
         for name in self._names:
-            for at, (tensors, states) in enumerate(zip(self._tensors, self._entries, strict=True)):
-                columns[2 * at].append(self._rows(tensors[name]))
+            for at, (checkpoint, states) in enumerate(zip(self.checkpoints, self.states, strict=True)):
+                columns[2 * at].append(self._rows(checkpoint.tensors[name]))
                 columns[2 * at + 1].append(self._rows(states[name].slots["momentum_buffer"]))
         w1, b1, w2, b2 = (torch.cat(parts, dim=1) for parts in columns)
-        momentum, epsilon = self._rules[0].betas[0], torch.finfo(torch.float32).eps
+        first, last = (clock.rule for clock in self.clocks)
+        momentum, epsilon = first.betas[0], torch.finfo(torch.float32).eps
         # Rounding moves each weight by half of its epsilon a step at most, and a decayed buffer follows the weights.
-        size, old = w1.norm(dim=1), b1.norm(dim=1) * momentum**self._steps
-        allowed_weights = (_ROW_RELATIVE + epsilon / 2.0 * self._steps) * size
-        decayed = self._rules[1].decay.amount / (1.0 - momentum) * size
-        allowed_buffers = epsilon * ((decayed + old) / (1.0 - momentum) + old * self._steps / 2.0)
-        ratios = [
-            _distance(w2, w1, b1) / allowed_weights,
-            _distance(b2, w2, b1) / allowed_buffers,
-        ]
+        size, old = w1.norm(dim=1), b1.norm(dim=1) * momentum**self.steps
+        allowed_weights = (_ROW_RELATIVE + epsilon / 2.0 * self.steps) * size
+        decayed = last.decay.amount / (1.0 - momentum) * size
+        allowed_buffers = epsilon * ((decayed + old) / (1.0 - momentum) + old * self.steps / 2.0)
+        ratios = [_distance(w2, w1, b1) / allowed_weights, _distance(b2, w2, b1) / allowed_buffers]
         largest = torch.stack(ratios).amax(dim=0)  # NaN if any number is
         informative = (w1 != 0).sum(dim=1) >= _FEWEST_ELEMENTS
         return (largest <= 1.0) & informative, (largest > _FAR) & informative
@@ -202,21 +210,20 @@ class _Pair:
             name: The parameter.
             touched: Rows that certainly got a gradient, bool ``(N,)``; changed in place.
         """
-        first, last = (states[name].slots for states in self._entries)
-        adam = self._rules[0].is_adam
-        slot = self._rules[0].slots[0]
-        beta = self._rules[0].betas[0]
+        rule = self.clocks[0].rule
+        first, last = (states[name].slots for states in self.states)
+        beta = rule.betas[0]
         tiny = torch.finfo(torch.float32).tiny
-        m1, m2 = self._rows(first[slot]), self._rows(last[slot])
-        left = m1.abs() * beta**self._steps * (1 + self._tolerance) + 4 * tiny
+        m1, m2 = (self._rows(slots[rule.slots[0]]) for slots in (first, last))
+        left = m1.abs() * beta**self.steps * (1 + self._tolerance) + 4 * tiny
         touched |= (m2.abs() > left).any(dim=1)
-        rates = [rule.rate for rule in self._rules if math.isfinite(rule.rate)]
+        rates = [clock.rule.rate for clock in self.clocks if math.isfinite(clock.rule.rate)]
         rate = _RATE_FACTOR * max(rates, default=math.inf)
-        if not adam:
+        if not rule.is_adam:
             return rate * m1.abs() * beta / (1.0 - beta)
-        beta2 = self._rules[0].betas[1]
-        v1, v2 = (self._rows(state[self._rules[0].slots[1]]) for state in (first, last))
-        left = v1 * beta2**self._steps * (1 + self._tolerance) + 65536 * tiny
+        beta2 = rule.betas[1]
+        v1, v2 = (self._rows(slots[rule.slots[1]]) for slots in (first, last))
+        left = v1 * beta2**self.steps * (1 + self._tolerance) + 65536 * tiny
         touched |= (v2 > left).any(dim=1)
         # Step j moves a weight by at most lr · r₁ (β1/√β2)^j. The sum over all j is geometric, and the bias correction
         # of m in early steps is at most 1 / (1 − β1).
@@ -232,8 +239,8 @@ class _Pair:
             room: How far each weight can move without a gradient, ``(N, F)``.
             kept: Rows that may have got no gradient, bool ``(N,)``; changed in place.
         """
-        w1, w2 = (self._rows(tensors[name]) for tensors in self._tensors)
-        if self._entries[1][name].group.get("weight_decay"):
+        w1, w2 = (self._rows(one.tensors[name]) for one in self.checkpoints)
+        if self.states[1][name].group.get("weight_decay"):
             # Decay shrinks the whole row by one factor: that of its largest weight.
             place = w1.abs().argmax(dim=1, keepdim=True)
             top = w1.gather(1, place)
@@ -253,15 +260,6 @@ def _distance(rows: Tensor, first: Tensor, second: Tensor) -> Tensor:
     along = basis @ (basis.transpose(1, 2) @ rows[:, :, None])
     distance: Tensor = torch.linalg.vector_norm(rows - along[:, :, 0], dim=1)
     return distance
-
-
-def _between(start: LayerClock, end: LayerClock, passed: int, no_gradient: Tensor, touched: Tensor) -> GradientsBetween:
-    """Return which rows got a gradient, without those of which a clock shows nothing."""
-    before, after = start.reading, end.reading
-    readable = ~(before.not_finite | before.unknown | after.not_finite | after.unknown)
-    none, some = no_gradient & readable, touched & readable & ~no_gradient
-    whole = bool((none | after.never).all())
-    return GradientsBetween(end.layer.path, passed, none, some, whole, passed <= end.clock.silent_steps)
 
 
 def _judge(start: LayerClock, end: LayerClock, between: GradientsBetween) -> Iterator[Evidence]:

@@ -63,13 +63,13 @@ class LayerClock:
         reading: What the clock shows for each row.
         weights: What it shows for each row without the bias, that is, for the parameters that multiply the input.
         parameters: Names of the layer's tensors that were read.
-        taken: Number of steps in which the layer was updated; ``None`` if its optimizer does not count them.
-        lag: Number of its optimizer's steps in which it was not updated: it was frozen, or no gradient reached it.
-        step: The training step of the checkpoint, if the optimizer's steps are steps of the training; ``None`` = not
-            known.
-        began: The training step at which its optimizer began; ``None`` = not known.
         untrained: True for rows without any gradient in this state that no other optimizer seems to have trained
             before, bool ``(N,)``: their weights look as they were initialised.
+        step: The training step of the checkpoint, if the optimizer's steps are steps of the training; ``None`` = not
+            known.
+        taken: Number of steps in which the layer was updated; ``None`` if its optimizer does not count them.
+        lag: Number of its optimizer's steps in which it was not updated: it was frozen, or no gradient reached it.
+        began: The training step at which its optimizer began; ``None`` = not known.
     """
 
     layer: Layer
@@ -78,11 +78,11 @@ class LayerClock:
     reading: ClockReading
     weights: ClockReading
     parameters: tuple[str, ...]
-    taken: int | None
-    lag: int
-    step: int | None
-    began: int | None
     untrained: Tensor
+    step: int | None
+    taken: int | None = None
+    lag: int = 0
+    began: int | None = None
 
     @property
     def is_decayed(self) -> bool:
@@ -116,149 +116,102 @@ def read_clocks(
         states: The optimizer state of each parameter; see
             :func:`neuronscope.checkpoints.file.parameter_matching.match_parameters`.
     """
-    newest = _newest_steps(states)
-    decay_check = _DecayCheck(checkpoint, states)
-    recognize = _Recognizer()
-    momentum_layers: dict[tuple[int, SGDClock], list[_RuledLayer]] = {}
-    together: list[_RuledLayer] = []
-    weights = 0
-    for layer in layers:
-        if layer.kind == "experts":
-            yield Abstention(
-                "optimizer state",
-                layer.path,
-                "Several experts are stacked in one tensor; along which dimension their neurons lie is not known.",
-            )
-        if layer.kind not in (*NEURON_KINDS, "norm"):
-            continue
-        known = _find_rules(checkpoint, layer, states, decay_check, recognize)
-        if isinstance(known, str):
-            if layer.kind != "norm":
-                yield Abstention("optimizer state", layer.path, f"No clock for this layer: {known}.")
-            continue
-        rule, weight = known[layer.weight], states[layer.weight]
-        if rule.is_momentum:
-            key = weight.optimizer, SGDClock(rule.betas[0], rule.least_beta)
-            momentum_layers.setdefault(key, []).append((layer, known))
-            continue
-        together.append((layer, known))
-        weights += math.prod(checkpoint.tensors[layer.weight].shape)
-        if weights >= _TOGETHER:
-            yield from _read_means(checkpoint, states, together, newest)
-            together, weights = [], 0
-    yield from _read_means(checkpoint, states, together, newest)
-    for (_, clock), found in momentum_layers.items():
-        yield from _read_momentum(checkpoint, states, clock, found)
+    return _ClockReader(checkpoint, states).read(layers)
 
 
+#: A layer, and the optimizer of each of its tensors that is read.
 _RuledLayer = tuple[Layer, Mapping[str, OptimizerRule]]
 
 
-def _read_momentum(
-    checkpoint: Checkpoint, states: Mapping[str, ParameterState], clock: SGDClock, found: Sequence[_RuledLayer]
-) -> Iterator[LayerClock]:
-    """Read all layers of one optimizer, compared with the largest buffer of linear and convolutional layers.
-
-    Norms are left out of the comparison because their buffers are larger.
-    """
-    whole = [_peaks(checkpoint, layer, states, rules, clock) for layer, rules in found]
-    largest = clock.largest(peaks for peaks, (layer, _) in zip(whole, found, strict=True) if layer.kind in NEURON_KINDS)
-    for peaks, (layer, rules) in zip(whole, found, strict=True):
-        weights = _peaks(checkpoint, layer, states, _without_bias(layer, rules), clock, as_one=layer.kind == "norm")
-        reading = clock.read_layer(peaks, largest)
-        yield LayerClock(
-            layer=layer,
-            rule=rules[layer.weight],
-            clock=clock,
-            reading=reading,
-            weights=clock.read_layer(weights, largest),
-            parameters=tuple(rules),
-            taken=None,
-            lag=0,
-            step=checkpoint.step,
-            began=None,
-            untrained=as_initialised(layer, checkpoint.tensors, reading.never),
-        )
-
-
-def _without_bias(layer: Layer, rules: Mapping[str, OptimizerRule]) -> dict[str, OptimizerRule]:
-    return {name: rule for name, rule in rules.items() if name != layer.bias}
-
-
-class _Recognizer:
-    """Recognises the optimizer of each parameter: once for all parameters of a group whose states are alike."""
-
-    def __init__(self) -> None:
-        self._known: dict[tuple[Hashable, ...], OptimizerRule | str] = {}
-
-    def __call__(self, state: ParameterState) -> OptimizerRule | str:
-        kinds = (getattr(kept, "dtype", "") for kept in state.slots.values())
-        key = id(state.group), *state.slots, *kinds
-        rule = self._known.get(key)
-        if rule is None:
-            rule = self._known[key] = recognize_optimizer(state.group, state.slots)
-        return rule
-
-
-def _find_rules(
-    checkpoint: Checkpoint,
-    layer: Layer,
-    states: Mapping[str, ParameterState],
-    decay_check: _DecayCheck,
-    recognize: _Recognizer,
-) -> dict[str, OptimizerRule] | str:
-    """Return the optimizer of each of a layer's tensors that can be read, or why the weight cannot be read."""
-    weight = states.get(layer.weight)
-    if weight is None:
-        return "no entry of an optimizer's state could be matched to its weight; it may be shared with another layer"
-    found: dict[str, OptimizerRule] = {}
-    for name in layer.incoming:
-        state = states.get(name)
-        if state is None:
-            continue
-        rule = recognize(state)
-        if isinstance(rule, OptimizerRule) and not _fits(state, rule, checkpoint.tensors[name].shape):
-            rule = "its optimizer's state has another shape"
-        reason = rule if isinstance(rule, str) else decay_check.reason(state, rule)
-        if reason is not None and name == layer.weight:
-            return reason
-        if reason is None and isinstance(rule, OptimizerRule):
-            found[name] = rule
-    own = found[layer.weight]
-    return {
-        name: rule
-        for name, rule in found.items()
-        if (rule.source, rule.is_adam, rule.is_momentum) == (own.source, own.is_adam, own.is_momentum)
-    }
-
-
-def _fits(state: ParameterState, rule: OptimizerRule, shape: tuple[int, ...]) -> bool:
-    return all(tuple(getattr(state.slots[slot], "shape", ())) == tuple(shape) for slot in rule.slots)
-
-
-class _DecayCheck:
-    """Checks for each optimizer whether weight decay hides missing gradients."""
+class _ClockReader:
+    """Reads the clocks of a checkpoint's layers."""
 
     def __init__(self, checkpoint: Checkpoint, states: Mapping[str, ParameterState]) -> None:
         self._checkpoint = checkpoint
-        self._entries = states
+        self._states = states
+        self._newest: dict[int, int] = {}  # the largest number of updates of any parameter, by optimizer
+        for state in states.values():
+            taken = steps_taken(state.slots, state.group)
+            if taken is not None:
+                self._newest[state.optimizer] = max(taken, self._newest.get(state.optimizer, 0))
+        self._known: dict[tuple[Hashable, ...], OptimizerRule | str] = {}
         self._decoupled: dict[int, bool] = {}
 
-    def reason(self, state: ParameterState, rule: OptimizerRule) -> str | None:
-        """Return why a parameter's state cannot show missing gradients; ``None`` if it can.
+    def read(self, layers: Sequence[Layer]) -> Iterator[LayerClock | Abstention]:
+        """Yield the clock of each layer, or why it has none."""
+        momentum_layers: dict[tuple[int, SGDClock], list[_RuledLayer]] = {}
+        together: list[_RuledLayer] = []
+        weights = 0
+        for layer in layers:
+            if layer.kind == "experts":
+                yield Abstention(
+                    "optimizer state",
+                    layer.path,
+                    "Several experts are stacked in one tensor; along which dimension their neurons lie is not known.",
+                )
+            if layer.kind not in (*NEURON_KINDS, "norm"):
+                continue
+            rules = self._find_rules(layer)
+            if isinstance(rules, str):
+                if layer.kind != "norm":
+                    yield Abstention("optimizer state", layer.path, f"No clock for this layer: {rules}.")
+                continue
+            rule = rules[layer.weight]
+            if rule.is_momentum:
+                key = self._states[layer.weight].optimizer, SGDClock(rule.betas[0], rule.least_beta)
+                momentum_layers.setdefault(key, []).append((layer, rules))
+                continue
+            together.append((layer, rules))
+            weights += math.prod(self._checkpoint.tensors[layer.weight].shape)
+            if weights >= _TOGETHER:
+                yield from self._read_means(together)
+                together, weights = [], 0
+        yield from self._read_means(together)
+        for (_, clock), found in momentum_layers.items():
+            yield from self._read_momentum(clock, found)
 
-        Args:
-            state: What the optimizer keeps of the parameter.
-            rule: How the optimizer changes its state.
-        """
+    def _find_rules(self, layer: Layer) -> dict[str, OptimizerRule] | str:
+        """Return the optimizer of each of a layer's tensors that can be read, or why the weight cannot be read."""
+        if layer.weight not in self._states:
+            return (
+                "no entry of an optimizer's state could be matched to its weight; it may be shared with another layer"
+            )
+        found: dict[str, OptimizerRule] = {}
+        for name in layer.incoming:
+            state = self._states.get(name)
+            if state is None:
+                continue
+            rule = self._recognize(state)
+            if isinstance(rule, OptimizerRule) and not _fits(state, rule, self._checkpoint.tensors[name].shape):
+                rule = "its optimizer's state has another shape"
+            reason = rule if isinstance(rule, str) else self._why_hidden(state, rule)
+            if reason is not None and name == layer.weight:
+                return reason
+            if reason is None and isinstance(rule, OptimizerRule):
+                found[name] = rule
+        own = found[layer.weight]
+        return {
+            name: rule
+            for name, rule in found.items()
+            if (rule.source, rule.is_adam, rule.is_momentum) == (own.source, own.is_adam, own.is_momentum)
+        }
+
+    def _recognize(self, state: ParameterState) -> OptimizerRule | str:
+        """Return the optimizer of a parameter: found once for all parameters of a group whose states are alike."""
+        key = id(state.group), *state.slots, *(getattr(kept, "dtype", "") for kept in state.slots.values())
+        if key not in self._known:
+            self._known[key] = recognize_optimizer(state.group, state.slots)
+        return self._known[key]
+
+    def _why_hidden(self, state: ParameterState, rule: OptimizerRule) -> str | None:
+        """Return why weight decay hides missing gradients in a parameter's state; ``None`` if it does not."""
+        hides = rule.decay.hides_zero_gradients
         if not rule.is_adam:  # a momentum buffer with decay is compared with the weights; exact zeros are zeros
-            compares = rule.is_momentum and rule.decay.hides_zero_gradients
-            return _AVERAGED if compares and self._checkpoint.is_averaged else None
-        hides_zero_gradients = rule.decay.hides_zero_gradients
-        if hides_zero_gradients is False or (hides_zero_gradients is None and self._is_decoupled(state.optimizer)):
+            return _AVERAGED if rule.is_momentum and hides and self._checkpoint.is_averaged else None
+        if hides is False or (hides is None and self._is_decoupled(state.optimizer)):
             return None
         amount = f"weight decay of {rule.decay.amount:g}"
-        if hides_zero_gradients is None:
+        if hides is None:
             return (
                 f"the file does not say whether its {amount} is AdamW's or Adam's; Adam's is added to the gradient, so "
                 "that missing gradients cannot be seen"
@@ -276,13 +229,14 @@ class _DecayCheck:
         """
         if optimizer not in self._decoupled:
             self._decoupled[optimizer] = any(
-                self._proves(name, state) for name, state in self._entries.items() if state.optimizer == optimizer
+                self._proves_decoupled(name, state)
+                for name, state in self._states.items()
+                if state.optimizer == optimizer
             )
         return self._decoupled[optimizer]
 
-    def _proves(self, name: str, state: ParameterState) -> bool:
-        rule = recognize_optimizer(state.group, state.slots)
-        tensor = self._checkpoint.tensors[name]
+    def _proves_decoupled(self, name: str, state: ParameterState) -> bool:
+        rule, tensor = self._recognize(state), self._checkpoint.tensors[name]
         if isinstance(rule, str) or not rule.is_adam or not _fits(state, rule, tensor.shape):
             return False
         mean, square = (_read(state, slot) for slot in rule.slots)
@@ -291,49 +245,119 @@ class _DecayCheck:
             return False
         return bool((tensor.read()[untouched].double().abs() * rule.decay.amount > 1e-15).any())
 
+    def _read_momentum(self, clock: SGDClock, found: Sequence[_RuledLayer]) -> Iterator[LayerClock]:
+        """Read all layers of one optimizer, compared with the largest buffer of linear and convolutional layers.
 
-def _read(state: ParameterState, slot: str) -> torch.Tensor:
+        Norms are left out of the comparison because their buffers are larger.
+        """
+        whole = [self._peaks(layer, rules, clock) for layer, rules in found]
+        largest = clock.largest(
+            peaks for peaks, (layer, _) in zip(whole, found, strict=True) if layer.kind in NEURON_KINDS
+        )
+        for peaks, (layer, rules) in zip(whole, found, strict=True):
+            weights = self._peaks(layer, _without_bias(layer, rules), clock, as_one=layer.kind == "norm")
+            reading = clock.read_layer(peaks, largest)
+            yield LayerClock(
+                layer=layer,
+                rule=rules[layer.weight],
+                clock=clock,
+                reading=reading,
+                weights=clock.read_layer(weights, largest),
+                parameters=tuple(rules),
+                untrained=as_initialised(layer, self._checkpoint.tensors, reading.never),
+                step=self._checkpoint.step,
+            )
+
+    def _peaks(
+        self, layer: Layer, rules: Mapping[str, OptimizerRule], clock: SGDClock, *, as_one: bool = False
+    ) -> BufferPeaks:
+        """Return the peaks of a layer's rows. Tensors with one weight decay are compared with their weights together.
+
+        The gains of a norm show decay only ``as_one`` row: each row has a single one, which is a multiple of its
+        buffer whatever came.
+        """
+        by_decay: dict[float, list[tuple[Tensor, Tensor]]] = {}
+        for name, rule in rules.items():
+            decay = 0.0 if rule.decay.decoupled else rule.decay.amount * (1.0 - rule.dampening)
+            tensors = (_read(self._states[name], "momentum_buffer"), self._checkpoint.tensors[name].read())
+            buffer, weight = (tensor.reshape(1, -1) if as_one else layer.rows(tensor) for tensor in tensors)
+            by_decay.setdefault(decay, []).append((buffer, weight))
+        peaks = reduce(BufferPeaks.join, (_joined_peaks(decay, parts, clock) for decay, parts in by_decay.items()))
+        return peaks.repeat(layer.width) if as_one else peaks
+
+    def _read_means(self, layers: Sequence[_RuledLayer]) -> Iterator[LayerClock]:
+        """Read layers whose optimizer keeps Adam's means, or others of which only exact zeros are read."""
+        readings = iter(self._read_together(layers))
+        for layer, rules in layers:
+            rule, weight = rules[layer.weight], self._states[layer.weight]
+            taken, newest = steps_taken(weight.slots, weight.group), self._newest.get(weight.optimizer)
+            each = {name: next(readings) for name in rules}
+            reading = reduce(ClockReading.join, each.values())
+            step, began = self._training_steps(newest)
+            never = reading.never & self._may_be_first(newest)
+            yield LayerClock(
+                layer=layer,
+                rule=rule,
+                clock=_clock(rule, taken),
+                reading=reading,
+                weights=reduce(ClockReading.join, (each[name] for name in _without_bias(layer, rules))),
+                parameters=tuple(rules),
+                untrained=as_initialised(layer, self._checkpoint.tensors, never),
+                step=step,
+                taken=taken,
+                lag=0 if taken is None or newest is None else newest - taken,
+                began=began,
+            )
+
+    def _read_together(self, layers: Sequence[_RuledLayer]) -> list[ClockReading]:
+        """Read the clocks of the tensors of several layers, layer by layer: those that are alike as one."""
+        alike: dict[tuple[Hashable, ...], list[tuple[int, AdamClock | NoClock, tuple[Tensor, ...]]]] = {}
+        tensors = [(layer, name, rule) for layer, rules in layers for name, rule in rules.items()]
+        for number, (layer, name, rule) in enumerate(tensors):
+            state = self._states[name]
+            kept = tuple(layer.rows(_read(state, slot)) for slot in rule.slots)
+            clock = _clock(rule, steps_taken(state.slots, state.group))
+            key = clock, kept[0].shape[1], *(tensor.dtype for tensor in kept)
+            alike.setdefault(key, []).append((number, clock, kept))
+        found: dict[int, ClockReading] = {}
+        for members in alike.values():
+            numbers, (clock, *_), kept_by_each = zip(*members, strict=True)
+            slots = kept_by_each[0] if len(members) == 1 else map(torch.cat, zip(*kept_by_each, strict=True))
+            parts = clock.read(*slots).split([kept[0].shape[0] for kept in kept_by_each])
+            found.update(zip(numbers, parts, strict=True))
+        return [found[at] for at in range(len(tensors))]
+
+    def _may_be_first(self, newest: int | None) -> bool:
+        """Whether an optimizer may have begun with the training: the file counts no more steps than the optimizer."""
+        step = self._checkpoint.step
+        return step is None or newest is None or len(self._checkpoint.optimizers) != 1 or step <= newest
+
+    def _training_steps(self, newest: int | None) -> tuple[int | None, int | None]:
+        """Return the training step of the checkpoint and that at which its optimizer began, as far as they are known.
+
+        A file may count other steps than the optimizer's: batches of which several make a step, or the steps of several
+        optimizers together.
+        """
+        step = self._checkpoint.step
+        if step is None or newest is None or len(self._checkpoint.optimizers) != 1:
+            return newest, None
+        batches = step // newest
+        if step < newest or (batches > 1 and step % newest < batches):
+            return None, None
+        return step, step - newest
+
+
+def _without_bias(layer: Layer, rules: Mapping[str, OptimizerRule]) -> dict[str, OptimizerRule]:
+    return {name: rule for name, rule in rules.items() if name != layer.bias}
+
+
+def _fits(state: ParameterState, rule: OptimizerRule, shape: tuple[int, ...]) -> bool:
+    return all(tuple(getattr(state.slots[slot], "shape", ())) == tuple(shape) for slot in rule.slots)
+
+
+def _read(state: ParameterState, slot: str) -> Tensor:
     stored = state.slots[slot]
     return torch.tensor(stored) if isinstance(stored, (int, float)) else stored.read()
-
-
-def _newest_steps(states: Mapping[str, ParameterState]) -> dict[int, int]:
-    """Return the largest number of updates of any parameter, by optimizer."""
-    newest: dict[int, int] = {}
-    for state in states.values():
-        taken = steps_taken(state.slots, state.group)
-        if taken is not None:
-            newest[state.optimizer] = max(taken, newest.get(state.optimizer, 0))
-    return newest
-
-
-def _peaks(
-    checkpoint: Checkpoint,
-    layer: Layer,
-    states: Mapping[str, ParameterState],
-    rules: Mapping[str, OptimizerRule],
-    clock: SGDClock,
-    as_one: bool = False,
-) -> BufferPeaks:
-    """Return the peaks of a layer's rows. Parameters with one weight decay are compared with their weights together.
-
-    Args:
-        checkpoint: The checkpoint.
-        layer: The layer.
-        states: The optimizer state of each parameter.
-        rules: The optimizer of each of the layer's tensors that is read.
-        clock: The optimizer's clock.
-        as_one: Whether to take all rows for one. The gains of a norm show decay only in this way: each row has a single
-            one, which is a multiple of its buffer whatever came.
-    """
-    by_decay: dict[float, list[tuple[Tensor, Tensor]]] = {}
-    for name, rule in rules.items():
-        decay = 0.0 if rule.decay.decoupled else rule.decay.amount * (1.0 - rule.dampening)
-        tensors = (_read(states[name], "momentum_buffer"), checkpoint.tensors[name].read())
-        buffer, weight = (tensor.reshape(1, -1) if as_one else layer.rows(tensor) for tensor in tensors)
-        by_decay.setdefault(decay, []).append((buffer, weight))
-    peaks = reduce(BufferPeaks.join, (_joined_peaks(decay, parts, clock) for decay, parts in by_decay.items()))
-    return peaks.repeat(layer.width) if as_one else peaks
 
 
 def _joined_peaks(decay: float, parts: Sequence[tuple[Tensor, Tensor]], clock: SGDClock) -> BufferPeaks:
@@ -343,85 +367,5 @@ def _joined_peaks(decay: float, parts: Sequence[tuple[Tensor, Tensor]], clock: S
     return BufferPeaks.of_decayed(buffers, weights, decay, clock)
 
 
-def _read_means(
-    checkpoint: Checkpoint,
-    states: Mapping[str, ParameterState],
-    layers: Sequence[_RuledLayer],
-    newest_steps: Mapping[int, int],
-) -> Iterator[LayerClock]:
-    """Read layers whose optimizer keeps Adam's means, or others of which only exact zeros are read.
-
-    Args:
-        checkpoint: The checkpoint.
-        states: The optimizer state of each parameter.
-        layers: The layers, with the optimizer of each tensor that is read.
-        newest_steps: Number of steps of each optimizer that is known.
-    """
-    readings = iter(_read_together(states, layers))
-    for layer, rules in layers:
-        rule, weight = rules[layer.weight], states[layer.weight]
-        taken, newest = steps_taken(weight.slots, weight.group), newest_steps.get(weight.optimizer)
-        each = {name: next(readings) for name in rules}
-        reading = reduce(ClockReading.join, each.values())
-        step, began = _training_steps(checkpoint, newest)
-        yield LayerClock(
-            layer=layer,
-            rule=rule,
-            clock=_clock(rule, taken),
-            reading=reading,
-            weights=reduce(ClockReading.join, (each[name] for name in _without_bias(layer, rules))),
-            parameters=tuple(rules),
-            taken=taken,
-            lag=0 if taken is None or newest is None else newest - taken,
-            step=step,
-            began=began,
-            untrained=as_initialised(layer, checkpoint.tensors, reading.never & _may_be_first(checkpoint, newest)),
-        )
-
-
-def _read_together(states: Mapping[str, ParameterState], layers: Sequence[_RuledLayer]) -> list[ClockReading]:
-    """Read the clocks of the tensors of several layers, layer by layer: those that are alike as one."""
-    alike: dict[tuple[Hashable, ...], list[tuple[int, AdamClock | NoClock, tuple[Tensor, ...]]]] = {}
-    number = 0
-    for layer, rules in layers:
-        for name, rule in rules.items():
-            kept = tuple(layer.rows(_read(states[name], slot)) for slot in rule.slots)
-            clock = _clock(rule, steps_taken(states[name].slots, states[name].group))
-            key = clock, kept[0].shape[1], *(tensor.dtype for tensor in kept)
-            alike.setdefault(key, []).append((number, clock, kept))
-            number += 1
-    found: dict[int, ClockReading] = {}
-    for members in alike.values():
-        numbers, (clock, *_), kept_by_each = zip(*members, strict=True)
-        slots = kept_by_each[0] if len(members) == 1 else map(torch.cat, zip(*kept_by_each, strict=True))
-        parts = clock.read(*slots).split([kept[0].shape[0] for kept in kept_by_each])
-        found.update(zip(numbers, parts, strict=True))
-    return [found[at] for at in range(number)]
-
-
 def _clock(rule: OptimizerRule, taken: int | None) -> AdamClock | NoClock:
     return AdamClock(rule.betas[0], rule.betas[1], taken, rule.least_beta) if rule.is_adam else NoClock()
-
-
-def _may_be_first(checkpoint: Checkpoint, newest: int | None) -> bool:
-    """Whether an optimizer may have begun with the training: the file does not count more steps than the optimizer."""
-    return checkpoint.step is None or newest is None or len(checkpoint.optimizers) != 1 or checkpoint.step <= newest
-
-
-def _training_steps(checkpoint: Checkpoint, newest: int | None) -> tuple[int | None, int | None]:
-    """Return the training step of the checkpoint and that at which its optimizer began, as far as they are known.
-
-    A file may count other steps than the optimizer's: batches of which several make a step, or the steps of several
-    optimizers together.
-
-    Args:
-        checkpoint: The checkpoint.
-        newest: Number of steps of the optimizer; ``None`` = not known.
-    """
-    step = checkpoint.step
-    if step is None or newest is None or len(checkpoint.optimizers) != 1:
-        return newest, None
-    batches = step // newest
-    if step < newest or (batches > 1 and step % newest < batches):
-        return None, None
-    return step, step - newest

@@ -7,9 +7,9 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from torch import nn
 
+from neuronscope.arrays import BoolArray
 from neuronscope.checkpoints.checkpoint import Checkpoint
 from neuronscope.checkpoints.data.measure import blocked_by_next_layer, counted_evidence, example_count
 from neuronscope.checkpoints.verdict.evidence import Abstention, Evidence
@@ -58,7 +58,7 @@ def recorded_report(state: Mapping[str, Any]) -> Report | None:
 
 
 def recorded_reports(checkpoint: Checkpoint) -> Iterator[Report | Abstention]:
-    """Yield the report of each monitor's record in a checkpoint, or why there is none."""
+    """Yield the report of each monitor's record in a checkpoint, or why it has no report."""
     for key, state in checkpoint.records.items():
         try:
             report = recorded_report(state)
@@ -84,7 +84,7 @@ def examine_records(checkpoint: Checkpoint) -> Iterator[Evidence | Abstention]:
             yield from _examine_site(site, report, judged, site.name in blocked)
 
 
-def _examine_site(site: SiteReport, report: Report, judged: npt.NDArray[np.bool_], blocked: bool) -> Iterator[Evidence]:
+def _examine_site(site: SiteReport, report: Report, judged: BoolArray, blocked: bool) -> Iterator[Evidence]:
     where = (
         f"over {example_count(site.examples)} of phase {report.phase}, steps {report.window.first_step} to "
         f"{report.window.last_step}"

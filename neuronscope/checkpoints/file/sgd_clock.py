@@ -15,7 +15,7 @@ makes it: relative to the buffer, each of the last 1 / (1 − μ) steps adds a f
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -110,7 +110,7 @@ class BufferPeaks:
 
     @property
     def largest(self) -> float:
-        """The largest peak that can be told from rounding; 0 if there is none."""
+        """The largest peak that can be told from rounding; 0 if all peaks are smaller."""
         shown = torch.isfinite(self.rows) & (self.rows >= self.least) & ~self.unknown
         return float(self.rows[shown].max()) if shown.any() else 0.0
 
@@ -159,15 +159,6 @@ class SGDClock:
     def sure_steps(self) -> float:
         """The estimate above which this is inferred and not only suspected, in steps."""
         return sure_steps(self.rate, self.fastest_rate)
-
-    def read(self, peaks: Mapping[str, BufferPeaks]) -> dict[str, ClockReading]:
-        """Read the clock of all layers of one optimizer.
-
-        Args:
-            peaks: The peaks of each layer's rows, by layer.
-        """
-        largest = self.largest(peaks.values())
-        return {name: self.read_layer(layer, largest) for name, layer in peaks.items()}
 
     def largest(self, layers: Iterable[BufferPeaks]) -> float:
         """Return the largest peak of all layers, with which a layer without any gradient is compared."""

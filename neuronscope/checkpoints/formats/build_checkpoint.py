@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from neuronscope.checkpoints.checkpoint import Checkpoint, OptimizerState, StoredTensor
-from neuronscope.checkpoints.formats.byte_range import quoted, quoted_list
+from neuronscope.checkpoints.formats.byte_range import deepspeed_refused, quoted, quoted_list
 from neuronscope.checkpoints.formats.hyperparameters import find_hyperparameters
 from neuronscope.checkpoints.formats.monitor_state import find_records
 from neuronscope.checkpoints.formats.optimizer_state import find_optimizers, is_optimizer_state, steps_taken
@@ -68,10 +68,7 @@ def build_checkpoint(path: Path, raw: RawCheckpoint) -> Checkpoint:
             f"{quoted(path)} holds no weights: a dictionary of tensors was expected, but got a {type(data).__name__}."
         )
     if not _DEEPSPEED.isdisjoint(data):
-        raise CheckpointError(
-            f"{quoted(path)} is a checkpoint of DeepSpeed, which is not understood: turn it into a state_dict with its "
-            "own `zero_to_fp32.py` and give that."
-        )
+        raise deepspeed_refused(path)
     lightning = "pytorch-lightning_version" in data
     weights, networks = _weights(data, notes)
     strip = prefix_stripper(weights, wrapped=not lightning)

@@ -21,6 +21,7 @@ from neuronscope.errors import CheckpointError
 __all__ = [
     "MOST_DIMENSIONS",
     "ByteRange",
+    "deepspeed_refused",
     "parse_json",
     "quoted",
     "quoted_list",
@@ -61,6 +62,14 @@ def quoted_list(names: Collection[object]) -> str:
     """
     first = [quoted(name) for name in names][:5]
     return ", ".join(first) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+def deepspeed_refused(path: Path) -> CheckpointError:
+    """Return the error for a file or folder of DeepSpeed."""
+    return CheckpointError(
+        f"{quoted(path)} is a checkpoint of DeepSpeed, which is not understood: turn it into a state_dict with its own "
+        "`zero_to_fp32.py` and give that."
+    )
 
 
 @dataclass(frozen=True)

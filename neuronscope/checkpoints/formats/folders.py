@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from neuronscope.checkpoints.formats.build_checkpoint import RawCheckpoint
-from neuronscope.checkpoints.formats.byte_range import quoted, read_json
+from neuronscope.checkpoints.formats.byte_range import deepspeed_refused, quoted, read_json
 from neuronscope.checkpoints.formats.single_file import read_file
 from neuronscope.checkpoints.formats.torch_distributed import METADATA, read_distributed
 from neuronscope.errors import CheckpointError
@@ -58,10 +58,7 @@ def read_folder(folder: Path, *, trust: bool) -> RawCheckpoint:
         return read_distributed(folder, trust=trust)
     names = sorted(entry.name for entry in folder.iterdir())
     if _is_deepspeed(names):
-        raise CheckpointError(
-            f"{quoted(folder)} is a checkpoint of DeepSpeed, which is not understood: turn it into a state_dict with "
-            "its own `zero_to_fp32.py` and give that."
-        )
+        raise deepspeed_refused(folder)
     if _FSDP in names:
         raw = read_distributed(folder / _FSDP, trust=trust)
         for name in names:

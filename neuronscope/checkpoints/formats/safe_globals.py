@@ -16,7 +16,16 @@ import torch
 from neuronscope.checkpoints.formats.file_tensor import FileTensor, Storage, find_dtype, is_readable
 from neuronscope.checkpoints.formats.restricted_pickle import Placeholder, SafeGlobal, UnsafeGlobalError, safe_key
 
-__all__ = ["AttributesPlaceholder", "SkippedTensor", "StorageType", "UnknownType", "find_safe_global", "readable_type"]
+__all__ = [
+    "AttributesPlaceholder",
+    "SkippedTensor",
+    "StorageType",
+    "UnknownType",
+    "attributes_of",
+    "find_safe_global",
+    "not_built",
+    "readable_type",
+]
 
 
 class SkippedTensor(Placeholder):
@@ -34,13 +43,12 @@ class AttributesPlaceholder(Placeholder):
     """Stands for an object whose attributes are needed.
 
     Attributes:
-        cls: Name of its class.
-        arguments: Arguments that the pickle calls the class with.
+        cls: Name of its class, as ``module.name``.
         state: Attributes that the pickle gives the object.
     """
 
-    def __init__(self, cls: str, arguments: tuple[Any, ...]) -> None:
-        self.cls, self.arguments = cls, arguments
+    def __init__(self, cls: str) -> None:
+        self.cls = cls
         self.state: Any = {}
 
     def set_state(self, state: Any) -> None:
@@ -136,19 +144,14 @@ def _rebuild_typed(storage: Any, offset: Any, size: Any, stride: Any, _: Any, __
 
 def _rebuild_wrapper(cls: Any, *_: Any) -> SkippedTensor:
     """Leave out a tensor whose class decides what its numbers are."""
-    if not isinstance(cls, AttributesPlaceholder | SafeGlobal):
+    if not isinstance(cls, SafeGlobal):
         raise ValueError("a tensor is made by something that does not make tensors")
-    name = cls.cls if isinstance(cls, AttributesPlaceholder) else cls.name
-    return SkippedTensor(f"of the type {name.rpartition('.')[2]} of {name.partition('.')[0]}")
+    return SkippedTensor(f"of the type {cls.name.rpartition('.')[2]} of {cls.name.partition('.')[0]}")
 
 
 def _rebuild_subclass(function: Any, cls: Any, arguments: Any, *_: Any) -> Any:
     """Read an instance of a tensor subclass as the plain tensor inside; subclasses of others are not in the table."""
-    if (
-        not isinstance(function, SafeGlobal)
-        or not isinstance(arguments, tuple)
-        or not isinstance(cls, AttributesPlaceholder | SafeGlobal)
-    ):
+    if not isinstance(function, SafeGlobal) or not isinstance(cls, SafeGlobal) or not isinstance(arguments, tuple):
         raise ValueError("a tensor is made by something that does not make tensors")
     return function.make(*arguments)
 
@@ -198,8 +201,14 @@ def _skipped(reason: str) -> Callable[..., SkippedTensor]:
     return lambda *_: SkippedTensor(reason)
 
 
-def _attributes_of(cls: str) -> Callable[..., AttributesPlaceholder]:
-    return lambda *arguments: AttributesPlaceholder(cls, arguments)
+def attributes_of(path: str) -> SafeGlobal:
+    """Return what stands for a class of which the attributes of objects are needed, and its name as ``module.name``."""
+    return SafeGlobal(path, lambda *_: AttributesPlaceholder(path))
+
+
+def not_built(path: str) -> SafeGlobal:
+    """Return what stands for a class or function whose objects are not looked at."""
+    return SafeGlobal(path, lambda *_: Placeholder())
 
 
 _RENAMED = {
@@ -212,8 +221,12 @@ _RENAMED = {
 
 # Settings as omegaconf and Hydra store them: containers and nodes that hold plain data, and what describes their types.
 _OMEGACONF = (
-    *("dictconfig.DictConfig", "listconfig.ListConfig", "base.ContainerMetadata", "base.Metadata"),
-    *(f"nodes.{kind}Node" for kind in ("Any", "Integer", "Float", "Boolean", "String", "Bytes", "Path", "Enum")),
+    *("omegaconf.dictconfig.DictConfig", "omegaconf.listconfig.ListConfig"),
+    *("omegaconf.base.ContainerMetadata", "omegaconf.base.Metadata"),
+    *(
+        f"omegaconf.nodes.{kind}Node"
+        for kind in ("Any", "Integer", "Float", "Boolean", "String", "Bytes", "Path", "Enum")
+    ),
 )
 
 
@@ -248,15 +261,11 @@ _MAKERS: dict[str, Callable[..., Any]] = {
     "torch._utils._rebuild_meta_tensor_no_storage": _skipped("without numbers (of the meta device)"),
     "torch._tensor._rebuild_from_type_v2": _rebuild_subclass,
     "torch._utils._rebuild_wrapper_subclass": _rebuild_wrapper,
-    **{name: _attributes_of(name) for name in _TORCHAO},
     "torch.Size": lambda sizes=(): tuple(sizes),
     "torch.device": lambda *parts: ":".join(str(part) for part in parts if isinstance(part, str | int)),
     # numpy, in saved metrics and in the states of random generators
     "numpy.dtype": _NumpyType,
     "numpy.core.multiarray.scalar": _numpy_scalar,
-    # Settings that runs store
-    "argparse.Namespace": _attributes_of("Namespace"),
-    **{f"omegaconf.{name}": _attributes_of(f"omegaconf.{name}") for name in _OMEGACONF},
 }
 
 # Classes and functions whose objects are not looked at: of torch, of numpy's generators, and settings that runs store.
@@ -287,7 +296,8 @@ _STORAGES = {
 
 _TABLE: dict[str, Any] = {
     **{name: SafeGlobal(name, make) for name, make in _MAKERS.items()},
-    **{name: SafeGlobal(name, lambda *_: Placeholder()) for name in _NOT_BUILT},
+    **{name: attributes_of(name) for name in ("argparse.Namespace", *_OMEGACONF, *_TORCHAO)},
+    **{name: not_built(name) for name in _NOT_BUILT},
     **{f"torch.{name}": StorageType(dtype) for name, dtype in _STORAGES.items()},
     "torch.storage.UntypedStorage": StorageType(torch.uint8),
     **{f"torch.{name}": Placeholder() for name in ("contiguous_format", "preserve_format", "channels_last", "strided")},

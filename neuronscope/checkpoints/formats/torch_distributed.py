@@ -19,10 +19,8 @@ from torch import Tensor
 from neuronscope.checkpoints.checkpoint import StoredTensor
 from neuronscope.checkpoints.formats.build_checkpoint import RawCheckpoint
 from neuronscope.checkpoints.formats.byte_range import ByteRange, quoted, sibling_file
-from neuronscope.checkpoints.formats.file_tensor import FileTensor, allocate, check_sizes
+from neuronscope.checkpoints.formats.file_tensor import FileTensor, allocate, check_name, check_sizes
 from neuronscope.checkpoints.formats.restricted_pickle import (
-    Placeholder,
-    SafeGlobal,
     as_checkpoint_error,
     read_pickle,
     safe_key,
@@ -31,7 +29,9 @@ from neuronscope.checkpoints.formats.safe_globals import (
     AttributesPlaceholder,
     SkippedTensor,
     UnknownType,
+    attributes_of,
     find_safe_global,
+    not_built,
     readable_type,
 )
 from neuronscope.checkpoints.formats.single_file import read_file
@@ -131,7 +131,11 @@ def read_distributed(folder: Path, *, trust: bool) -> RawCheckpoint:
         notes: list[str] = []
         content = _Branch()
         for name, entry in metadata["state_dict_metadata"].items():
-            value = files.tensor(name, entry) if entry.cls == "TensorStorageMetadata" else files.object(name, notes)
+            value = (
+                files.tensor(name, entry)
+                if entry.cls == f"{_METADATA}.TensorStorageMetadata"
+                else files.object(name, notes)
+            )
             _put(content, paths.get(name, (name,)), value)
     data: dict[str, Any] = {str(key): _with_lists(value) for key, value in content.items()}
     if (folder / _META).exists():
@@ -157,7 +161,7 @@ class _Files:
         for index, info in storage_data.items():
             key = _state(index, "MetadataIndex")
             offset = key.get("offset")
-            self._infos[_text(key["fqn"]), None if offset is None else check_sizes(offset)] = _state(
+            self._infos[check_name(key["fqn"]), None if offset is None else check_sizes(offset)] = _state(
                 info, "_StorageInfo"
             )
         self._object_bytes = 0
@@ -171,7 +175,7 @@ class _Files:
             raise CheckpointError(
                 f"{quoted(self._folder)} holds {quoted(name)} transformed (packed or encrypted), which is not read."
             )
-        file = _text(info["relative_path"])
+        file = check_name(info["relative_path"])
         if file not in self.opened:
             self.opened[file] = ByteRange.of(sibling_file(self._folder, file))
         return self.opened[file].part(*check_sizes((info["offset"], info["length"])))
@@ -208,7 +212,11 @@ class _Files:
 
 def _state(made: Any, cls: str) -> dict[str, Any]:
     """Return the attributes of a placeholder of that class."""
-    if not isinstance(made, AttributesPlaceholder) or made.cls != cls or not isinstance(made.state, dict):
+    if (
+        not isinstance(made, AttributesPlaceholder)
+        or made.cls.rpartition(".")[2] != cls
+        or not isinstance(made.state, dict)
+    ):
         raise ValueError(f"a {cls} was expected")
     return made.state
 
@@ -240,12 +248,6 @@ def _reaches(one: _TensorPart, other: _TensorPart, dims: slice) -> bool:
     )
 
 
-def _text(name: Any) -> str:
-    if not isinstance(name, str):
-        raise ValueError(f"{quoted(name)} was found where a name was expected")
-    return name
-
-
 class _Branch(dict[Any, Any]):
     """A dictionary that was built from paths in the plan, as opposed to one that was saved."""
 
@@ -271,25 +273,17 @@ def _with_lists(value: Any) -> Any:
     return [inner[index] for index in range(len(inner))] if is_list else inner
 
 
-def _attributes_of(path: str) -> SafeGlobal:
-    name = path.rpartition(".")[2]
-    return SafeGlobal(path, lambda *arguments: AttributesPlaceholder(name, arguments))
-
-
 _METADATA, _SHARDED = "torch.distributed.checkpoint.metadata", "torch.distributed._shard.sharded_tensor.metadata"
-_CLASSES = {
-    path: _attributes_of(path)
-    for path in (
-        *(f"{_METADATA}.{name}" for name in ("Metadata", "MetadataIndex", "StorageMeta", "TensorProperties")),
-        *(f"{_METADATA}.{kind}StorageMetadata" for kind in ("Tensor", "Bytes", "Chunk")),
-        f"{_SHARDED}.TensorProperties",
-        "torch.distributed.checkpoint.filesystem._StorageInfo",
-    )
-} | {
-    path: SafeGlobal(path, lambda *_: Placeholder())
-    for path in (
-        f"{_METADATA}._MEM_FORMAT_ENCODING",
-        f"{_SHARDED}._MEM_FORMAT_ENCODING",
-        f"{_SHARDED}.MEM_FORMAT_ENCODING",
-    )
+_WITH_ATTRIBUTES = (
+    *(f"{_METADATA}.{name}" for name in ("Metadata", "MetadataIndex", "StorageMeta", "TensorProperties")),
+    *(f"{_METADATA}.{kind}StorageMetadata" for kind in ("Tensor", "Bytes", "Chunk")),
+    f"{_SHARDED}.TensorProperties",
+    "torch.distributed.checkpoint.filesystem._StorageInfo",
+)
+_MEMORY_FORMATS = (
+    *(f"{home}._MEM_FORMAT_ENCODING" for home in (_METADATA, _SHARDED)),
+    f"{_SHARDED}.MEM_FORMAT_ENCODING",
+)
+_CLASSES = {path: attributes_of(path) for path in _WITH_ATTRIBUTES} | {
+    path: not_built(path) for path in _MEMORY_FORMATS
 }

@@ -12,7 +12,7 @@ from contextlib import closing
 from typing import Any, BinaryIO
 
 from neuronscope.checkpoints.formats.byte_range import ByteRange, quoted
-from neuronscope.checkpoints.formats.file_tensor import Storage
+from neuronscope.checkpoints.formats.file_tensor import Storage, check_name, check_sizes
 from neuronscope.checkpoints.formats.restricted_pickle import as_checkpoint_error, read_pickle
 from neuronscope.checkpoints.formats.safe_globals import StorageType, find_safe_global
 from neuronscope.errors import CheckpointError
@@ -23,6 +23,7 @@ __all__ = ["LEGACY_MAGIC", "is_script", "read_legacy", "read_zip"]
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 
 _LONGEST_PICKLE = 1 << 28
+_STORAGE = "a storage's name"
 _LOCAL_HEADER = 30  # bytes; its last four are the lengths of the name and of the extra field after it
 _ZIP_ERRORS = (zipfile.BadZipFile, ValueError, LookupError, NotImplementedError, OverflowError, EOFError, RuntimeError)
 
@@ -93,8 +94,8 @@ def read_legacy(part: ByteRange) -> Any:
         view = key[5] if len(key) > 5 else None
         if view is None:
             return storage
-        _, offset, size = view
-        views.append((name, _count(offset), Storage(dtype, _count(size))))
+        _, offset, size = check_sizes((0, *view[1:]))
+        views.append((name, offset, Storage(dtype, size)))
         return views[-1][2]
 
     with as_checkpoint_error(part.path), closing(part.open()) as file:
@@ -107,7 +108,7 @@ def read_legacy(part: ByteRange) -> Any:
             )
         content = read_pickle(file, find_safe_global, persistent)
         for name in read_pickle(file, find_safe_global):
-            storage = storages[_name(name)]
+            storage = storages[check_name(name, _STORAGE)]
             numel = int.from_bytes(file.read(8), "little")
             storage.location = part.part(file.tell(), numel * storage.dtype.itemsize)
             file.seek(storage.location.size, 1)
@@ -123,20 +124,8 @@ def _storage_id(key: Any) -> tuple[str, Any, int]:
     """Return name, dtype and length of the storage that a persistent id refers to."""
     if not isinstance(key, tuple) or len(key) < 5 or key[0] != "storage" or not isinstance(key[1], StorageType):
         raise ValueError("it refers to something that is not a storage")
-    return _name(key[2]), key[1].dtype, _count(key[4])
-
-
-def _name(key: Any) -> str:
-    """Return the name of a storage, after checking that it is a string."""
-    if not isinstance(key, str):
-        raise ValueError(f"{quoted(key)} was found where a storage's name was expected")
-    return key
-
-
-def _count(number: Any) -> int:
-    if type(number) is not int or not 0 <= number < 2**63:
-        raise ValueError("a length is not a valid number")
-    return number
+    (numel,) = check_sizes((key[4],))
+    return check_name(key[2], _STORAGE), key[1].dtype, numel
 
 
 def _entries(part: ByteRange, file: BinaryIO) -> dict[str, zipfile.ZipInfo]:

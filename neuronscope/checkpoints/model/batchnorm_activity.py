@@ -16,11 +16,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from neuronscope.arrays import FloatArray
 from neuronscope.checkpoints.model.batchnorm_step import (
     HALF_NORMAL,
     BatchNormStep,
@@ -72,7 +71,7 @@ def batch_norm_activity(graph: Graph, intervals: Sequence[Interval | None]) -> I
             yield from _fires(found)
 
 
-def _constant_steps(norm: BatchNormStep, layer: WeightedStep | None) -> npt.NDArray[np.float64] | None:
+def _constant_steps(norm: BatchNormStep, layer: WeightedStep | None) -> FloatArray | None:
     """Return for about how many training steps each channel has been constant, ``(C,)``; ``None`` if it is unknown."""
     if layer is None or norm.variance is None or not norm.has_clock or not norm.is_trained:
         return None
@@ -86,7 +85,7 @@ def _constant_steps(norm: BatchNormStep, layer: WeightedStep | None) -> npt.NDAr
     return norm.steps_of_decay(usual / per_weight.clamp(min=_TINY)).floor().numpy()
 
 
-def _behind(graph: Graph, site: Site, shift: Tensor, constant: npt.NDArray[np.float64] | None) -> Iterator[Evidence]:
+def _behind(graph: Graph, site: Site, shift: Tensor, constant: FloatArray | None) -> Iterator[Evidence]:
     """Yield evidence on a site whose pre-activation is the output of a batch norm."""
     above = shift > 0
     if bool(above.any()) and is_positive_from(graph, site, float(shift[above].min())):
@@ -123,7 +122,7 @@ def _behind(graph: Graph, site: Site, shift: Tensor, constant: npt.NDArray[np.fl
         )
 
 
-def _varies(site: Site, constant: npt.NDArray[np.float64] | None) -> Iterator[Evidence]:
+def _varies(site: Site, constant: FloatArray | None) -> Iterator[Evidence]:
     """Yield evidence on a site whose neurons a depthwise convolution reads, one each, before a batch norm."""
     if constant is not None:
         yield from evidence_on_site(

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from functools import partial
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from neuronscope.arrays import BoolArray
 from neuronscope.checkpoints.model.batchnorm_step import read_batch_norm
 from neuronscope.checkpoints.model.before_site import step_before_copies
 from neuronscope.checkpoints.model.bounds.batchnorm import (
@@ -91,7 +90,7 @@ def _on_site(graph: Graph, site: Site) -> Iterator[Evidence]:
 
 
 def negligible_neurons(
-    graph: Graph, bounds: Mapping[str, SiteBounds], scope: str, judged: Mapping[str, npt.NDArray[np.bool_]]
+    graph: Graph, bounds: Mapping[str, SiteBounds], scope: str, judged: Mapping[str, BoolArray]
 ) -> Iterator[Evidence]:
     """Yield the neurons after a batch norm whose output is next to nothing for every input.
 

@@ -11,10 +11,9 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-import numpy as np
-import numpy.typing as npt
 from torch import Tensor, nn
 
+from neuronscope.arrays import BoolArray
 from neuronscope.attach.layer_names import layer_name
 from neuronscope.checkpoints.model.batchnorm_activity import batch_norm_activity
 from neuronscope.checkpoints.model.batchnorm_clock import running_statistics_evidence
@@ -215,7 +214,7 @@ def _end(end: float | Tensor) -> str:
 
 
 def _proved_dead(
-    sites: Iterable[Site], bounds: Mapping[str, SiteBounds], scope: str, judged: Mapping[str, npt.NDArray[np.bool_]]
+    sites: Iterable[Site], bounds: Mapping[str, SiteBounds], scope: str, judged: Mapping[str, BoolArray]
 ) -> Iterator[Evidence]:
     for site in sites:
         found = bounds.get(site.name)
@@ -250,7 +249,7 @@ def _backward_bounds(model: nn.Module, example: Example, box: Box, sites: Iterab
     return {} if graph.branches else found
 
 
-def _unread(sites: Iterable[Site], unread: Mapping[str, npt.NDArray[np.bool_]], scope: str) -> Iterator[Evidence]:
+def _unread(sites: Iterable[Site], unread: Mapping[str, BoolArray], scope: str) -> Iterator[Evidence]:
     for site in sites:
         yield from evidence_on_site(
             site.name,

@@ -56,7 +56,7 @@ class FirstLayer:
 
 
 def find_first_layers(model: nn.Module, example: Example) -> list[FirstLayer] | str:
-    """Return the first layers of a network, or why there is none.
+    """Return the first layers of a network, or why none is known.
 
     Args:
         model: The network. It runs once, in training mode, and is left as it was.

@@ -7,7 +7,6 @@ it has an unbounded output and needs all of its inputs, and no layer is traced b
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -22,6 +21,7 @@ from neuronscope.checkpoints.model import needed_inputs as needed
 from neuronscope.checkpoints.model.bounds import elementwise_ops as elementwise
 from neuronscope.checkpoints.model.bounds import shape_ops as shape
 from neuronscope.checkpoints.model.bounds import weighted_ops as weighted
+from neuronscope.checkpoints.model.bounds.interval import Rule
 
 __all__ = ["DROPOUT", "OPERATORS", "OperatorRule"]
 
@@ -40,14 +40,12 @@ class OperatorRule:
         kind: What it does to neurons: ``same`` returns its input (copies, casts, dropout), ``moves`` moves elements,
             ``scales`` adds or multiplies element by element, ``mixes`` multiplies by a weight (or looks up its rows),
             ``norm`` normalises, ``other`` does anything else.
-        bounds: Gives the interval of the output, or one for each output, from the type that the network computes in
-            and the function's own arguments, with an :class:`~neuronscope.checkpoints.model.bounds.interval.Interval`
-            for each tensor that depends on the input. ``None`` where it cannot say.
+        bounds: The rule of its interval.
         needed_inputs: A rule of :mod:`neuronscope.checkpoints.model.needed_inputs`; without one, all inputs are needed.
     """
 
     kind: Literal["same", "moves", "scales", "mixes", "norm", "other"]
-    bounds: Callable[..., Any]
+    bounds: Rule
     needed_inputs: needed.NeededInputs | None = None
 
 
@@ -65,31 +63,29 @@ def _register(rule: OperatorRule, *names: str, in_place: bool = False) -> None:
     OPERATORS.update(dict.fromkeys(_functions(*names, in_place=in_place), rule))
 
 
-def _register_monotone(
+def _monotone(
     kind: Literal["moves", "other"], inputs: needed.NeededInputs | None, *names: str, rounds: bool = False
 ) -> None:
     for function in _functions(*names):
         OPERATORS[function] = OperatorRule(kind, shape.monotone(function, rounds=rounds), inputs)
 
 
-def _register_elementwise(bounds: Callable[..., Any], *names: str, scales: bool = False) -> None:
-    rule = OperatorRule("scales" if scales else "other", bounds, needed.by_elementwise)
-    _register(rule, *names, in_place=True)
+def _elementwise(bounds: Rule, *names: str, scales: bool = False) -> None:
+    _register(OperatorRule("scales" if scales else "other", bounds, needed.by_elementwise), *names, in_place=True)
 
 
-def _register_increasing(*names: str, rounds: bool = True, floor: float = -math.inf) -> None:
+def _increasing(*names: str, **options: Any) -> None:
     for name in names:
-        function = getattr(F, name, None) or getattr(torch, name)
-        _register_elementwise(elementwise.increasing(function, rounds=rounds, floor=floor), name)
+        _elementwise(elementwise.increasing(getattr(F, name, None) or getattr(torch, name), **options), name)
 
 
 # Functions that return their input, element by element, in evaluation mode or in another type.
 _register(
-    OperatorRule("same", shape.identity, needed.by_same),
+    OperatorRule("same", shape.same(keeps_rows=True), needed.by_same),
     *("contiguous", "clone", "detach", "positive", "requires_grad_"),
 )
 _register(
-    OperatorRule("same", shape.cast, needed.by_same),
+    OperatorRule("same", shape.same(keeps_rows=False), needed.by_same),
     *("to", "float", "double", "half", "bfloat16", "type_as", "cpu"),
 )
 _register(
@@ -99,7 +95,7 @@ _register(
 )
 
 # Functions that move elements, leave some out, repeat some, or put constants between them.
-_register_monotone(
+_monotone(
     "moves",
     needed.by_move,
     *("view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "view_as", "reshape_as", "ravel"),
@@ -114,42 +110,41 @@ for _transpose in (getattr(Tensor, name).__get__ for name in ("T", "mT")):
 
 # Functions that choose among elements, and functions that add them up with positive weights.
 for _n in (1, 2, 3):
-    _register_monotone("other", needed.by_pooling(_n), f"max_pool{_n}d", f"adaptive_max_pool{_n}d")
-    _register_monotone("other", needed.by_pooling(_n), f"avg_pool{_n}d", f"adaptive_avg_pool{_n}d", rounds=True)
-    _register_monotone("other", None, f"max_pool{_n}d_with_indices")
-_register_monotone("other", needed.by_reduction, "amax", "amin")
-_register_monotone("other", needed.by_reduction, "mean", "sum", rounds=True)
-_register_monotone("other", None, "maximum", "minimum", "max", "min", "cummax")
-_register_monotone("other", None, "cumsum", rounds=True)
+    _monotone("other", needed.by_pooling(_n), f"max_pool{_n}d", f"adaptive_max_pool{_n}d")
+    _monotone("other", needed.by_pooling(_n), f"avg_pool{_n}d", f"adaptive_avg_pool{_n}d", rounds=True)
+    _monotone("other", None, f"max_pool{_n}d_with_indices")
+_monotone("other", needed.by_reduction, "amax", "amin")
+_monotone("other", needed.by_reduction, "mean", "sum", rounds=True)
+_monotone("other", None, "maximum", "minimum", "max", "min", "cummax")
+_monotone("other", None, "cumsum", rounds=True)
 _register(OperatorRule("other", shape.interpolate), "interpolate")
 
 # Elementwise functions. Non-decreasing functions of one tensor are called on the bounds.
-_register_increasing("relu", "relu6", "hardtanh", "clamp", "clip", "clamp_min", "clamp_max", "hardshrink", rounds=False)
-_register_increasing("tanh", "selu", "logsigmoid", "softshrink", "expm1", "atan", "erf")
-_register_increasing("sigmoid", "hardsigmoid", "exp", floor=0.0)
+_increasing("relu", "relu6", "hardtanh", "clamp", "clip", "clamp_min", "clamp_max", "hardshrink", rounds=False)
+_increasing("tanh", "selu", "logsigmoid", "softshrink", "expm1", "atan", "erf")
+_increasing("sigmoid", "hardsigmoid", "exp", floor=0.0)
+_increasing("softplus", floor=0.0, positive=True)
+_increasing("elu", "celu", positive=True)
 OPERATORS[torch.special.expit] = OPERATORS[torch.sigmoid]
-_register_elementwise(elementwise.with_positive_scales(elementwise.increasing(F.softplus, floor=0.0)), "softplus")
-_register_elementwise(elementwise.with_positive_scales(elementwise.increasing(F.elu)), "elu")
-_register_elementwise(elementwise.with_positive_scales(elementwise.increasing(F.celu)), "celu")
 # GELU is exactly zero below −15 in float32, however it is computed: x·Φ(x) at −15 is −6e-50, and half the least
 # denormal is 7e-46. SiLU and Mish come to x·eˣ there, which at −110 is −2e-46.
-_register_elementwise(elementwise.falling_then_rising(F.gelu, -0.1701, -15.0), "gelu")
-_register_elementwise(elementwise.falling_then_rising(F.silu, -0.2785, -110.0), "silu")
-_register_elementwise(elementwise.falling_then_rising(F.mish, -0.3089, -110.0), "mish")
-_register_elementwise(elementwise.falling_then_rising(F.hardswish, -0.3751, -3.0, only_short=False), "hardswish")
-_register_elementwise(elementwise.threshold_function, "threshold")
-_register_elementwise(elementwise.leaky_relu, "leaky_relu", "prelu")
-_register_elementwise(elementwise.add, "add", "__add__", "__radd__", "__iadd__", scales=True)
-_register_elementwise(elementwise.subtract, "sub", "subtract", "__sub__", "__isub__", scales=True)
-_register_elementwise(elementwise.subtract_from, "rsub", "__rsub__")
-_register_elementwise(elementwise.multiply, "mul", "multiply", "__mul__", "__rmul__", "__imul__", scales=True)
-_register_elementwise(elementwise.divide, "div", "divide", "true_divide", "__truediv__", "__itruediv__", scales=True)
-_register_elementwise(elementwise.divide_into, "__rtruediv__", "__rdiv__")
-_register_elementwise(elementwise.power, "pow", "__pow__")
-_register_elementwise(elementwise.square, "square")
-_register_elementwise(elementwise.absolute, "abs", "absolute")
-_register_elementwise(elementwise.negative, "neg", "negative", scales=True)
-_register_elementwise(elementwise.between(-1.0, 1.0), "sin", "cos")
+_elementwise(elementwise.falling_then_rising(F.gelu, -0.1701, -15.0), "gelu")
+_elementwise(elementwise.falling_then_rising(F.silu, -0.2785, -110.0), "silu")
+_elementwise(elementwise.falling_then_rising(F.mish, -0.3089, -110.0), "mish")
+_elementwise(elementwise.falling_then_rising(F.hardswish, -0.3751, -3.0, only_short=False), "hardswish")
+_elementwise(elementwise.threshold_function, "threshold")
+_elementwise(elementwise.leaky_relu, "leaky_relu", "prelu")
+_elementwise(elementwise.add, "add", "__add__", "__radd__", "__iadd__", scales=True)
+_elementwise(elementwise.subtract, "sub", "subtract", "__sub__", "__isub__", scales=True)
+_elementwise(elementwise.swapped(elementwise.subtract), "rsub", "__rsub__")
+_elementwise(elementwise.multiply, "mul", "multiply", "__mul__", "__rmul__", "__imul__", scales=True)
+_elementwise(elementwise.divide, "div", "divide", "true_divide", "__truediv__", "__itruediv__", scales=True)
+_elementwise(elementwise.swapped(elementwise.divide), "__rtruediv__", "__rdiv__")
+_elementwise(elementwise.power, "pow", "__pow__")
+_elementwise(elementwise.square, "square")
+_elementwise(elementwise.absolute, "abs", "absolute")
+_elementwise(elementwise.negative, "neg", "negative", scales=True)
+_elementwise(elementwise.between(-1.0, 1.0), "sin", "cos")
 
 # Functions whose arguments decide rather than pass on, or that mix the elements of a row.
 _register(OperatorRule("other", elementwise.between(0.0, 1.0)), "softmax", in_place=True)
@@ -162,17 +157,14 @@ _register(OperatorRule("mixes", weighted.linear, needed.by_linear), "linear")
 _register(OperatorRule("mixes", weighted.matmul, needed.by_matmul), "matmul", "mm", "__matmul__")
 _register(OperatorRule("mixes", weighted.addmm, needed.by_matmul), "addmm")
 for _n in (1, 2, 3):
-    _rule = needed.by_convolution(transposed=False)
-    _register(OperatorRule("mixes", weighted.convolution(_n), _rule), f"conv{_n}d")
-    _rule = needed.by_convolution(transposed=True)
-    _register(OperatorRule("mixes", weighted.transposed_convolution(_n), _rule), f"conv_transpose{_n}d")
+    for _name, _transposed in ((f"conv{_n}d", False), (f"conv_transpose{_n}d", True)):
+        _convolution = weighted.convolution(_n, transposed=_transposed)
+        _register(OperatorRule("mixes", _convolution, needed.by_convolution(transposed=_transposed)), _name)
 _register(OperatorRule("mixes", weighted.embedding), "embedding")
 _register(OperatorRule("mixes", weighted.attention), "scaled_dot_product_attention")
 _register(OperatorRule("norm", weighted.batch_norm, needed.by_batch_norm), "batch_norm")
-_register(OperatorRule("norm", weighted.layer_norm), "layer_norm")
-_register(OperatorRule("norm", weighted.rms_norm), "rms_norm")
-_register(OperatorRule("norm", weighted.group_norm), "group_norm")
-_register(OperatorRule("norm", weighted.instance_norm), "instance_norm")
+for _norm in (weighted.layer_norm, weighted.rms_norm, weighted.group_norm, weighted.instance_norm):
+    _register(OperatorRule("norm", _norm), _norm.__name__)
 # These functions of `torch` take their arguments in another order than those of `torch.nn.functional`.
 for _function in (torch.batch_norm, torch.embedding, torch.instance_norm):
     OPERATORS.pop(_function)

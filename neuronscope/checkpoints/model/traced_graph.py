@@ -111,7 +111,7 @@ class Site:
 
     @property
     def normalises(self) -> str:
-        """Path of the layer that the site's layer normalises, unit by unit; ``""`` if there is none."""
+        """Path of the layer that the site's layer normalises, unit by unit; ``""`` if it normalises none."""
         return self.info.normalises
 
 

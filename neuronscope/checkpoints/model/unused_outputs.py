@@ -8,10 +8,10 @@ call of an unknown function needs all of its inputs.
 from __future__ import annotations
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from neuronscope.arrays import BoolArray
 from neuronscope.checkpoints.model.bounds.interval import Interval
 from neuronscope.checkpoints.model.function_rules import OPERATORS
 from neuronscope.checkpoints.model.needed_inputs import OutputsNeeded
@@ -21,7 +21,7 @@ from neuronscope.count.neuron_layout import neurons_first
 __all__ = ["unread_neurons"]
 
 
-def unread_neurons(graph: Graph, intervals: list[Interval | None]) -> dict[str, npt.NDArray[np.bool_]]:
+def unread_neurons(graph: Graph, intervals: list[Interval | None]) -> dict[str, BoolArray]:
     """Find which neurons nothing reads.
 
     Args:
@@ -38,7 +38,7 @@ def unread_neurons(graph: Graph, intervals: list[Interval | None]) -> dict[str, 
             continue
         for number, mask in _needed_inputs(graph, step, masks, intervals):
             masks[number] = masks[number] | mask if number in masks else mask
-    unread: dict[str, npt.NDArray[np.bool_]] = {}
+    unread: dict[str, BoolArray] = {}
     for site in graph.sites:
         mask, axis = neurons_first(_mask(graph, site.after, masks), *site.layout)
         others = [dimension for dimension in range(mask.dim()) if dimension != axis]

@@ -13,10 +13,10 @@ from dataclasses import dataclass, field
 from itertools import islice
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from neuronscope.arrays import BoolArray, IntArray
 from neuronscope.checkpoints.model.bounds.propagate import Box
 from neuronscope.checkpoints.model.box_inputs import BoxInputs
 from neuronscope.checkpoints.model.example_inputs import Example
@@ -26,8 +26,6 @@ from neuronscope.running import model_state_restored
 
 __all__ = ["WakeSearch", "search_waking_inputs"]
 
-BoolArray = npt.NDArray[np.bool_]
-IntArray = npt.NDArray[np.int64]
 #: A neuron, as site and index.
 Pair = tuple[str, int]
 #: ``progress(done, total)``
@@ -56,14 +54,12 @@ class WakeSearch:
             ``mask.1`` the second tensor of the argument ``mask``.
         complete: Whether every neuron was woken or had all its starts; otherwise the time was up.
         refused: Why no search was possible; ``""`` if it was.
-        seconds: How long it took.
     """
 
     found: dict[str, IntArray] = field(default_factory=dict)
     inputs: list[dict[str, Tensor]] = field(default_factory=list)
     complete: bool = True
     refused: str = ""
-    seconds: float = 0.0
 
 
 def search_waking_inputs(
@@ -106,7 +102,7 @@ def search_waking_inputs(
     >>> search_waking_inputs(net, example, (0.0, 1.0), all_of_them, seconds=10).found
     {'0/relu': array([ 0, -1])}
     """
-    began = time.monotonic()
+    deadline = time.monotonic() + seconds
     every = {name: mask | (watched or {}).get(name, False) for name, mask in targets.items()}
     every |= {name: mask for name, mask in (watched or {}).items() if name not in targets}
     result = WakeSearch({name: np.full(mask.size, -1, dtype=np.int64) for name, mask in every.items()})
@@ -125,13 +121,12 @@ def search_waking_inputs(
         try:
             result.refused = inputs.refused or network.unreliable()
             if not result.refused:
-                search = _NeuronWaker(network, inputs, every, result, began + seconds)
+                search = _NeuronWaker(network, inputs, every, result, deadline)
                 result.complete = search.run(targets, data, progress)
         except UsageError as error:
             result.refused, result.complete = str(error), False
         finally:
             network.close()
-    result.seconds = time.monotonic() - began
     return result
 
 

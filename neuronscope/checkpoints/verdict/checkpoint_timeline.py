@@ -23,8 +23,8 @@ from itertools import pairwise
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
+from neuronscope.arrays import BoolArray, ByteArray, IntArray
 from neuronscope.checkpoints.verdict.evidence import BASES, CLAIMS
 from neuronscope.checkpoints.verdict.layer_verdicts import NO_BASIS, LayerReport
 from neuronscope.judge.symptoms import UNDATED
@@ -41,9 +41,6 @@ __all__ = [
     "TimelinePoint",
 ]
 
-BoolArray = npt.NDArray[np.bool_]
-ByteArray = npt.NDArray[np.uint8]
-IntArray = npt.NDArray[np.int64]
 
 #: States of a neuron at a checkpoint.
 UNKNOWN, ALIVE, DEAD = 0, 1, 2

@@ -160,7 +160,7 @@ def _combine_layer(name: str, layer: JoinedLayer, evidence: list[Evidence]) -> L
 
 
 def _most_serious(valid: BoolArray) -> ByteArray:
-    """Return the most serious valid claim on each neuron, ``(N,)`` from ``(claims, N)``; UNKNOWN if there is none."""
+    """Return the most serious valid claim on each neuron, ``(N,)`` from ``(claims, N)``, or UNKNOWN without one."""
     return np.where(valid.any(axis=0), valid.argmax(axis=0), UNKNOWN).astype(np.uint8)
 
 

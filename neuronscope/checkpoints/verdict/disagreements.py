@@ -6,8 +6,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
+from neuronscope.arrays import FloatArray, IntArray
 from neuronscope.checkpoints.verdict.evidence import CLAIMS, Evidence
 from neuronscope.checkpoints.verdict.layer_verdicts import LABELS, LayerReport, contradicts
 
@@ -30,9 +30,9 @@ class Disagreement:
     """
 
     layer: str
-    neurons: npt.NDArray[np.int64]
+    neurons: IntArray
     verdict: Evidence
-    numbers: npt.NDArray[np.float64]
+    numbers: FloatArray
     against: tuple[Evidence, ...]
 
     @property

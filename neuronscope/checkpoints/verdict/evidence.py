@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from numpy.typing import ArrayLike
 
+from neuronscope.arrays import FloatArray, IntArray
 from neuronscope.errors import UsageError
 
 __all__ = ["BASES", "CLAIMS", "PERMANENT", "Abstention", "Evidence", "evidence_on_site", "evidence_where"]
@@ -72,11 +72,11 @@ class Evidence:
     source: str
     claim: str
     basis: str
-    neurons: npt.NDArray[np.int64]
-    numbers: npt.NDArray[np.float64]
+    neurons: IntArray
+    numbers: FloatArray
     measure: str
     text: str
-    since: npt.NDArray[np.int64] | None = None
+    since: IntArray | None = None
     whole_layer: bool = False
     collapsed: bool = False
     site: str = ""
@@ -101,18 +101,7 @@ class Evidence:
 
 
 def evidence_where(
-    layer: str,
-    mask: ArrayLike,
-    numbers: ArrayLike | None = None,
-    *,
-    source: str,
-    claim: str,
-    basis: str,
-    text: str,
-    measure: str = "",
-    since: ArrayLike | None = None,
-    whole_layer: bool = False,
-    site: str = "",
+    layer: str, mask: ArrayLike, numbers: ArrayLike | None = None, *, since: ArrayLike | None = None, **fields: Any
 ) -> Iterator[Evidence]:
     """Yield evidence on those ``K`` of the ``N`` neurons of a layer or site that a mask selects, if there are any.
 
@@ -120,14 +109,8 @@ def evidence_where(
         layer: The layer, or the site's name.
         mask: The neurons that the claim holds for, bool ``(N,)``; like the other arrays, of numpy or of torch.
         numbers: A number for each of the ``N`` neurons, float64 ``(N,)``; ``None`` = none.
-        source: As in :class:`Evidence`, and so are the others.
-        claim: The claim.
-        basis: Its basis.
-        text: An explanation.
-        measure: The meaning of the numbers.
         since: Optimizer step for each of the ``N`` neurons, int64 ``(N,)``; ``None`` = not known.
-        whole_layer: Whether the claim is about the layer as a whole.
-        site: The site's name, if the claim is about a site.
+        **fields: The other attributes of :class:`Evidence`.
     """
     mask = np.asarray(mask)
     neurons = np.flatnonzero(mask).astype(np.int64)
@@ -135,16 +118,10 @@ def evidence_where(
         yield Evidence(
             layer=layer,
             width=len(mask),
-            source=source,
-            claim=claim,
-            basis=basis,
             neurons=neurons,
             numbers=np.full(neurons.size, np.nan) if numbers is None else np.asarray(numbers)[neurons],
-            measure=measure,
-            text=text,
             since=None if since is None else np.asarray(since)[neurons],
-            whole_layer=whole_layer,
-            site=site,
+            **{"measure": "", **fields},
         )
 
 

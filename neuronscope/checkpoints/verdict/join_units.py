@@ -12,10 +12,11 @@ from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import numpy as np
-import numpy.typing as npt
 
+from neuronscope.arrays import BoolArray, IntArray
 from neuronscope.checkpoints.verdict.evidence import Evidence
 from neuronscope.judge.distinct import SiteUnits
+from neuronscope.report.report import SiteReport
 
 __all__ = [
     "LEFT_OUT",
@@ -28,9 +29,6 @@ __all__ = [
     "wherever_seen",
 ]
 
-BoolArray = npt.NDArray[np.bool_]
-IntArray = npt.NDArray[np.int64]
-
 
 class NamedSite(SiteUnits, Protocol):
     """What is needed of a site; a :class:`neuronscope.report.report.SiteReport` has it all."""
@@ -41,7 +39,7 @@ class NamedSite(SiteUnits, Protocol):
 
     @property
     def normalises(self) -> str:
-        """Path of the layer that the site's layer normalises, unit by unit; ``""`` if there is none."""
+        """Path of the layer that the site's layer normalises, unit by unit; ``""`` if it normalises none."""
 
 
 #: Why the units of a layer are no neurons of the totals.
@@ -144,9 +142,9 @@ def join_units(
 
 
 def renamed(
-    evidence: Iterable[Evidence], sites: Iterable[NamedSite], path: Callable[[str], str]
-) -> tuple[list[Evidence], list[NamedSite]]:
-    """Return evidence and sites with other paths of layers.
+    evidence: Iterable[Evidence], sites: Iterable[SiteReport], path: Callable[[str], str]
+) -> tuple[list[Evidence], list[SiteReport]]:
+    """Return evidence and the sites of records with other paths of layers.
 
     Args:
         evidence: The evidence.
@@ -154,30 +152,15 @@ def renamed(
         path: Returns the new path for a path, and so the new name for the name of a site.
     """
     changed = [replace(one, layer=path(one.layer), site=one.site and path(one.site)) for one in evidence]
-    return changed, [_RenamedSite.of(site, path) for site in sites]
-
-
-@dataclass(frozen=True)
-class _RenamedSite:
-    """A site with other paths of layers."""
-
-    name: str
-    kind: str
-    neurons: int
-    units: tuple[tuple[str, int, int, int], ...]
-    in_headlines: bool
-    normalises: str
-
-    @classmethod
-    def of(cls, site: NamedSite, path: Callable[[str], str]) -> _RenamedSite:
-        return cls(
+    return changed, [
+        replace(
+            site,
             name=path(site.name),
-            kind=site.kind,
-            neurons=site.neurons,
-            units=tuple((path(layer), start, stop, step) for layer, start, stop, step in site.units),
-            in_headlines=site.in_headlines,
+            units=tuple((path(layer), *run) for layer, *run in site.units),
             normalises=site.normalises and path(site.normalises),
         )
+        for site in sites
+    ]
 
 
 def places_but_gates(sites: Sequence[NamedSite]) -> dict[str, BoolArray]:

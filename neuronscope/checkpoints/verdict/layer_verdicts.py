@@ -7,8 +7,8 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
+from neuronscope.arrays import BoolArray, ByteArray, FloatArray, IntArray
 from neuronscope.checkpoints.verdict.evidence import BASES, CLAIMS, PERMANENT, Evidence
 from neuronscope.judge.symptoms import UNDATED
 
@@ -25,10 +25,6 @@ __all__ = [
     "contradicts",
 ]
 
-BoolArray = npt.NDArray[np.bool_]
-ByteArray = npt.NDArray[np.uint8]
-FloatArray = npt.NDArray[np.float64]
-IntArray = npt.NDArray[np.int64]
 
 #: The labels that a neuron can have, most serious first.
 LABELS = (*CLAIMS, "unknown")

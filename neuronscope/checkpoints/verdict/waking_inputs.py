@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from neuronscope.arrays import BoolArray, IntArray
 from neuronscope.checkpoints.verdict.evidence import CLAIMS, Evidence, evidence_on_site
 from neuronscope.checkpoints.verdict.join_units import NamedSite, places_but_gates
 from neuronscope.checkpoints.verdict.layer_verdicts import LayerReport
@@ -31,8 +32,6 @@ __all__ = [
 #: second tensor in the argument ``mask``.
 WakingInput = Mapping[str, "npt.NDArray[Any]"]
 
-BoolArray = npt.NDArray[np.bool_]
-IntArray = npt.NDArray[np.int64]
 
 _PLACES = "places"
 _SILENT = CLAIMS.index("silent")

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from neuronscope.arrays import ByteArray, IntArray
 from neuronscope.checkpoints.verdict.evidence import CLAIMS
 from neuronscope.checkpoints.verdict.layer_verdicts import LABELS, UNKNOWN, LayerReport
 from neuronscope.judge.symptoms import UNDATED
@@ -102,7 +103,7 @@ def pack(layer: LayerReport, budget: int) -> NeuronMap:
     marked = int((layer.contested | (layer.labels < CLAIMS.index("alive"))).sum())
 
     def packed(detail: Detail) -> NeuronMap:
-        planes: list[npt.NDArray[np.uint8]] = []
+        planes: list[ByteArray] = []
         if detail.neurons:
             planes += [four_planes(order.astype("<u4")), four_planes(_mask(layer)[order])]
             planes += [(which[order] + 1).clip(0, 255).astype(np.uint8) for which in (layer.deciding, layer.dating)]
@@ -139,7 +140,7 @@ def network_map(layers: Sequence[LayerReport], last: int, budget: int) -> Networ
     return summarise_histories([layer.name for layer in layers], histories, budget)
 
 
-def _levels(layer: LayerReport, steps: npt.NDArray[np.int64]) -> npt.NDArray[np.uint8]:
+def _levels(layer: LayerReport, steps: IntArray) -> ByteArray:
     """Return what is known of each neuron at each step, as ``LEVEL_*``, uint8 ``(W, N)``."""
     levels = np.full((steps.size, layer.neurons), LEVEL_UNSEEN, dtype=np.uint8)
     now = np.array([_LEVELS.get(label, LEVEL_UNSEEN) for label in LABELS], dtype=np.uint8)
@@ -150,7 +151,7 @@ def _levels(layer: LayerReport, steps: npt.NDArray[np.int64]) -> npt.NDArray[np.
     return levels
 
 
-def worst_first(layer: LayerReport) -> npt.NDArray[np.int64]:
+def worst_first(layer: LayerReport) -> IntArray:
     """Return the indices of the neurons, worst first, int64 ``(N,)``; *unknown* comes before *alive*."""
     alive = CLAIMS.index("alive")
     rank = np.where(layer.labels == UNKNOWN, alive - 0.5, layer.labels.astype(np.float64))
@@ -158,7 +159,7 @@ def worst_first(layer: LayerReport) -> npt.NDArray[np.int64]:
     return np.lexsort((np.arange(layer.neurons), layer.since, layer.basis, rank, layer.idle, plain)).astype(np.int64)
 
 
-def _runs(layer: LayerReport, order: npt.NDArray[np.int64]) -> list[tuple[int, int, int]]:
+def _runs(layer: LayerReport, order: IntArray) -> list[tuple[int, int, int]]:
     labels = np.where(layer.idle, IDLE, layer.labels)[order]
     codes = labels.astype(np.int64) * 256 + layer.basis[order]
     starts = np.flatnonzero(np.diff(codes, prepend=-1))
@@ -166,7 +167,7 @@ def _runs(layer: LayerReport, order: npt.NDArray[np.int64]) -> list[tuple[int, i
     return [(int(codes[at]) // 256, int(codes[at]) % 256, int(size)) for at, size in zip(starts, sizes, strict=True)]
 
 
-def _marks(layer: LayerReport) -> npt.NDArray[np.uint8]:
+def _marks(layer: LayerReport) -> ByteArray:
     woken = np.zeros(layer.neurons, dtype=np.bool_) if layer.woken is None else layer.woken >= 0
     return (layer.contested + 2 * woken).astype(np.uint8)
 

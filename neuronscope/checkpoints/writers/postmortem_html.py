@@ -7,9 +7,9 @@ from importlib.resources import files
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from markupsafe import Markup
 
+from neuronscope.arrays import IntArray
 from neuronscope.checkpoints.postmortem_report import PostmortemReport
 from neuronscope.checkpoints.verdict.evidence import BASES
 from neuronscope.checkpoints.verdict.layer_verdicts import LABELS, LayerReport
@@ -198,7 +198,7 @@ def _middle_step(layer: LayerReport) -> int | str:
     return int(known[(known.size - 1) // 2]) if known.size else ""
 
 
-def _dated(layer: LayerReport) -> npt.NDArray[np.int64]:
+def _dated(layer: LayerReport) -> IntArray:
     """Return the known steps at which neurons of a layer died, int64 ``(K,)``."""
     return layer.since[layer.dead_mask & (layer.since >= 0)]
 

@@ -8,24 +8,13 @@ from typing import Any
 from neuronscope.checkpoints.postmortem_report import PostmortemReport
 from neuronscope.checkpoints.writers import postmortem_wording as wording
 from neuronscope.checkpoints.writers import timeline_wording
+from neuronscope.checkpoints.writers.postmortem_terminal import CHECKPOINT_COLUMNS, COLUMNS, TIMELINE_COLUMNS
+from neuronscope.writers.console import Column
 from neuronscope.writers.formatting import count
 from neuronscope.writers.markdown_text import bullets, code, diagnosis_parts, pairs, plain, prose, table
 
 __all__ = ["render"]
 
-#: Columns after the layer's name: heading, field of ``LayerCells``, whether it is aligned to the right.
-COLUMNS = (
-    ("neurons", "neurons", True),
-    ("dead", "dead", True),
-    ("dead %", "dead_share", True),
-    ("how sure", "sure", False),
-    ("woken", "woken", True),
-    ("since", "since", False),
-    ("suspected", "suspected", True),
-    ("other", "other", False),
-    ("contested", "contested", True),
-    ("unknown", "unknown", True),
-)
 GROUNDS = (
     ("claim", False),
     ("basis", False),
@@ -33,25 +22,6 @@ GROUNDS = (
     ("neurons", True),
     ("layers", True),
     ("evidence", False),
-)
-#: Columns of the checkpoints and of the layers over them, as :data:`COLUMNS`.
-CHECKPOINT_COLUMNS = (
-    ("dead", "dead", True),
-    ("died", "died", True),
-    ("revived", "revived", True),
-    ("unknown", "unknown", True),
-    ("died in", "where", False),
-    ("file", "file", False),
-)
-TIMELINE_COLUMNS = (
-    ("neurons", "neurons", True),
-    ("dead at first", "first", True),
-    ("died", "died", True),
-    ("revived", "revived", True),
-    ("dead at last", "last", True),
-    ("died when", "when", False),
-    ("revived when", "back", False),
-    ("how sure", "basis", False),
 )
 #: Most lines of a list (disagreements, layers with woken neurons, reasons), and neurons that each names.
 LISTED, NAMED = 20, 12
@@ -70,7 +40,7 @@ def render(report: PostmortemReport) -> str:
     blocks.append(bullets(sentences))
     if report.layers:
         shown, left_out = wording.fold(report)
-        shown_columns = [one for one in COLUMNS if one[1] != "woken" or report.in_box is not None]
+        shown_columns = [one for one in COLUMNS if one.field != "woken" or report.in_box is not None]
         blocks.append(_table("layer", shown_columns, [wording.layer_cells(layer) for layer in shown]))
         blocks += [f"{sentence}." for sentence in left_out]
     if report.timeline is not None and len(report.timeline.checkpoints) > 1:
@@ -102,10 +72,11 @@ def render(report: PostmortemReport) -> str:
     return "\n\n".join([*blocks, "### Words", pairs(wording.GLOSSARY)]) + "\n"
 
 
-def _table(first: str, columns: Sequence[tuple[str, str, bool]], rows: Iterable[Any]) -> str:
+def _table(first: str, columns: Sequence[Column], rows: Iterable[Any]) -> str:
     """Format a table of objects with a ``name`` and the fields of the columns."""
-    cells = [[code(row.name), *(plain(getattr(row, field)) for _, field, _ in columns)] for row in rows]
-    return table([(first, False), *((heading, right) for heading, _, right in columns)], cells)
+    headings = [("dead %" if one.heading == "%" else one.heading.replace("\n", " "), one.right) for one in columns]
+    cells = [[code(row.name), *(plain(getattr(row, one.field)) for one in columns)] for row in rows]
+    return table([(first, False), *headings], cells)
 
 
 def _ground(row: wording.Ground) -> list[str]:

@@ -45,7 +45,7 @@ LISTED, NAMED = 10, 8
 
 
 def render(report: PostmortemReport, top: int = 20) -> str:
-    """Write a post-mortem as text, as wide as the terminal, or 120 columns without colour codes if there is none.
+    """Write a post-mortem as text, as wide as the terminal, or 120 columns without colour codes outside of one.
 
     Args:
         report: The post-mortem.

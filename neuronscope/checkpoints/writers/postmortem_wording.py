@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
+from neuronscope.arrays import FloatArray, IntArray
 from neuronscope.checkpoints.postmortem_report import LEVELS, PostmortemReport
 from neuronscope.checkpoints.verdict.disagreements import Disagreement, find_disagreements
 from neuronscope.checkpoints.verdict.evidence import BASES, CLAIMS, Evidence
@@ -395,7 +395,7 @@ def woken(report: PostmortemReport, most: int, named: int) -> list[str]:
     return _first(lines, most, "layer")
 
 
-def _named(neurons: npt.NDArray[np.int64], most: int) -> str:
+def _named(neurons: IntArray, most: int) -> str:
     """Return the numbers of neurons, up to ``most`` of them, as ``neurons 1, 2, 3 … (12)``."""
     named = ", ".join(map(str, neurons[:most].tolist()))
     return f"neuron{'s' if neurons.size > 1 else ''} {named}" + f" … ({count(neurons.size)})" * (neurons.size > most)
@@ -425,7 +425,7 @@ def _contest(one: Disagreement, most: int) -> str:
     return f"{visible(one.layer)}, {_named(one.neurons, most)}: {'; '.join(parts)}"
 
 
-def _measured(measure: str, numbers: npt.NDArray[np.float64]) -> str:
+def _measured(measure: str, numbers: FloatArray) -> str:
     """Say what ``numbers`` are, and the smallest and the largest that is known; empty if none is known.
 
     Args:

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
+from neuronscope.arrays import BoolArray, IntArray
 from neuronscope.checkpoints.verdict.checkpoint_timeline import DIED, REVIVED, CheckpointTimeline, LayerTimeline
 from neuronscope.checkpoints.verdict.evidence import BASES
 from neuronscope.writers.formatting import NONE, UNKNOWN, count, is_are, plural, visible
@@ -219,7 +219,7 @@ def _place(step: int, steps: Sequence[int]) -> float:
     return WIDTH * step / max(steps[-1], 1)
 
 
-def _area(dead: npt.NDArray[np.int64], steps: Sequence[int], most: int) -> str:
+def _area(dead: IntArray, steps: Sequence[int], most: int) -> str:
     """Return an area of the height of ``dead``: from each checkpoint to the next, as from its step on."""
     if most <= 0:
         return ""
@@ -248,7 +248,7 @@ def _layer_row(layer: LayerTimeline, steps: Sequence[int]) -> TimelineRow:
     )
 
 
-def _when(layer: LayerTimeline, events: npt.NDArray[np.bool_]) -> str:
+def _when(layer: LayerTimeline, events: BoolArray) -> str:
     """Say between which steps events happened, by the checkpoint that shows them first."""
     places = np.unique(layer.checkpoint[events])
     parts = []

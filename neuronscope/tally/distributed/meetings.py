@@ -44,7 +44,7 @@ class Meetings:
     """Count the exchanges of the ranks of one process group, and wait for the next one.
 
     Args:
-        store: Where the ranks tell each other that they are there; ``None`` if there is none, as with MPI.
+        store: Where the ranks tell each other that they are there; ``None`` if the backend has no store, as MPI.
         ranks: Number of ranks.
         limit_s: How many seconds the process group waits for a rank.
 

@@ -53,7 +53,7 @@ class StepAxis:
             steps: Last step of each window, rising, int64 ``(W,)``, ``W ≥ 1``.
 
         Returns:
-            First and last-plus-one window of each column, int64 ``(width,)`` each; equal if there is none.
+            First and last-plus-one window of each column, int64 ``(width,)`` each; equal if a column has no window.
         """
         edges = window_edges(steps)
         bounds = self.first + (self.last - self.first) * np.arange(self.width + 1) / self.width

@@ -10,7 +10,10 @@ A computed sum of ``n`` terms is ``Σ tᵢ(1 + δᵢ)`` with ``|δᵢ| ≤ γ = 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import wraps
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,8 +24,11 @@ __all__ = [
     "LAYER_NORM",
     "Interval",
     "NormalisedRows",
+    "NotKnownError",
+    "Rule",
     "gamma",
     "product",
+    "rule",
     "unit_roundoff",
     "widened",
     "widened_by_rounding",
@@ -107,11 +113,6 @@ class Interval:
         return self.high.expand(self.shape)
 
     @property
-    def is_known(self) -> bool:
-        """Whether any element has a bound."""
-        return self.normed is not None or bool(((self.low > -torch.inf) | (self.high < torch.inf)).any())
-
-    @property
     def is_never_negative(self) -> bool:
         """Whether no element is below zero."""
         return bool((self.low >= 0).all())
@@ -134,6 +135,35 @@ class Interval:
                 if bool((low == first[0]).all()) and bool((high == first[1]).all()):
                     low, high = first
         return Interval(low, high, self.shape, self.source, self.normed)
+
+
+#: Gives the interval of what a torch function returns, or one for each tensor. A rule takes the type that the network
+#: computes in, and then the function's own arguments, under their names, whether it needs them or not: an interval for
+#: each tensor that depends on the input, and any other argument as it is. It raises where it knows nothing, and where
+#: the function was called in a way that it does not know.
+Rule = Callable[..., "Interval | list[Interval]"]
+
+
+class NotKnownError(ValueError):
+    """A rule knows nothing of the output."""
+
+
+def rule(bound: Callable[..., Interval]) -> Callable[..., Interval]:
+    """Decorate the rule of a function of one tensor: its first argument depends on the input, and no other does.
+
+    Args:
+        bound: The rule, called only then, and without ``inplace``, which changes no number.
+    """
+
+    @wraps(bound)
+    def checked(dtype: torch.dtype, *args: Any, **kwargs: Any) -> Interval:
+        first, *others = (*args, *kwargs.values()) if args else (kwargs.pop("input"), *kwargs.values())
+        if not isinstance(first, Interval) or any(isinstance(other, Interval) for other in others):
+            raise NotKnownError
+        kwargs.pop("inplace", None)
+        return bound(dtype, first, *args[1:], **kwargs)
+
+    return checked
 
 
 def unit_roundoff(dtype: torch.dtype) -> float:

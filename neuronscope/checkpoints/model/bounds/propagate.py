@@ -6,10 +6,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from neuronscope.arrays import BoolArray, FloatArray
 from neuronscope.checkpoints.model.bounds.backward import RELU, tightened
 from neuronscope.checkpoints.model.bounds.interval import Interval
 from neuronscope.checkpoints.model.function_rules import OPERATORS
@@ -36,10 +36,10 @@ class SiteBounds:
     """
 
     source: str
-    lowest: npt.NDArray[np.float64]
-    highest: npt.NDArray[np.float64]
-    output: npt.NDArray[np.float64]
-    dead: npt.NDArray[np.bool_]
+    lowest: FloatArray
+    highest: FloatArray
+    output: FloatArray
+    dead: BoolArray
 
 
 @torch.no_grad()
@@ -120,12 +120,12 @@ def _output_intervals(graph: Graph, step: Step, known: list[Interval | None]) ->
     try:
         made = rule.bounds(values[0].dtype, *args, **kwargs)
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError):
-        return unknown  # called in a way that the rule does not know
-    intervals = list(made) if isinstance(made, (tuple, list)) else [made]
+        return unknown
+    intervals = made if isinstance(made, list) else [made]
     if len(intervals) != len(values):
         return unknown
     return [
-        _with_shape(interval, value.shape) if interval is not None and value.dtype.is_floating_point else nothing
+        _with_shape(interval, value.shape) if value.dtype.is_floating_point else nothing
         for interval, value, nothing in zip(intervals, values, unknown, strict=True)
     ]
 

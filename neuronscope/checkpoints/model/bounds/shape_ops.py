@@ -16,57 +16,46 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from neuronscope.checkpoints.model.bounds.interval import Interval, gamma, widened, widened_by_rounding
+from neuronscope.checkpoints.model.bounds.interval import (
+    Interval,
+    NotKnownError,
+    Rule,
+    gamma,
+    rule,
+    widened,
+    widened_by_rounding,
+)
 from neuronscope.checkpoints.model.traced_graph import substitute
 
-__all__ = ["cast", "dropout", "identity", "interpolate", "monotone"]
+__all__ = ["dropout", "interpolate", "monotone", "same"]
 
 _POSITIVE_MODES = ("nearest", "nearest-exact", "linear", "bilinear", "trilinear", "area")
 # Views that can leave the last axis as it is; what is known of whole rows then still holds.
 _ROW_VIEWS = ("view", "reshape", "flatten", "unflatten", "expand", "repeat_interleave")
 
 
-def identity(dtype: torch.dtype, input: Any, *args: Any, **kwargs: Any) -> Interval | None:
-    """Bound a function that returns its input unchanged.
+def same(*, keeps_rows: bool) -> Rule:
+    """Return the rule of a function that returns its input, in the same type or in another one.
 
     Args:
-        dtype: The type that the network computes in.
-        input: The interval of the input, of any shape.
-        args: Ignored.
-        kwargs: Ignored.
+        keeps_rows: Whether what is known of whole rows still holds, which assumes the rounding of one type.
     """
-    return widened_by_rounding(input, dtype) if isinstance(input, Interval) else None
+
+    def bound(dtype: torch.dtype, input: Interval, *args: Any, **kwargs: Any) -> Interval:
+        return widened_by_rounding(input if keeps_rows else replace(input, normed=None), dtype)
+
+    return bound
 
 
-def cast(dtype: torch.dtype, input: Any, *args: Any, **kwargs: Any) -> Interval | None:
-    """Bound a conversion to another type. What is known of whole rows is dropped: it assumes the rounding of one type.
-
-    Args:
-        dtype: The type that the network computes in.
-        input: The interval of the input, of any shape.
-        args: Ignored.
-        kwargs: Ignored.
-    """
-    return widened_by_rounding(replace(input, normed=None), dtype) if isinstance(input, Interval) else None
+@rule
+def dropout(dtype: torch.dtype, input: Interval, p: float = 0.5, training: bool = True, *args: Any) -> Interval:
+    """Bound dropout in evaluation mode, where it returns its input."""
+    if training:
+        raise NotKnownError
+    return widened_by_rounding(input, dtype)
 
 
-def dropout(
-    dtype: torch.dtype, input: Any, p: Any = 0.5, training: bool = True, *args: Any, **kwargs: Any
-) -> Interval | None:
-    """Bound dropout in evaluation mode, where it returns its input.
-
-    Args:
-        dtype: The type that the network computes in.
-        input: The interval of the input, of any shape.
-        p: Ignored.
-        training: Whether elements are dropped; nothing is known then.
-        args: Ignored.
-        kwargs: Ignored.
-    """
-    return None if training else identity(dtype, input)
-
-
-def monotone(function: Callable[..., Any], *, rounds: bool = False) -> Callable[..., list[Interval] | None]:
+def monotone(function: Callable[..., Any], *, rounds: bool = False) -> Rule:
     """Return the rule of a function that is non-decreasing in every input: call it on the bounds.
 
     Args:
@@ -77,10 +66,10 @@ def monotone(function: Callable[..., Any], *, rounds: bool = False) -> Callable[
         A rule that gives one interval for each tensor that the function returns.
     """
 
-    def rule(dtype: torch.dtype, *args: Any, **kwargs: Any) -> list[Interval] | None:
+    def bound(dtype: torch.dtype, *args: Any, **kwargs: Any) -> list[Interval]:
         kwargs.pop("dtype", None)
         if any(isinstance(argument, torch.dtype) for argument in args):
-            return None  # a view of the same bits as another type
+            raise NotKnownError  # a view of the same bits as another type
         inputs = _intervals((args, kwargs))
         terms = max((math.prod(x.shape[1:]) for x in inputs), default=0)
         relative = gamma(terms, dtype) if rounds else 0.0
@@ -98,7 +87,7 @@ def monotone(function: Callable[..., Any], *, rounds: bool = False) -> Callable[
             ]
         return outputs
 
-    return rule
+    return bound
 
 
 def _intervals(tree: Any) -> list[Interval]:
@@ -124,13 +113,8 @@ def _call_on_bounds(
     return [part.double() for part in parts]
 
 
-def interpolate(dtype: torch.dtype, *args: Any, **kwargs: Any) -> list[Interval] | None:
-    """Bound an interpolation whose weights are all positive; bicubic interpolation has negative ones.
-
-    Args:
-        dtype: The type that the network computes in.
-        args: Arguments of :func:`torch.nn.functional.interpolate`.
-        kwargs: Its keyword arguments.
-    """
-    mode = args[3] if len(args) > 3 else kwargs.get("mode", "nearest")
-    return monotone(F.interpolate, rounds=True)(dtype, *args, **kwargs) if mode in _POSITIVE_MODES else None
+def interpolate(dtype: torch.dtype, *args: Any, **kwargs: Any) -> Interval | list[Interval]:
+    """Bound an interpolation whose weights are all positive; bicubic interpolation has negative ones."""
+    if (args[3] if len(args) > 3 else kwargs.get("mode", "nearest")) not in _POSITIVE_MODES:
+        raise NotKnownError
+    return monotone(F.interpolate, rounds=True)(dtype, *args, **kwargs)

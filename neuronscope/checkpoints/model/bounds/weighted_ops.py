@@ -1,14 +1,10 @@
-"""Pass intervals through weighted calls: linear layers, convolutions, normalisations, embeddings, attention.
-
-Each rule has the signature of the torch function that it stands for, after the type that the network computes in. A
-tensor that depends on the input comes as an :class:`Interval`, any other argument as it is; a rule returns ``None``
-where it knows nothing.
-"""
+"""Pass intervals through weighted calls: linear layers, convolutions, normalisations, embeddings, attention."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,8 +15,11 @@ from neuronscope.checkpoints.model.bounds.interval import (
     LAYER_NORM,
     Interval,
     NormalisedRows,
+    NotKnownError,
+    Rule,
     gamma,
     product,
+    rule,
     unit_roundoff,
     widened,
 )
@@ -37,7 +36,6 @@ __all__ = [
     "linear",
     "matmul",
     "rms_norm",
-    "transposed_convolution",
 ]
 
 # How many elements of a weight are converted to float64 at a time: 4 MB, which fit into a processor's cache.
@@ -108,19 +106,11 @@ def _matmul_with_infinities(x: Tensor, weight: Tensor) -> Tensor:
     return total
 
 
-def linear(dtype: torch.dtype, input: Any, weight: Any, bias: Any = None) -> Interval | None:
-    """Bound ``input @ weight.T + bias``, more tightly where the input was normalised.
-
-    Args:
-        dtype: The type that the network computes in.
-        input: ``(…, d)``.
-        weight: ``(N, d)``.
-        bias: ``(N,)``.
-    """
-    if not isinstance(input, Interval) or not isinstance(weight, Tensor) or isinstance(bias, Interval):
-        return None
+@rule
+def linear(dtype: torch.dtype, input: Interval, weight: Tensor, bias: Tensor | None = None) -> Interval:
+    """Bound ``input @ weight.T + bias``, ``(…, d)`` by ``(N, d)``, more tightly where the input was normalised."""
     if weight.dim() != 2:
-        return None
+        raise NotKnownError
     width = weight.shape[1]
     shape = (*input.shape[:-1], weight.shape[0])
     leading = input.low.shape[:-1]
@@ -149,151 +139,80 @@ def _normed_extremes(
     return torch.cat(centres), torch.cat(reaches)
 
 
-def matmul(dtype: torch.dtype, input: Any, other: Any) -> Interval | None:
-    """Bound ``input @ other`` where ``other`` is a constant matrix.
-
-    Args:
-        dtype: The type that the network computes in.
-        input: ``(…, d)``.
-        other: ``(d, N)``.
-    """
-    if isinstance(other, Tensor) and other.dim() == 2:
-        return linear(dtype, input, other.mT)
-    return None
+@rule
+def matmul(dtype: torch.dtype, input: Interval, other: Tensor) -> Interval:
+    """Bound ``input @ other``, ``(…, d)`` by ``(d, N)``."""
+    return linear(dtype, input, other.mT)
 
 
 def addmm(
-    dtype: torch.dtype,
-    input: Any,
-    mat1: Any,
-    mat2: Any,
-    *,
-    beta: float = 1,
-    alpha: float = 1,
-) -> Interval | None:
-    """Bound ``input + mat1 @ mat2`` where ``mat2`` is a constant matrix and ``input`` its bias.
+    dtype: torch.dtype, input: Tensor, mat1: Interval, mat2: Tensor, *, beta: float = 1, alpha: float = 1
+) -> Interval:
+    """Bound ``input + mat1 @ mat2``, ``(N,)`` and ``(B, d)`` by ``(d, N)``; no other factors than 1."""
+    if not beta == alpha == 1 or input.dim() != 1:
+        raise NotKnownError
+    return linear(dtype, mat1, mat2.mT, input)
+
+
+def convolution(spatial: int, *, transposed: bool = False) -> Rule:
+    """Return the rule of a convolution.
 
     Args:
-        dtype: The type that the network computes in.
-        input: ``(N,)``.
-        mat1: ``(B, d)``.
-        mat2: ``(d, N)``.
-        beta: Factor of the bias; nothing is known unless it is 1.
-        alpha: Factor of the product; nothing is known unless it is 1.
+        spatial: Number of spatial dimensions.
+        transposed: Whether it is a transposed one.
     """
-    if beta == alpha == 1 and isinstance(input, Tensor) and input.dim() == 1 and isinstance(mat2, Tensor):
-        return linear(dtype, mat1, mat2.mT, input)
-    return None
 
-
-def _channel_bounds(
-    dtype: torch.dtype, x: Interval, matrix: Tensor, bias: Any, groups: int, zeros: bool, terms: int
-) -> tuple[Tensor, Tensor]:
-    """Return the bounds of each output channel, both float64 ``(O,)``.
-
-    Args:
-        dtype: The type that the network computes in.
-        x: The input, channels on axis 1.
-        matrix: The weight, ``(O, C/groups, taps)``.
-        bias: ``(O,)``, or ``None``.
-        groups: How many groups the channels are in.
-        zeros: Whether an element of the kernel may meet padding instead of the input.
-        terms: How many terms each sum has.
-    """
-    low, high = x.along(1)
-    if zeros:
-        low, high = low.clamp_max(0), high.clamp_min(0)
-    weight = matrix.flatten(1).view(groups, matrix.shape[0] // groups, -1)
-    low, high = (end.repeat_interleave(matrix.shape[2]).view(groups, 1, -1) for end in (low, high))
-    low, high = _combined(low, high, weight, None if bias is None else bias.view(groups, 1, -1), dtype, terms)
-    return low.flatten(), high.flatten()
-
-
-def convolution(spatial: int) -> Callable[..., Interval | None]:
-    """Return the rule of a convolution over ``spatial`` dimensions."""
-
-    def rule(
+    @rule
+    def bound(
         dtype: torch.dtype,
-        input: Any,
-        weight: Any,
-        bias: Any = None,
+        input: Interval,
+        weight: Tensor,
+        bias: Tensor | None = None,
         stride: Any = 1,
         padding: Any = 0,
-        dilation: Any = 1,
+        fifth: Any = None,  # the dilation; of a transposed convolution, the output's padding
         groups: int = 1,
-    ) -> Interval | None:
-        batched = isinstance(input, Interval) and len(input.shape) == spatial + 2
-        if not batched or not isinstance(weight, Tensor) or isinstance(bias, Interval):
-            return None
+        *args: Any,
+        **kwargs: Any,
+    ) -> Interval:
+        if len(input.shape) != spatial + 2:
+            raise NotKnownError  # without a batch
+        taps = weight.flatten(2)  # (O, C/groups, taps)
         numbers = padding if isinstance(padding, (tuple, list)) else (padding,)
         padded = padding == "same" or (padding != "valid" and any(number != 0 for number in numbers))
-        taps = weight.flatten(2)
-        low, high = _channel_bounds(dtype, input, taps, bias, groups, padded, taps[0].numel())
-        return _by_channel(low, high, input, spatial)
+        if transposed:
+            inner, outer = weight.shape[0] // groups, weight.shape[1]
+            taps = taps.reshape(groups, inner, outer, -1).transpose(1, 2).reshape(groups * outer, inner, -1)
+            padded = True  # which elements of the kernel meet an input depends on the position
+        low, high = input.along(1)
+        if padded:
+            low, high = low.clamp_max(0), high.clamp_min(0)
+        low, high = (end.repeat_interleave(taps.shape[2]).view(groups, 1, -1) for end in (low, high))
+        by_group = taps.flatten(1).view(groups, len(taps) // groups, -1)
+        low, high = _combined(
+            low, high, by_group, None if bias is None else bias.view(groups, 1, -1), dtype, taps[0].numel()
+        )
+        view = (1, -1, *(1 for _ in range(spatial)))  # the caller fills in the sizes of these dimensions
+        return Interval(low.view(view), high.view(view), (input.shape[0], len(taps), *view[2:]))
 
-    return rule
-
-
-def transposed_convolution(spatial: int) -> Callable[..., Interval | None]:
-    """Return the rule of a transposed convolution over ``spatial`` dimensions."""
-
-    def rule(
-        dtype: torch.dtype,
-        input: Any,
-        weight: Any,
-        bias: Any = None,
-        stride: Any = 1,
-        padding: Any = 0,
-        output_padding: Any = 0,
-        groups: int = 1,
-        dilation: Any = 1,
-    ) -> Interval | None:
-        batched = isinstance(input, Interval) and len(input.shape) == spatial + 2
-        if not batched or not isinstance(weight, Tensor) or isinstance(bias, Interval):
-            return None
-        inner, outer = weight.shape[0] // groups, weight.shape[1]
-        matrix = weight.flatten(2).reshape(groups, inner, outer, -1).transpose(1, 2).reshape(groups * outer, inner, -1)
-        # Which elements of the kernel meet an input depends on the position: any of them may be left out.
-        low, high = _channel_bounds(dtype, input, matrix, bias, groups, True, matrix[0].numel())
-        return _by_channel(low, high, input, spatial)
-
-    return rule
+    return bound
 
 
-def _by_channel(low: Tensor, high: Tensor, x: Interval, spatial: int) -> Interval:
-    """Return an interval from bounds by channel. The caller fills in the sizes of the spatial dimensions."""
-    view = (1, -1, *(1 for _ in range(spatial)))
-    return Interval(low.view(view), high.view(view), (x.shape[0], low.numel(), *(1 for _ in range(spatial))))
-
-
+@rule
 def batch_norm(
     dtype: torch.dtype,
-    input: Any,
-    running_mean: Any,
-    running_var: Any,
-    weight: Any = None,
-    bias: Any = None,
+    input: Interval,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
     training: bool = False,
     momentum: float = 0.1,
     eps: float = 1e-5,
-) -> Interval | None:
-    """Bound batch norm in evaluation mode, an affine map of each channel.
-
-    Nothing is known where it uses the batch's own statistics.
-
-    Args:
-        dtype: The type that the network computes in.
-        input: ``(B, C, …)``.
-        running_mean: ``(C,)``.
-        running_var: ``(C,)``.
-        weight: γ, ``(C,)``.
-        bias: β, ``(C,)``.
-        training: Whether the batch's own statistics are used.
-        momentum: Ignored.
-        eps: Added to the variance.
-    """
-    if training or not isinstance(input, Interval) or running_mean is None or len(input.shape) < 2:
-        return None
+) -> Interval:
+    """Bound batch norm in evaluation mode, an affine map of each channel; none that uses the batch's own statistics."""
+    if training or running_mean is None or running_var is None or len(input.shape) < 2:
+        raise NotKnownError
     mean, deviation = running_mean.double(), (running_var.double() + eps).sqrt()
     scale = (1 if weight is None else weight.detach().double()) / deviation
     terms = [-mean * scale, torch.zeros_like(mean) if bias is None else bias.detach().double()]
@@ -312,182 +231,124 @@ def _normalised(
 ) -> Interval:
     """Bound ``z·scale + shift`` for values that were normalised over ``n`` elements.
 
-    ``|z| ≤ √(n − 1)`` if the mean was removed (``centred``), else ``|z| ≤ √n``.
+    ``|z| ≤ √(n − 1)`` if the mean was removed (``centred``), else ``|z| ≤ √n``. The norm's ε only makes them smaller.
     """
     reach = scale.abs() * max(elements - centred, 0) ** 0.5
     slack = _norm_error(dtype) * (scale.abs() * elements**0.5 + shift.abs())
     return Interval(shift - reach - slack, shift + reach + slack, x.shape)
 
 
+@rule
 def layer_norm(
     dtype: torch.dtype,
-    input: Any,
+    input: Interval,
     normalized_shape: Any,
-    weight: Any = None,
-    bias: Any = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
     eps: float = 1e-5,
-) -> Interval | None:
-    """Bound layer norm: for any input, a row is an affine image of the sphere of radius √d that is orthogonal to 1.
-
-    Args:
-        dtype: The type that the network computes in.
-        input: ``(…, *normalized_shape)``.
-        normalized_shape: Sizes of the dimensions that are normalised over.
-        weight: γ, of that shape.
-        bias: β, of that shape.
-        eps: Ignored: it only makes values smaller.
-    """
+) -> Interval:
+    """Bound layer norm: for any input, a row is an affine image of the sphere of radius √d that is orthogonal to 1."""
     return _row_norm(dtype, input, normalized_shape, weight, bias, centred=True)
 
 
+@rule
 def rms_norm(
-    dtype: torch.dtype,
-    input: Any,
-    normalized_shape: Any,
-    weight: Any = None,
-    eps: float | None = None,
-) -> Interval | None:
-    """Bound RMS norm, which is layer norm that keeps the mean.
-
-    Args:
-        dtype: The type that the network computes in.
-        input: ``(…, *normalized_shape)``.
-        normalized_shape: Sizes of the dimensions that are normalised over.
-        weight: γ, of that shape.
-        eps: Ignored: it only makes values smaller.
-    """
+    dtype: torch.dtype, input: Interval, normalized_shape: Any, weight: Tensor | None = None, eps: float | None = None
+) -> Interval:
+    """Bound RMS norm, which is layer norm that keeps the mean."""
     return _row_norm(dtype, input, normalized_shape, weight, None, centred=False)
 
 
 def _row_norm(
-    dtype: torch.dtype, x: Any, normalized_shape: Any, weight: Any, bias: Any, *, centred: bool
-) -> Interval | None:
-    if not isinstance(x, Interval) or isinstance(weight, Interval) or isinstance(bias, Interval):
-        return None
+    dtype: torch.dtype, x: Interval, normalized_shape: Any, weight: Tensor | None, bias: Tensor | None, *, centred: bool
+) -> Interval:
     dims = tuple(normalized_shape) if isinstance(normalized_shape, (tuple, list)) else (normalized_shape,)
-    scale = torch.ones(dims, dtype=torch.float64) if weight is None else weight.detach().double()
-    shift = torch.zeros(dims, dtype=torch.float64) if bias is None else bias.detach().double()
-    lead = (1,) * (len(x.shape) - len(dims))
-    found = _normalised(dtype, x, math.prod(dims), scale.view(*lead, *dims), shift.view(*lead, *dims), centred=centred)
-    if len(dims) > 1:
-        return found
-    return Interval(found.low, found.high, x.shape, normed=NormalisedRows(scale, shift, centred))
+    scale, shift = _scale_and_shift(dims, weight, bias)
+    view = (*(1 for _ in range(len(x.shape) - len(dims))), *dims)
+    found = _normalised(dtype, x, math.prod(dims), scale.view(view), shift.view(view), centred=centred)
+    return found if len(dims) > 1 else replace(found, normed=NormalisedRows(scale, shift, centred))
 
 
+@rule
 def group_norm(
     dtype: torch.dtype,
-    input: Any,
+    input: Interval,
     num_groups: int,
-    weight: Any = None,
-    bias: Any = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
     eps: float = 1e-5,
-) -> Interval | None:
-    """Bound group norm, which normalises over a group's channels and positions.
-
-    Args:
-        dtype: The type that the network computes in.
-        input: ``(B, C, …)``.
-        num_groups: How many groups the channels are in.
-        weight: γ, ``(C,)``.
-        bias: β, ``(C,)``.
-        eps: Ignored: it only makes values smaller.
-    """
-    if not isinstance(input, Interval) or len(input.shape) < 2:
-        return None
+) -> Interval:
+    """Bound group norm, which normalises over a group's channels and positions."""
     elements = math.prod(input.shape[1:]) // num_groups
-    return _normalised(dtype, input, elements, *_affine(input, weight, bias), centred=True)
+    return _channel_norm(dtype, input, elements, weight, bias)
 
 
+@rule
 def instance_norm(
     dtype: torch.dtype,
-    input: Any,
-    running_mean: Any = None,
-    running_var: Any = None,
-    weight: Any = None,
-    bias: Any = None,
+    input: Interval,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
     use_input_stats: bool = True,
     momentum: float = 0.1,
     eps: float = 1e-5,
-) -> Interval | None:
-    """Bound instance norm, which normalises over a channel's positions, or by running statistics as batch norm.
-
-    Args:
-        dtype: The type that the network computes in.
-        input: ``(B, C, …)``.
-        running_mean: ``(C,)``.
-        running_var: ``(C,)``.
-        weight: γ, ``(C,)``.
-        bias: β, ``(C,)``.
-        use_input_stats: Whether the statistics of the input are used, not the running ones.
-        momentum: Ignored.
-        eps: Added to the running variance.
-    """
-    if not isinstance(input, Interval) or len(input.shape) < 3:
-        return None
+) -> Interval:
+    """Bound instance norm, which normalises over a channel's positions, or by running statistics as batch norm."""
+    if len(input.shape) < 3:
+        raise NotKnownError
     if not use_input_stats:
         return batch_norm(dtype, input, running_mean, running_var, weight, bias, eps=eps)
-    return _normalised(dtype, input, math.prod(input.shape[2:]), *_affine(input, weight, bias), centred=True)
+    return _channel_norm(dtype, input, math.prod(input.shape[2:]), weight, bias)
 
 
-def _affine(x: Interval, weight: Any, bias: Any) -> tuple[Tensor, Tensor]:
+def _channel_norm(
+    dtype: torch.dtype, x: Interval, elements: int, weight: Tensor | None, bias: Tensor | None
+) -> Interval:
     view = (1, -1, *(1 for _ in x.shape[2:]))
-    ones = torch.ones(x.shape[1], dtype=torch.float64)
-    scale = ones if weight is None else weight.detach().double()
-    shift = 0 * ones if bias is None else bias.detach().double()
-    return scale.view(view), shift.view(view)
+    scale, shift = (one.view(view) for one in _scale_and_shift(x.shape[1:2], weight, bias))
+    return _normalised(dtype, x, elements, scale, shift, centred=True)
 
 
+def _scale_and_shift(shape: tuple[int, ...], weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return γ and β of a norm, float64 of their shape; 1 and 0 if it has none."""
+    scale = torch.ones(shape, dtype=torch.float64) if weight is None else weight.detach().double()
+    return scale, torch.zeros(shape, dtype=torch.float64) if bias is None else bias.detach().double()
+
+
+@rule
 def embedding(
     dtype: torch.dtype,
-    input: Any,
-    weight: Any,
+    input: Interval,
+    weight: Tensor,
     padding_idx: Any = None,
     max_norm: Any = None,
-    *rest: Any,
-    **options: Any,
-) -> Interval | None:
-    """Bound an embedding: each column lies between its minimum and its maximum over all rows.
-
-    Args:
-        dtype: The type that the network computes in.
-        input: Indices, of any shape.
-        weight: ``(rows, d)``.
-        padding_idx: Ignored.
-        max_norm: Nothing is known unless it is ``None``.
-        rest: Ignored.
-        options: Ignored.
-    """
-    if not isinstance(weight, Tensor) or not isinstance(input, Interval) or max_norm is not None:
-        return None
-    lead = (1,) * len(input.shape)
-    shape = (*input.shape, weight.shape[1])
-    return Interval(
-        weight.detach().amin(0).double().view(*lead, -1), weight.detach().amax(0).double().view(*lead, -1), shape
-    )
+    *args: Any,
+    **kwargs: Any,
+) -> Interval:
+    """Bound an embedding: each column of the weight ``(rows, d)`` lies between its minimum and its maximum."""
+    if max_norm is not None:
+        raise NotKnownError
+    view = (*(1 for _ in input.shape), -1)
+    low, high = (end.detach().double().view(view) for end in (weight.amin(0), weight.amax(0)))
+    return Interval(low, high, (*input.shape, weight.shape[1]))
 
 
 def attention(
     dtype: torch.dtype,
-    query: Any,
+    query: Interval,
     key: Any,
-    value: Any,
+    value: Interval,
     attn_mask: Any = None,
     dropout_p: float = 0.0,
-    **options: Any,
-) -> Interval | None:
-    """Bound attention: a weighted mean of the rows of ``value``, or zero where all are masked.
-
-    Args:
-        dtype: The type that the network computes in.
-        query: ``(…, L, d)``.
-        key: ``(…, S, d)``.
-        value: ``(…, S, e)``.
-        attn_mask: Ignored: masked rows have weight 0.
-        dropout_p: Nothing is known unless it is 0.
-        options: ``is_causal``, ``scale`` and ``enable_gqa``; nothing is known with the last.
-    """
-    if dropout_p or not isinstance(value, Interval) or not isinstance(query, Interval) or options.get("enable_gqa"):
-        return None
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Interval:
+    """Bound attention: a weighted mean of the rows of ``value``, ``(…, S, e)``, or zero where all are masked."""
+    if dropout_p or not isinstance(value, Interval) or not isinstance(query, Interval) or enable_gqa:
+        raise NotKnownError
     low, high = value.low.amin(-2, keepdim=True).clamp_max(0), value.high.amax(-2, keepdim=True).clamp_min(0)
     low, high = widened(low, high, gamma(value.shape[-2] + 16, dtype))
     return Interval(low, high, (*query.shape[:-1], value.shape[-1]))
