@@ -207,6 +207,13 @@ class OneInput(nn.Module):
         return torch.relu(self.conv(x.view(4)))
 
 
+class WithNumber(OneInput):
+    """Takes a number beside its input, so that inputs cannot be joined."""
+
+    def forward(self, x: Tensor, number: Tensor) -> Tensor:
+        return torch.relu(self.conv(x)) * number
+
+
 WORDS = torch.zeros(1, dtype=torch.int64)
 SHAPES: dict[str, tuple[Callable[[], nn.Module], Example, str]] = {
     "images": (Conv, given(torch.zeros(1, 2, 5, 5)), "bn/relu"),
@@ -214,6 +221,7 @@ SHAPES: dict[str, tuple[Callable[[], nn.Module], Example, str]] = {
     "several tensors": (Several, Example(([torch.zeros(1, 4)] * 2,), {"words": WORDS}, ""), "conv/relu"),
     "time before batch": (TimeFirst, given(torch.zeros(1, 6, 4)), "conv/relu"),
     "one input at a time": (OneInput, given(torch.zeros(4)), "conv/relu"),
+    "a number beside two rows": (WithNumber, given(torch.zeros(2, 4), torch.tensor(1.0)), "conv/relu"),
     "doubles": (lambda: Conv().double(), given(torch.zeros(1, 2, 5, 5, dtype=torch.float64)), "bn/relu"),
 }
 

@@ -29,7 +29,7 @@ class BoxInputs:
         self.refused = ""
         self.low: list[Tensor | None] = []
         self.high: list[Tensor | None] = []
-        self._fixed = network.row([*network.example.values()], 0)
+        self._fixed = list(network.example.values())
         for tensor in self._fixed:
             low, high = self._ends(tensor, box) if tensor.is_floating_point() else (None, None)
             self.low.append(low)
@@ -60,13 +60,13 @@ class BoxInputs:
         """Return random inputs: two of three anywhere in the box, the others at its corners."""
         drawn = []
         for low, high, fixed in zip(self.low, self.high, self._fixed, strict=True):
-            shape = (rows, *fixed.shape[1:]) if self._network.batched else fixed.shape
+            shape = (rows, *fixed.shape)
             if low is None or high is None:
                 drawn.append(fixed.expand(shape).clone())
                 continue
             share = torch.rand(shape, generator=self._random, dtype=torch.float64)
-            corner = torch.rand((rows, *[1] * (fixed.dim() - 1)), generator=self._random) < 1 / 3
-            share = torch.where(corner if self._network.batched else corner.view(()), share.round(), share)
+            corner = torch.rand((rows, *[1] * fixed.dim()), generator=self._random) < 1 / 3
+            share = torch.where(corner, share.round(), share)
             drawn.append((low.double() * (1 - share) + high.double() * share).to(low.dtype).clamp(low, high))
         return drawn
 
@@ -78,7 +78,7 @@ class BoxInputs:
             gradients: The gradient of each tensor.
             length: Length of the step, as a share of the box.
         """
-        rows = self._network.rows(tensors)
+        rows = len(tensors[0])
         lost = torch.ones(rows, dtype=torch.bool)
         moved = []
         for tensor, gradient, low, high in zip(tensors, gradients, self.low, self.high, strict=True):
@@ -91,22 +91,8 @@ class BoxInputs:
             moved.append((tensor.detach() + sign * half * (2 * length)).clamp(low, high))
         if bool(lost.any()):
             for tensor, new in zip(moved, self.draw(int(lost.sum())), strict=True):
-                if self._network.batched:
-                    tensor[lost] = new
-                else:
-                    tensor.copy_(new)
+                tensor[lost] = new
         return moved
-
-    def put(self, tensors: Sequence[Tensor], row: int, one: Sequence[Tensor]) -> None:
-        """Replace one of several inputs.
-
-        Args:
-            tensors: The inputs.
-            row: Which of them.
-            one: What to put there.
-        """
-        for tensor, part in zip(tensors, one, strict=True):
-            tensor[row : row + 1] = part if self._network.batched else part[row : row + 1]
 
     def of_data(self, data: Example | None, most: int, rows: int) -> list[list[Tensor]]:
         """Return inputs of the data, moved into the box; none if they are not like the example.
@@ -117,17 +103,16 @@ class BoxInputs:
             rows: Most inputs in one part.
         """
         found = {} if data is None else tensors_of(data)
-        own = self._network.example
-        first = 1 if self._network.batched else 0
-        if found.keys() != own.keys() or (first and len({tensor.shape[:1] for tensor in found.values()}) != 1):
+        batched = self._network.batched
+        if found.keys() != self._network.example.keys():
+            return []
+        if batched and (len(sizes := {tensor.shape[:1] for tensor in found.values()}) != 1 or () in sizes):
             return []
         tensors = []
-        for (name, tensor), low, high in zip(own.items(), self.low, self.high, strict=True):
-            given = found[name][:most] if first else found[name]
-            if given.shape[first:] != tensor.shape[first:] or given.is_floating_point() != tensor.is_floating_point():
+        for (name, own), low, high in zip(self._network.example.items(), self.low, self.high, strict=True):
+            given = found[name][:most, None] if batched else found[name][None]
+            if given.shape[1:] != own.shape or given.is_floating_point() != own.is_floating_point():
                 return []
-            given = given.to(tensor.dtype)
+            given = given.to(own.dtype)
             tensors.append(given if low is None else given.nan_to_num(0.0).clamp(low, high))
-        if not first:
-            return [tensors]
         return [list(part) for part in zip(*(tensor.split(rows) for tensor in tensors), strict=True)]

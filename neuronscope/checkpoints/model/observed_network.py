@@ -58,8 +58,8 @@ class ObservedNetwork:
     """Runs a network on several inputs at once, and returns what its sites were given and gave.
 
     Attributes:
-        example: Tensors of one input, by name.
-        batched: Whether inputs can be joined along their first dimension.
+        example: Tensors of one input, by name. Those of ``R`` inputs are ``(R, *shape)`` each.
+        batched: Whether several inputs can be joined along the first dimension of their own; else ``R`` must be 1.
     """
 
     def __init__(self, model: nn.Module, example: Example) -> None:
@@ -68,39 +68,33 @@ class ObservedNetwork:
         self._calls: list[tuple[Call, Tensor | None, Tensor]] = []
         self._hooks = SiteCallHooks(model, Tensor.clone, lambda *call: self._calls.append(call))
         self._hooks.recorder.set_phase("search", 0)
-        self.example = tensors_of(example)
-        self.batched = self._can_join()
+        whole = tensors_of(example)
+        sizes = {tensor.shape[:1] for tensor in whole.values()}
+        self.batched = len(sizes) == 1 and () not in sizes
+        self.example = {name: tensor[:1] for name, tensor in whole.items()} if self.batched else whole
+        try:
+            if self.batched:
+                with torch.no_grad():
+                    self.run([tensor.expand(3, *tensor.shape) for tensor in self.example.values()])
+        except UsageError:
+            self.batched, self.example = False, whole
 
     def close(self) -> None:
         """Take the hooks off the network."""
         self._hooks.detach()
 
-    def rows(self, tensors: Sequence[Tensor]) -> int:
-        """Return how many inputs these tensors hold."""
-        return len(tensors[0]) if self.batched else 1
-
-    def row(self, tensors: Sequence[Tensor], index: int) -> list[Tensor]:
-        """Return one of the inputs.
-
-        Args:
-            tensors: The inputs, in the order of the example's tensors.
-            index: Which of them.
-        """
-        return [tensor[index : index + 1].detach().clone() if self.batched else tensor.detach() for tensor in tensors]
-
     def run(self, tensors: Sequence[Tensor]) -> list[SiteCall]:
         """Run the network on inputs; an output of which the inputs' parts cannot be told apart is left out."""
         self._calls.clear()
         self._hooks.set_observing(True)
-        parts = iter(tensors)  # cloned, so that the network may change them in place
-        args, kwargs = substitute(
-            self._arguments, lambda leaf: next(parts).clone() if isinstance(leaf, Tensor) else leaf
-        )
+        # Cloned, since the network may change them in place.
+        parts = (tensor.flatten(0, 1).clone() if self.batched else tensor[0].clone() for tensor in tensors)
+        args, kwargs = substitute(self._arguments, lambda leaf: next(parts) if isinstance(leaf, Tensor) else leaf)
         with user_code("Expected the model to run on an input of the box"):
             self._model(*args, **kwargs)
         if self._hooks.failure is not None:
             raise self._hooks.failure
-        found = (self._site_call(*call, self.rows(tensors)) for call in self._calls)
+        found = (self._site_call(*call, len(tensors[0])) for call in self._calls)
         return [call for call in found if call is not None]
 
     def _site_call(self, call: Call, before: Tensor | None, after: Tensor, rows: int) -> SiteCall | None:
@@ -114,23 +108,10 @@ class ObservedNetwork:
             return None
         return SiteCall(call.key.name, given, gave, rises=call.activation.name.startswith("relu"))
 
-    def _can_join(self) -> bool:
-        """Whether the network runs on inputs that are joined along the first dimension."""
-        sizes = {tensor.shape[:1] for tensor in self.example.values()}
-        if len(sizes) != 1 or () in sizes:
-            return False
-        self.batched = True
-        try:
-            with torch.no_grad():
-                self.run([tensor[:1].expand(3, *tensor.shape[1:]) for tensor in self.example.values()])
-        except UsageError:
-            return False
-        return True
-
     def unreliable(self) -> str:
         """Return why the network's outputs do not follow from its input, or ``""``."""
         state = torch.get_rng_state()
-        first, second = (self.run(self.row([*self.example.values()], 0)) for _ in range(2))
+        first, second = (self.run([tensor[None] for tensor in self.example.values()]) for _ in range(2))
         pairs = zip(first, second, strict=False)
         same = len(first) == len(second) and all(torch.equal(one.after, other.after) for one, other in pairs)
         if same and torch.equal(state, torch.get_rng_state()):

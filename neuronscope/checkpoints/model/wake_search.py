@@ -159,8 +159,8 @@ class _NeuronWaker:
         self._result = result
         self._deadline = deadline
         self._sizes = {name: mask.size for name, mask in left.items()}
-        one = network.row([*network.example.values()], 0)
-        self._numbers = sum(call.before.numel() for call in network.run(one)) + sum(tensor.numel() for tensor in one)
+        calls = network.run([tensor[None] for tensor in network.example.values()])
+        self._numbers = sum(call.before.numel() for call in calls) + inputs.numbers
         self._most_rows = max(1, min(_ROWS, _NUMBERS // self._numbers)) if network.batched else 1
 
     def run(self, targets: Mapping[str, BoolArray], data: Example | None, progress: Progress | None) -> bool:
@@ -183,7 +183,8 @@ class _NeuronWaker:
                 tensors = self._inputs.draw(len(batch))
                 for row, (place, start) in enumerate(batch):
                     if start < len(best):
-                        self._inputs.put(tensors, row, sample[best[start, place]])
+                        for tensor, one in zip(tensors, sample[best[start, place]], strict=True):
+                            tensor[row] = one
                 self._climb([pairs[place] for place, _ in batch], tensors, [start for _, start in batch])
         except _TimeUp:
             return False
@@ -232,7 +233,7 @@ class _NeuronWaker:
         for chunk in chunks:
             calls = self._run(chunk)
             self._look(calls, chunk)
-            score = torch.full((self._network.rows(chunk), len(pairs)), -torch.inf)
+            score = torch.full((len(chunk[0]), len(pairs)), -torch.inf)
             for name in dict.fromkeys(name for name, _ in pairs):
                 places = [place for place, pair in enumerate(pairs) if pair[0] == name]
                 neurons = torch.tensor([pairs[place][1] for place in places])
@@ -241,7 +242,7 @@ class _NeuronWaker:
                         highest = call.before[:, :, neurons].amax(1).nan_to_num(-torch.inf).float()
                         score[:, places] = torch.maximum(score[:, places], highest)
             scores.append(score)
-            sample += [self._network.row(chunk, row) for row in range(self._network.rows(chunk))]
+            sample += [_row(chunk, row) for row in range(len(chunk[0]))]
         every = torch.cat(scores)
         return sample, every.topk(min(_BEST, len(every)), dim=0).indices.numpy()
 
@@ -305,20 +306,25 @@ class _NeuronWaker:
         by_input = np.concatenate(fired, axis=1)  # (inputs, neurons)
         while by_input.any():
             row = int(by_input.sum(axis=1).argmax())
-            self._replay(self._network.row(tensors, row))
+            self._replay(_row(tensors, row))
             by_input = by_input[:, ~by_input[row]]
 
     def _replay(self, one: list[Tensor]) -> None:
         """Run the network on one input alone, and note the neurons that fire."""
         index = len(self._result.inputs)
         woken = False
-        for call in self._run(one):
+        for call in self._run([tensor[None] for tensor in one]):
             fires = _fires(call.after)[0].numpy() & self._left[call.name]
             self._result.found[call.name][fires] = index
             self._left[call.name] &= ~fires
             woken |= bool(fires.any())
         if woken:
             self._result.inputs.append(dict(zip(self._network.example, one, strict=True)))
+
+
+def _row(tensors: Sequence[Tensor], row: int) -> list[Tensor]:
+    """Return one of several inputs."""
+    return [tensor[row].detach().clone() for tensor in tensors]
 
 
 def _fires(after: Tensor) -> Tensor:

@@ -17,16 +17,14 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from neuronscope.arrays import BoolArray, ByteArray, IntArray
 from neuronscope.checkpoints.verdict.evidence import BASES, CLAIMS, Evidence
 from neuronscope.checkpoints.verdict.join_units import JoinedLayer
 from neuronscope.checkpoints.verdict.layer_verdicts import (
     DEAD_CLAIMS,
     NO_BASIS,
     UNKNOWN,
-    BoolArray,
-    ByteArray,
     Confirmation,
-    IntArray,
     LayerReport,
 )
 from neuronscope.errors import UsageError
