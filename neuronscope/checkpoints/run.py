@@ -48,7 +48,7 @@ from neuronscope.checkpoints.verdict.diagnosis_inputs import postmortem_facts
 from neuronscope.checkpoints.verdict.evidence import Abstention, Evidence
 from neuronscope.checkpoints.verdict.join_units import NamedSite, join_units, renamed
 from neuronscope.checkpoints.verdict.layer_verdicts import LayerReport
-from neuronscope.checkpoints.verdict.waking_inputs import places_of_sites, take_places
+from neuronscope.checkpoints.verdict.waking_inputs import places_of_sites
 from neuronscope.checkpoints.wake_dead_neurons import WakeOptions, Woken, wake_dead_neurons
 from neuronscope.errors import CheckpointError, UsageError
 from neuronscope.judge.diagnosis import diagnose
@@ -304,18 +304,15 @@ def _examine(
         path_of(path): kind for path, kind in find_projections(layers, checkpoint.networks).items()
     }
     widths = {path_of(layer.path): layer.width for layer in of_neurons}
-    places = places_of_sites(examination.sites) if given.wake is not None else []
-    evidence, joined = join_units(found.evidence + places, found.sites, widths, left_out)
-    evidence, unit_places = take_places(evidence)
+    evidence, joined = join_units(found.evidence, found.sites, widths, left_out)
     verdicts = combine_evidence(evidence, joined.layers)
     found.notes += contradictions(evidence)
 
     # Search the box for inputs that make dead neurons fire.
     woken = Woken(verdicts)
     if network is not None and given.wake is not None:
-        woken = wake_dead_neurons(
-            network, examination, verdicts, unit_places, given.wake, batch=first, progress=progress
-        )
+        places = places_of_sites(examination.sites, joined)
+        woken = wake_dead_neurons(network, examination, verdicts, places, given.wake, batch=first, progress=progress)
     verdicts = woken.layers
 
     # Look for the causes of death.

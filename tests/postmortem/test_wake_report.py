@@ -24,7 +24,7 @@ from neuronscope.checkpoints.postmortem_report import PostmortemReport
 from neuronscope.checkpoints.verdict.combine import combine_evidence
 from neuronscope.checkpoints.verdict.evidence import Evidence
 from neuronscope.checkpoints.verdict.join_units import join_units
-from neuronscope.checkpoints.verdict.waking_inputs import neurons_to_wake, note_woken, places_of_sites, take_places
+from neuronscope.checkpoints.verdict.waking_inputs import neurons_to_wake, note_woken, places_of_sites
 from neuronscope.checkpoints.writers.neuron_map import pack, worst_first
 from neuronscope.errors import UsageError
 
@@ -196,9 +196,8 @@ def test_a_unit_of_two_sites_is_woken_if_it_is_woken_at_both(found_at_b: int) ->
         for name in ("g/a", "g/b")
     ]
     dead = Evidence("g/a", 2, "scan", "dead", "measured", np.array([0]), np.zeros(1), "", "Silent.", site="g/a")
-    joined = join_units([dead, *places_of_sites(sites)], sites, {"g": 2})[0]
-    evidence, places = take_places(joined)
-    layers = combine_evidence(evidence)
+    evidence, joined = join_units([dead], sites, {"g": 2})
+    layers, places = combine_evidence(evidence), places_of_sites(sites, joined)
     targets = neurons_to_wake(layers, places, {"g/a": 2, "g/b": 2})
     assert {name: mask.tolist() for name, mask in targets.items()} == {"g/a": [True, False], "g/b": [True, False]}
     found = {"g/a": np.array([3, 3]), "g/b": np.array([found_at_b, 3])}

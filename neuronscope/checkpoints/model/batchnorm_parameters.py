@@ -41,14 +41,12 @@ def batch_norm_parameters(graph: Graph) -> Iterator[Evidence]:
         graph: A traced forward in evaluation mode.
     """
     for site in graph.first_calls():
-        yield from _on_site(graph, site)
+        parameters = _parameters_before(graph, site)
+        if parameters is not None and is_zero_below_zero(graph, site):
+            yield from _on_site(site, *parameters)
 
 
-def _on_site(graph: Graph, site: Site) -> Iterator[Evidence]:
-    parameters = _parameters_before(graph, site)
-    if parameters is None or not is_zero_below_zero(graph, site):
-        return
-    scale, shift = parameters
+def _on_site(site: Site, scale: Tensor, shift: Tensor) -> Iterator[Evidence]:
     c = threshold(scale, shift)
     evidence = partial(evidence_on_site, site.name, source=_SOURCE)
     yield from evidence(

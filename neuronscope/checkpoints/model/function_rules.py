@@ -32,6 +32,9 @@ DROPOUT = spellings(
 )
 
 
+Kind = Literal["same", "moves", "scales", "mixes", "norm", "other"]
+
+
 @dataclass(frozen=True)
 class OperatorRule:
     """What is known of one torch function.
@@ -44,9 +47,9 @@ class OperatorRule:
         needed_inputs: A rule of :mod:`neuronscope.checkpoints.model.needed_inputs`; without one, all inputs are needed.
     """
 
-    kind: Literal["same", "moves", "scales", "mixes", "norm", "other"]
+    kind: Kind
     bounds: Rule
-    needed_inputs: needed.NeededInputs | None = None
+    needed_inputs: needed.NeededInputs | None
 
 
 #: Torch function → what is known of it.
@@ -59,19 +62,17 @@ def _functions(*names: str, in_place: bool = False) -> list[Callable[..., Any]]:
     return [function for function in found if not isinstance(function, (OpOverload, OpOverloadPacket))]
 
 
-def _register(rule: OperatorRule, *names: str, in_place: bool = False) -> None:
-    OPERATORS.update(dict.fromkeys(_functions(*names, in_place=in_place), rule))
+def _register(kind: Kind, bounds: Rule, needs: needed.NeededInputs | None, *names: str, in_place: bool = False) -> None:
+    OPERATORS.update(dict.fromkeys(_functions(*names, in_place=in_place), OperatorRule(kind, bounds, needs)))
 
 
-def _monotone(
-    kind: Literal["moves", "other"], inputs: needed.NeededInputs | None, *names: str, rounds: bool = False
-) -> None:
+def _monotone(kind: Kind, needs: needed.NeededInputs | None, *names: str, rounds: bool = False) -> None:
     for function in _functions(*names):
-        OPERATORS[function] = OperatorRule(kind, shape.monotone(function, rounds=rounds), inputs)
+        OPERATORS[function] = OperatorRule(kind, shape.monotone(function, rounds=rounds), needs)
 
 
 def _elementwise(bounds: Rule, *names: str, scales: bool = False) -> None:
-    _register(OperatorRule("scales" if scales else "other", bounds, needed.by_elementwise), *names, in_place=True)
+    _register("scales" if scales else "other", bounds, needed.by_elementwise, *names, in_place=True)
 
 
 def _increasing(*names: str, **options: Any) -> None:
@@ -81,15 +82,21 @@ def _increasing(*names: str, **options: Any) -> None:
 
 # Functions that return their input, element by element, in evaluation mode or in another type.
 _register(
-    OperatorRule("same", shape.same(keeps_rows=True), needed.by_same),
+    "same",
+    shape.same(keeps_rows=True),
+    needed.by_same,
     *("contiguous", "clone", "detach", "positive", "requires_grad_"),
 )
 _register(
-    OperatorRule("same", shape.same(keeps_rows=False), needed.by_same),
+    "same",
+    shape.same(keeps_rows=False),
+    needed.by_same,
     *("to", "float", "double", "half", "bfloat16", "type_as", "cpu"),
 )
 _register(
-    OperatorRule("same", shape.dropout, needed.by_same),
+    "same",
+    shape.dropout,
+    needed.by_same,
     *("dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout"),
     *("dropout_", "alpha_dropout_", "feature_dropout", "feature_dropout_"),
 )
@@ -117,7 +124,7 @@ _monotone("other", needed.by_reduction, "amax", "amin")
 _monotone("other", needed.by_reduction, "mean", "sum", rounds=True)
 _monotone("other", None, "maximum", "minimum", "max", "min", "cummax")
 _monotone("other", None, "cumsum", rounds=True)
-_register(OperatorRule("other", shape.interpolate), "interpolate")
+_register("other", shape.interpolate, None, "interpolate")
 
 # Elementwise functions. Non-decreasing functions of one tensor are called on the bounds.
 _increasing("relu", "relu6", "hardtanh", "clamp", "clip", "clamp_min", "clamp_max", "hardshrink", rounds=False)
@@ -147,24 +154,24 @@ _elementwise(elementwise.negative, "neg", "negative", scales=True)
 _elementwise(elementwise.between(-1.0, 1.0), "sin", "cos")
 
 # Functions whose arguments decide rather than pass on, or that mix the elements of a row.
-_register(OperatorRule("other", elementwise.between(0.0, 1.0)), "softmax", in_place=True)
-_register(OperatorRule("other", elementwise.between(-1.0, 1.0)), "normalize")
-_register(OperatorRule("other", elementwise.masked_fill), "masked_fill", in_place=True)
-OPERATORS[torch.where] = OperatorRule("other", elementwise.where)  # Tensor.where takes its arguments in another order
+_register("other", elementwise.between(0.0, 1.0), None, "softmax", in_place=True)
+_register("other", elementwise.between(-1.0, 1.0), None, "normalize")
+_register("other", elementwise.masked_fill, None, "masked_fill", in_place=True)
+OPERATORS[torch.where] = OperatorRule("other", elementwise.where, None)  # Tensor.where has another order of arguments
 
 # Functions of a layer's weight.
-_register(OperatorRule("mixes", weighted.linear, needed.by_linear), "linear")
-_register(OperatorRule("mixes", weighted.matmul, needed.by_matmul), "matmul", "mm", "__matmul__")
-_register(OperatorRule("mixes", weighted.addmm, needed.by_matmul), "addmm")
+_register("mixes", weighted.linear, needed.by_linear, "linear")
+_register("mixes", weighted.matmul, needed.by_matmul, "matmul", "mm", "__matmul__")
+_register("mixes", weighted.addmm, needed.by_matmul, "addmm")
 for _n in (1, 2, 3):
     for _name, _transposed in ((f"conv{_n}d", False), (f"conv_transpose{_n}d", True)):
         _convolution = weighted.convolution(_n, transposed=_transposed)
-        _register(OperatorRule("mixes", _convolution, needed.by_convolution(transposed=_transposed)), _name)
-_register(OperatorRule("mixes", weighted.embedding), "embedding")
-_register(OperatorRule("mixes", weighted.attention), "scaled_dot_product_attention")
-_register(OperatorRule("norm", weighted.batch_norm, needed.by_batch_norm), "batch_norm")
+        _register("mixes", _convolution, needed.by_convolution(transposed=_transposed), _name)
+_register("mixes", weighted.embedding, None, "embedding")
+_register("mixes", weighted.attention, None, "scaled_dot_product_attention")
+_register("norm", weighted.batch_norm, needed.by_batch_norm, "batch_norm")
 for _norm in (weighted.layer_norm, weighted.rms_norm, weighted.group_norm, weighted.instance_norm):
-    _register(OperatorRule("norm", _norm), _norm.__name__)
+    _register("norm", _norm, None, _norm.__name__)
 # These functions of `torch` take their arguments in another order than those of `torch.nn.functional`.
 for _function in (torch.batch_norm, torch.embedding, torch.instance_norm):
     OPERATORS.pop(_function)

@@ -335,8 +335,8 @@ def _require_memory(model: nn.Module, checkpoint: Checkpoint) -> None:
         )
 
 
-def _few(names: list[str], count: int = 3) -> str:
-    return ", ".join(names[:count]) + (" …" if len(names) > count else "")
+def _few(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (" …" if len(names) > 3 else "")
 
 
 def list_parameters(model: nn.Module, checkpoint: Checkpoint) -> list[str]:

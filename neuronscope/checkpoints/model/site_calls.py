@@ -8,10 +8,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from neuronscope.attach.activations import Activation, Registry
-from neuronscope.attach.examples import ExampleCounter
 from neuronscope.attach.hooks import HookManager
 from neuronscope.attach.layer_names import LayerNames
-from neuronscope.attach.masks import PositionMask
 from neuronscope.attach.recorder import SiteRecorder
 from neuronscope.attach.site_finder import Call
 
@@ -41,7 +39,7 @@ class SiteCallHooks(HookManager):
         )
         scripted = self.recorder.unmeasured.reasons
         self.recorder: SiteRecorder = _CallRecorder(
-            LayerNames(model), self._examples, self._masks, self.fail, keep_input, note
+            keep_input, note, names=LayerNames(model), examples=self._examples, masks=self._masks, fail=self.fail
         )
         self.recorder.unmeasured.reasons.update(scripted)
 
@@ -54,24 +52,10 @@ class _CallRecorder(SiteRecorder):
     """Passes on each call of a site, and counts nothing."""
 
     def __init__(
-        self,
-        names: LayerNames,
-        examples: ExampleCounter,
-        masks: PositionMask,
-        fail: Callable[[Exception], None],
-        keep_input: Callable[[Tensor], Any],
-        note: Callable[[Call, Any, Tensor], None],
+        self, keep_input: Callable[[Tensor], Any], note: Callable[[Call, Any, Tensor], None], **parts: Any
     ) -> None:
         self._begun: list[Any] = []  # what was kept of the calls that have begun, one inside another
-        super().__init__(
-            names=names,
-            examples=examples,
-            masks=masks,
-            new_counters=_count_nothing,
-            declared_axis=lambda *_: None,
-            tolerance=0.0,
-            fail=fail,
-        )
+        super().__init__(new_counters=_count_nothing, declared_axis=lambda *_: None, tolerance=0.0, **parts)
         self._keep_input = keep_input
         self._note = note
 

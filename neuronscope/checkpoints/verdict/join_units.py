@@ -73,10 +73,13 @@ class JoinedLayers:
     Attributes:
         layers: The layers by name, in the order of the report.
         norms: The norm of each layer that a norm normalises, unit by unit, by the layer's path.
+        units: Which units of each layer the neurons of a site are, int64 ``(N,)`` by layer, by the site's name and
+            ``N``; −1 = of another layer.
     """
 
     layers: dict[str, JoinedLayer] = field(default_factory=dict)
     norms: dict[str, str] = field(default_factory=dict)
+    units: dict[tuple[str, int], dict[str, IntArray]] = field(default_factory=dict)
 
     def name_of(self, path: str) -> str:
         """Return the name of the layer with this path: that of its norm if it has one."""
@@ -116,7 +119,7 @@ def join_units(
     for units_by_layer in units_of.values():
         for layer, units in units_by_layer.items():
             found[layer] = max(found.get(layer, 0), int(units.max(initial=-1)) + 1)
-    joined = JoinedLayers(norms=_norms(sites, widths, found))
+    joined = JoinedLayers(norms=_norms(sites, widths, found), units=units_of)
     for path, width in widths.items():
         joined.layers[joined.name_of(path)] = JoinedLayer(width)
     for site in sites:
@@ -156,7 +159,7 @@ def renamed(
         replace(
             site,
             name=path(site.name),
-            units=tuple((path(layer), *run) for layer, *run in site.units),
+            units=tuple((path(layer), start, stop, step) for layer, start, stop, step in site.units),
             normalises=site.normalises and path(site.normalises),
         )
         for site in sites

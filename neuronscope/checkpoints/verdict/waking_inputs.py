@@ -12,8 +12,8 @@ import numpy as np
 import numpy.typing as npt
 
 from neuronscope.arrays import BoolArray, IntArray
-from neuronscope.checkpoints.verdict.evidence import CLAIMS, Evidence, evidence_on_site
-from neuronscope.checkpoints.verdict.join_units import NamedSite, places_but_gates
+from neuronscope.checkpoints.verdict.evidence import CLAIMS
+from neuronscope.checkpoints.verdict.join_units import JoinedLayers, NamedSite, places_but_gates
 from neuronscope.checkpoints.verdict.layer_verdicts import LayerReport
 
 __all__ = [
@@ -25,15 +25,12 @@ __all__ = [
     "neurons_to_wake",
     "note_woken",
     "places_of_sites",
-    "take_places",
 ]
 
 #: The tensors of one input by the place of the argument: ``0`` is the first positional argument, and ``mask.1`` the
 #: second tensor in the argument ``mask``.
 WakingInput = Mapping[str, "npt.NDArray[Any]"]
 
-
-_PLACES = "places"
 _SILENT = CLAIMS.index("silent")
 #: Most bytes of all inputs together that are stored inside a JSON report.
 _MOST_BYTES = 2**20
@@ -51,35 +48,20 @@ class Place(NamedTuple):
 Places = Mapping[str, Sequence[Place]]
 
 
-def places_of_sites(sites: Sequence[NamedSite]) -> list[Evidence]:
-    """Return evidence whose numbers are the neurons of each site, from which :func:`take_places` tells their units."""
+def places_of_sites(sites: Sequence[NamedSite], joined: JoinedLayers) -> Places:
+    """Return which units of layers the neurons of sites are; not those of gates that have a product.
+
+    Args:
+        sites: The sites of one source.
+        joined: The layers to which they were joined.
+    """
     judged = places_but_gates(sites)
-    return [
-        one
-        for site in sites
-        for one in evidence_on_site(
-            site.name,
-            judged[site.name],
-            np.arange(site.neurons, dtype=np.float64),
-            source=_PLACES,
-            claim="alive",
-            basis="suspected",
-            measure="",
-            text="",
-        )
-    ]
-
-
-def take_places(evidence: Iterable[Evidence]) -> tuple[list[Evidence], dict[str, list[Place]]]:
-    """Separate joined evidence from the places of sites among it; return both, the places by layer."""
-    others: list[Evidence] = []
     places: dict[str, list[Place]] = {}
-    for one in evidence:
-        if one.source == _PLACES:
-            places.setdefault(one.layer, []).append(Place(one.site, one.neurons, one.numbers.astype(np.int64)))
-        else:
-            others.append(one)
-    return others, places
+    for site in sites:
+        for layer, units in joined.units[site.name, site.neurons].items():
+            neurons = np.flatnonzero(judged[site.name] & (units >= 0))
+            places.setdefault(layer, []).append(Place(site.name, units[neurons], neurons))
+    return places
 
 
 def neurons_to_wake(layers: Iterable[LayerReport], places: Places, widths: Mapping[str, int]) -> dict[str, BoolArray]:
@@ -87,7 +69,7 @@ def neurons_to_wake(layers: Iterable[LayerReport], places: Places, widths: Mappi
 
     Args:
         layers: The verdicts.
-        places: What :func:`take_places` returned.
+        places: What :func:`places_of_sites` returned.
         widths: Number of neurons of each site.
     """
     targets = {name: np.zeros(width, dtype=np.bool_) for name, width in widths.items()}
@@ -103,7 +85,7 @@ def note_woken(layers: Iterable[LayerReport], places: Places, found: Mapping[str
 
     Args:
         layers: The verdicts.
-        places: What :func:`take_places` returned.
+        places: What :func:`places_of_sites` returned.
         found: Index of the input that makes each neuron of a site fire, int64 ``(N,)`` by site; −1 = none.
     """
     noted = []
@@ -133,7 +115,9 @@ def inputs_as_dicts(inputs: Sequence[WakingInput]) -> list[dict[str, Any]]:
                     "name": name,
                     "dtype": array.dtype.name,
                     "shape": list(array.shape),
-                    "base64": base64.b64encode(_little_endian(array).tobytes()).decode() if embedded else None,
+                    "base64": base64.b64encode(array.astype(array.dtype.newbyteorder("<")).tobytes()).decode()
+                    if embedded
+                    else None,
                 }
                 for name, array in one.items()
             ]
@@ -155,7 +139,3 @@ def inputs_as_npz(inputs: Sequence[WakingInput]) -> bytes:
     }
     np.savez(target, **arrays)
     return target.getvalue()
-
-
-def _little_endian(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    return np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("<"))

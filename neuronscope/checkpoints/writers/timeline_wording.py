@@ -16,6 +16,8 @@ __all__ = ["Chart", "CheckpointRow", "TimelineRow", "chart", "checkpoint_rows", 
 
 #: Width and height of a drawing.
 WIDTH, HEIGHT = 1000, 100
+#: Most rows of checkpoints.
+MOST_CHECKPOINTS = 40
 #: Most gaps between checkpoints that the cell of a layer names.
 MOST_GAPS = 4
 
@@ -138,20 +140,18 @@ def explanation() -> str:
     )
 
 
-def checkpoint_rows(timeline: CheckpointTimeline, most: int = 40) -> tuple[list[CheckpointRow], str]:
+def checkpoint_rows(timeline: CheckpointTimeline) -> tuple[list[CheckpointRow], str]:
     """Return the table cells of the checkpoints, and a sentence about those that were left out (or ``""``).
 
-    Args:
-        timeline: The timeline.
-        most: Most rows. Of more checkpoints, the first, the last and those with the most deaths and revivals are shown.
+    Of many checkpoints, the first, the last and those with the most deaths and revivals are shown.
     """
     dead, unknown = timeline.dead, timeline.unknown
     died, revived = timeline.count(DIED), timeline.count(REVIVED)
     places = np.arange(len(timeline.checkpoints))
-    if places.size > most:
+    if places.size > MOST_CHECKPOINTS:
         weight = (died + revived).astype(np.float64)
         weight[[0, -1]] = np.inf
-        places = np.sort(np.argsort(-weight, kind="stable")[:most])
+        places = np.sort(np.argsort(-weight, kind="stable")[:MOST_CHECKPOINTS])
     rows = []
     for at in places.tolist():
         point = timeline.checkpoints[at]
@@ -266,14 +266,14 @@ def _when(layer: LayerTimeline, events: BoolArray) -> str:
     return "; ".join([*parts, f"{count(int(rest.sum()))} later"] if rest.any() else parts) or NONE
 
 
-def _where(timeline: CheckpointTimeline, at: int, most: int = 3) -> str:
-    """Name the layers in which neurons died before a checkpoint, the most first."""
+def _where(timeline: CheckpointTimeline, at: int) -> str:
+    """Name the three layers in which the most neurons died before a checkpoint, the most first."""
     numbers = [
         (int((layer.events(DIED) & (layer.checkpoint == at)).sum()), layer.name) for layer in timeline.headline_layers
     ]
     found = sorted((one for one in numbers if one[0]), key=lambda one: -one[0])
-    named = [f"{visible(name)} ({count(number)})" for number, name in found[:most]]
-    return ", ".join([*named, f"{count(len(found) - most)} more"] if len(found) > most else named) or NONE
+    named = [f"{visible(name)} ({count(number)})" for number, name in found[:3]]
+    return ", ".join([*named, f"{count(len(found) - 3)} more"] if len(found) > 3 else named) or NONE
 
 
 def _number(value: int) -> str:
