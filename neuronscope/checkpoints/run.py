@@ -322,7 +322,7 @@ def _examine(
     facts = postmortem_facts(
         verdicts,
         step=checkpoint.step,
-        learning_rates=learning_rates(checkpoint),
+        learning_rates=tuple(learning_rates(checkpoint)),
         decay=decay,
         # Reads each weight once more, which only weight decay makes worth while.
         dead_norm_ratios=dead_norm_ratios(verdicts, of_neurons, name_by_path, checkpoint) if decay > 0 else {},
@@ -333,7 +333,7 @@ def _examine(
             *(layer.name for layer in verdicts if behind_norms.intersection(layer.sites)),
         },
         observed_every=max(map(observed_every, records), default=1),
-        checkpoints={*given.steps, *(saved for report in records for saved in report.checkpoints)},
+        checkpoints=tuple(sorted({*given.steps, *(saved for report in records for saved in report.checkpoints)})),
     )
     report = PostmortemReport(
         path=str(checkpoint.path),

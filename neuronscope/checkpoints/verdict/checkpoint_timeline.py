@@ -18,7 +18,7 @@ at the second, it revived and died again in between. No torch here.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from typing import Any
 
@@ -212,9 +212,7 @@ class CheckpointTimeline:
                 for at, point in enumerate(self.checkpoints)
             ],
             "layers": [layer.to_dict() for layer in self.layers],
-            "left_out": [
-                {"path": one.path, "reason": one.reason, "unreadable": one.unreadable} for one in self.left_out
-            ],
+            "left_out": [asdict(one) for one in self.left_out],
         }
 
 

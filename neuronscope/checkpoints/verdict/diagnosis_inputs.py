@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -15,29 +16,19 @@ __all__ = ["postmortem_facts"]
 def postmortem_facts(
     layers: Sequence[LayerReport],
     *,
-    step: int | None = None,
-    learning_rates: Sequence[float] = (),
-    decay: float = 0.0,
     dead_norm_ratios: Mapping[str, float] | None = None,
-    input_offset: float | None = None,
     kinds: Mapping[str, str] | None = None,
     normalised: Collection[str] = (),
-    observed_every: int = 1,
-    checkpoints: Collection[int] = (),
+    **run: Any,
 ) -> RunFacts:
     """Return the facts of a post-mortem in the form that :func:`neuronscope.judge.diagnosis.diagnose` takes.
 
     Args:
         layers: The verdicts, from the input to the output.
-        step: Number of optimizer steps taken; ``None`` = not known.
-        learning_rates: The saved learning rates of the optimizer's groups.
-        decay: The fraction by which weight decay shrinks weights per step.
         dead_norm_ratios: By layer, the median norm of the dead neurons' weights over that of the others.
-        input_offset: ‖mean‖ / ‖standard deviation‖ of the model's input; ``None`` = not known.
         kinds: Kind of each layer's activation by layer, as far as known.
         normalised: Layers that are known to have a normalisation before their activation or their weights.
-        observed_every: The largest number of steps between two observations of a monitor.
-        checkpoints: Steps of checkpoints of the run, as far as known.
+        **run: Attributes of :class:`RunFacts`: what is known of the run.
     """
     ratios = dead_norm_ratios or {}
     headlines = [layer for layer in layers if layer.in_headlines]
@@ -59,14 +50,9 @@ def postmortem_facts(
             )
             for layer in headlines
         ),
-        step=step,
-        learning_rates=tuple(learning_rates),
-        decay=decay,
         clocked=any(layer.is_clocked for layer in headlines),
         estimated=any(layer.is_estimated for layer in headlines),
-        input_offset=input_offset,
-        observed_every=observed_every,
-        checkpoints=tuple(sorted(checkpoints)),
+        **run,
     )
 
 

@@ -127,7 +127,7 @@ def _checkpoints(report: PostmortemReport) -> dict[str, Any] | None:
         "more_points": more_points,
         "layers": layers,
         "more_layers": more_layers,
-        "explanation": timeline_wording.explanation(),
+        "explanation": timeline_wording.EXPLANATION,
         "last": report.timeline.checkpoints[-1].step,
     }
 

@@ -8,7 +8,7 @@ from typing import Any
 from neuronscope.checkpoints.postmortem_report import PostmortemReport
 from neuronscope.checkpoints.writers import postmortem_wording as wording
 from neuronscope.checkpoints.writers import timeline_wording
-from neuronscope.checkpoints.writers.postmortem_terminal import CHECKPOINT_COLUMNS, COLUMNS, TIMELINE_COLUMNS
+from neuronscope.checkpoints.writers.postmortem_columns import CHECKPOINT_COLUMNS, COLUMNS, TIMELINE_COLUMNS
 from neuronscope.writers.console import Column
 from neuronscope.writers.formatting import count
 from neuronscope.writers.markdown_text import bullets, code, diagnosis_parts, pairs, plain, prose, table
@@ -51,7 +51,7 @@ def render(report: PostmortemReport) -> str:
         ):
             blocks += [_table(first, columns, rows)] if rows else []
             blocks += [f"{without}."] if without else []
-        blocks.append(plain(timeline_wording.explanation()))
+        blocks.append(plain(timeline_wording.EXPLANATION))
     if report.diagnoses:
         blocks.append("### Why, and what to do")
     for one in report.diagnoses:

@@ -5,41 +5,12 @@ from __future__ import annotations
 from neuronscope.checkpoints.postmortem_report import PostmortemReport
 from neuronscope.checkpoints.writers import postmortem_wording as wording
 from neuronscope.checkpoints.writers import timeline_wording
-from neuronscope.writers.console import Column, Page
+from neuronscope.checkpoints.writers.postmortem_columns import CHECKPOINT_COLUMNS, COLUMNS, TIMELINE_COLUMNS
+from neuronscope.writers.console import Page
 from neuronscope.writers.formatting import plural
 
 __all__ = ["render"]
 
-COLUMNS = (
-    Column("neurons", "neurons", narrowest=70),
-    Column("dead", "dead"),
-    Column("%", "dead_share"),
-    Column("how sure", "sure", right=False, narrowest=60, wraps=True),
-    Column("woken", "woken", narrowest=80, optional=True),
-    Column("since", "since", right=False, wraps=True),
-    Column("suspected", "suspected", narrowest=100, optional=True),
-    Column("other", "other", right=False, narrowest=100, wraps=True, optional=True),
-    Column("contested", "contested", narrowest=110, optional=True),
-    Column("unknown", "unknown", narrowest=120, optional=True),
-)
-CHECKPOINT_COLUMNS = (
-    Column("dead", "dead"),
-    Column("died", "died"),
-    Column("revived", "revived", optional=True),
-    Column("unknown", "unknown", narrowest=70, optional=True),
-    Column("died in", "where", right=False, narrowest=60, wraps=True),
-    Column("file", "file", right=False, narrowest=100, wraps=True),
-)
-TIMELINE_COLUMNS = (
-    Column("neurons", "neurons", narrowest=100),
-    Column("dead at\nfirst", "first"),
-    Column("died", "died"),
-    Column("revived", "revived", optional=True),
-    Column("dead at\nlast", "last"),
-    Column("died when", "when", right=False, wraps=True),
-    Column("revived when", "back", right=False, narrowest=80, wraps=True, optional=True),
-    Column("how sure", "basis", right=False, narrowest=110, wraps=True),
-)
 #: Most lines of a list (disagreements, layers with woken neurons, reasons), and neurons that each names.
 LISTED, NAMED = 10, 8
 
@@ -67,7 +38,7 @@ def render(report: PostmortemReport, top: int = 20) -> str:
         layers, without = timeline_wording.layer_rows(report.timeline)
         if layers:
             page.table(TIMELINE_COLUMNS, layers, filter(None, [without]))
-        page.line(timeline_wording.explanation(), "dim")
+        page.line(timeline_wording.EXPLANATION, "dim")
     page.causes(report.diagnoses)
     page.list("Evidence", [_ground(row) for row in wording.grounds(report)])
     page.list("Confirmed by measuring", wording.confirmations(report))

@@ -12,8 +12,13 @@ from neuronscope.checkpoints.verdict.checkpoint_timeline import DIED, REVIVED, C
 from neuronscope.checkpoints.verdict.evidence import BASES
 from neuronscope.writers.formatting import NONE, UNKNOWN, count, is_are, plural, visible
 
-__all__ = ["Chart", "CheckpointRow", "TimelineRow", "chart", "checkpoint_rows", "explanation", "findings", "layer_rows"]
+__all__ = ["EXPLANATION", "Chart", "CheckpointRow", "TimelineRow", "chart", "checkpoint_rows", "findings", "layer_rows"]
 
+#: What the numbers of the tables mean.
+EXPLANATION = (
+    "died: dead here and not at the checkpoint before; the last gradient came between the steps that are given. What a "
+    "later checkpoint shows counts too. unknown: not known, or only suspected."
+)
 #: Width and height of a drawing.
 WIDTH, HEIGHT = 1000, 100
 #: Most rows of checkpoints.
@@ -130,14 +135,6 @@ def findings(timeline: CheckpointTimeline) -> list[str]:
             + ": see the notes."
         )
     return sentences
-
-
-def explanation() -> str:
-    """Return the sentence below the table that says what its numbers mean."""
-    return (
-        "died: dead here and not at the checkpoint before; the last gradient came between the steps that are given. "
-        "What a later checkpoint shows counts too. unknown: not known, or only suspected."
-    )
 
 
 def checkpoint_rows(timeline: CheckpointTimeline) -> tuple[list[CheckpointRow], str]:
