@@ -194,11 +194,7 @@ class _NeuronWaker:
         return True
 
     def _batch_size(self, left: int) -> int:
-        """Return how many starts to run together: few of each neuron, unless the network is small.
-
-        Args:
-            left: Number of neurons that are still to be woken.
-        """
+        """Return how many starts to run together for so many neurons: few of each, unless the network is small."""
         return min(self._most_rows, max(_TOGETHER * left, _SMALL // self._numbers)) if left else 0
 
     def _count_left(self, pairs: Sequence[Pair]) -> int:
@@ -289,12 +285,7 @@ class _NeuronWaker:
         return (given * signs[:, None].to(given.dtype)).amax(1).sum()
 
     def _look(self, calls: Sequence[SiteCall], tensors: Sequence[Tensor]) -> None:
-        """Note the neurons that fired and were left: by few inputs, each of which is run again alone.
-
-        Args:
-            calls: What the sites gave.
-            tensors: The inputs.
-        """
+        """Note the neurons that fired and were left: by few of the inputs, each of which is run again alone."""
         fired = []
         for call in calls:
             places = np.flatnonzero(self._left[call.name])

@@ -366,15 +366,32 @@ def _layer_timeline(layer: LayerReport, found: list[_State | None], steps: list[
         lower = np.where(one.fires & alive, np.maximum(lower, step), lower)
         last_dead[dead], woke[dead] = step, False
         known = np.where(state == UNKNOWN, known, state)
-    return events.timeline(layer, parts, states)
+    neuron, kind, checkpoint, earliest, latest, bases = events.table
+    present = np.array([one is not None for one in parts])
+    return LayerTimeline(
+        name=layer.name,
+        neurons=neurons,
+        in_headlines=layer.in_headlines,
+        dead=np.where(present, (states == DEAD).sum(axis=1), -1),
+        unknown=(states == UNKNOWN).sum(axis=1),
+        neuron=neuron,
+        kind=kind.astype(np.uint8),
+        checkpoint=checkpoint,
+        earliest=earliest,
+        latest=latest,
+        basis=bases.astype(np.uint8),
+    )
 
 
 class _Events:
-    """Collects events, one array of each field for each checkpoint."""
+    """Collects the events of a layer.
+
+    Attributes:
+        table: Neuron, kind, checkpoint, earliest and latest step, and basis of each, int64 ``(6, E)``.
+    """
 
     def __init__(self) -> None:
-        self._fields: tuple[list[IntArray], ...] = ([], [], [], [], [], [])
-        self._narrowed: list[tuple[IntArray, IntArray, BoolArray, ByteArray]] = []
+        self.table: IntArray = np.zeros((6, 0), dtype=np.int64)
 
     def add(
         self, mask: BoolArray, kind: int, checkpoint: int, earliest: IntArray, latest: IntArray, basis: ByteArray
@@ -389,17 +406,14 @@ class _Events:
             latest: The latest step, int64 ``(N,)``.
             basis: Basis of the verdicts at that checkpoint, uint8 ``(N,)``.
         """
-        neurons = np.flatnonzero(mask).astype(np.int64)
-        start = sum(part.size for part in self._fields[0])
-        same = np.ones_like(neurons)
-        late = np.maximum(latest[mask], earliest[mask])
-        values = (neurons, same * kind, same * checkpoint, earliest[mask], late, basis[mask].astype(np.int64))
-        for found, value in zip(self._fields, values, strict=True):
-            found.append(value)
+        neurons, start = np.flatnonzero(mask), self.table.shape[1]
+        same, late = np.ones_like(neurons), np.maximum(latest, earliest)
+        added = neurons, same * kind, same * checkpoint, earliest[mask], late[mask], basis[mask]
+        self.table = np.concatenate([self.table, np.array(added, dtype=np.int64)], axis=1)
         return np.arange(start, start + neurons.size)
 
     def narrow(self, events: IntArray, mask: BoolArray, steps: IntArray, exact: BoolArray, basis: ByteArray) -> None:
-        """Note what a later checkpoint shows of the dates of deaths.
+        """Narrow the dates of deaths by what a later checkpoint shows.
 
         Args:
             events: The event of each neuron, int64 ``(N,)``.
@@ -408,35 +422,11 @@ class _Events:
             exact: Which of them are exact, bool ``(N,)``.
             basis: The basis of the exact ones, uint8 ``(N,)``.
         """
+        *_, earliest, latest, bases = self.table
         mask = mask & (steps != UNDATED)
-        self._narrowed.append((events[mask], steps[mask], exact[mask], basis[mask]))
-
-    def timeline(self, layer: LayerReport, parts: list[_State | None], states: ByteArray) -> LayerTimeline:
-        """Return the timeline of a layer with these events.
-
-        Args:
-            layer: The layer in the last checkpoint.
-            parts: What each checkpoint shows; ``None`` = the layer is not in it.
-            states: The state of each neuron at each checkpoint, uint8 ``(C, N)``.
-        """
-        neuron, kind, checkpoint, earliest, latest, basis = (np.concatenate(one) for one in self._fields)
-        for events, steps, exact, by in self._narrowed:
-            at, sure = events[exact], steps[exact]
-            inside = sure <= latest[at]  # else the record tells of another death, or means that it fell silent later
-            at, sure = at[inside], sure[inside]
-            earliest[at], latest[at], basis[at] = sure, sure, by[exact][inside]
-            np.maximum.at(earliest, events[~exact], np.minimum(steps[~exact], latest[events[~exact]]))
-        present = np.array([one is not None for one in parts])
-        return LayerTimeline(
-            name=layer.name,
-            neurons=layer.neurons,
-            in_headlines=layer.in_headlines,
-            dead=np.where(present, (states == DEAD).sum(axis=1), -1),
-            unknown=(states == UNKNOWN).sum(axis=1),
-            neuron=neuron,
-            kind=kind.astype(np.uint8),
-            checkpoint=checkpoint,
-            earliest=earliest,
-            latest=latest,
-            basis=basis.astype(np.uint8),
-        )
+        at = events[mask & ~exact]
+        earliest[at] = np.maximum(earliest[at], np.minimum(steps[mask & ~exact], latest[at]))
+        at, sure = events[mask & exact], steps[mask & exact]
+        inside = sure <= latest[at]  # else the record tells of another death, or means that it fell silent later
+        earliest[at[inside]] = latest[at[inside]] = sure[inside]
+        bases[at[inside]] = basis[mask & exact][inside]
