@@ -76,7 +76,7 @@ def test_settings_are_plain_data_and_references_are_left_out(tmp_path: Path, kin
 
 
 def test_a_circle_ends() -> None:
-    one, other = (AttributesPlaceholder("omegaconf.nodes.AnyNode", ()) for _ in range(2))
+    one, other = (AttributesPlaceholder("omegaconf.nodes.AnyNode") for _ in range(2))
     one.state, other.state = {"_val": other}, {"_val": one}
     assert find_hyperparameters({"hyper_parameters": {"a": one, "b": 1}}) == {"b": 1}
     one.state = {"_content": [one]}
@@ -88,7 +88,7 @@ def test_containers_are_copied_with_pythons_own_types() -> None:
         width: int
         depths: list[int]
 
-    node = AttributesPlaceholder("omegaconf.listconfig.ListConfig", ())
+    node = AttributesPlaceholder("omegaconf.listconfig.ListConfig")
     node.state = {"_content": [1]}  # no set can hold the list that it stands for
     kept = {"a": {node}, "b": {(1, 2)}, "c": Sizes(3, [4])}
     assert find_hyperparameters({"hyper_parameters": kept}) == {"b": {(1, 2)}, "c": (3, [4])}

@@ -13,7 +13,7 @@ from neuronscope.checkpoints.checkpoint import StoredTensor
 from neuronscope.checkpoints.formats.byte_range import MOST_DIMENSIONS, ByteRange, quoted
 from neuronscope.errors import CheckpointError
 
-__all__ = ["FileTensor", "Storage", "allocate", "check_name", "check_sizes", "find_dtype", "is_readable"]
+__all__ = ["FileTensor", "Storage", "allocate", "check_sizes", "find_dtype", "is_readable"]
 
 # The most memory for a tensor that repeats stored numbers (one that was expanded), so that a few bytes in a file cannot
 # take any amount of it. A tensor that is written out in full takes as much as it does in the file.
@@ -66,21 +66,6 @@ def check_sizes(sizes: Any) -> tuple[int, ...]:
     ):
         raise ValueError(f"{quoted(sizes)} was found where sizes were expected")
     return tuple(sizes)
-
-
-def check_name(name: Any, what: str = "a name") -> str:
-    """Return a name, after checking that it is text.
-
-    Args:
-        name: What a file holds in its place.
-        what: What it is the name of, for messages.
-
-    Raises:
-        ValueError: It is something else.
-    """
-    if not isinstance(name, str):
-        raise ValueError(f"{quoted(name)} was found where {what} was expected")
-    return name
 
 
 def allocate(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

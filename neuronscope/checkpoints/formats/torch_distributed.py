@@ -19,7 +19,7 @@ from torch import Tensor
 from neuronscope.checkpoints.checkpoint import StoredTensor
 from neuronscope.checkpoints.formats.build_checkpoint import RawCheckpoint
 from neuronscope.checkpoints.formats.byte_range import ByteRange, quoted, sibling_file
-from neuronscope.checkpoints.formats.file_tensor import FileTensor, allocate, check_name, check_sizes
+from neuronscope.checkpoints.formats.file_tensor import FileTensor, allocate, check_sizes
 from neuronscope.checkpoints.formats.restricted_pickle import (
     as_checkpoint_error,
     read_pickle,
@@ -161,7 +161,7 @@ class _Files:
         for index, info in storage_data.items():
             key = _state(index, "MetadataIndex")
             offset = key.get("offset")
-            self._infos[check_name(key["fqn"]), None if offset is None else check_sizes(offset)] = _state(
+            self._infos[_text(key["fqn"]), None if offset is None else check_sizes(offset)] = _state(
                 info, "_StorageInfo"
             )
         self._object_bytes = 0
@@ -175,7 +175,7 @@ class _Files:
             raise CheckpointError(
                 f"{quoted(self._folder)} holds {quoted(name)} transformed (packed or encrypted), which is not read."
             )
-        file = check_name(info["relative_path"])
+        file = _text(info["relative_path"])
         if file not in self.opened:
             self.opened[file] = ByteRange.of(sibling_file(self._folder, file))
         return self.opened[file].part(*check_sizes((info["offset"], info["length"])))
@@ -246,6 +246,12 @@ def _reaches(one: _TensorPart, other: _TensorPart, dims: slice) -> bool:
         at + size > begin
         for at, size, begin in zip(one.offsets[dims], one.sizes[dims], other.offsets[dims], strict=True)
     )
+
+
+def _text(name: Any) -> str:
+    if not isinstance(name, str):
+        raise ValueError(f"{quoted(name)} was found where a name was expected")
+    return name
 
 
 class _Branch(dict[Any, Any]):

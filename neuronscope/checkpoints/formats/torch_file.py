@@ -12,7 +12,7 @@ from contextlib import closing
 from typing import Any, BinaryIO
 
 from neuronscope.checkpoints.formats.byte_range import ByteRange, quoted
-from neuronscope.checkpoints.formats.file_tensor import Storage, check_name, check_sizes
+from neuronscope.checkpoints.formats.file_tensor import Storage, check_sizes
 from neuronscope.checkpoints.formats.restricted_pickle import as_checkpoint_error, read_pickle
 from neuronscope.checkpoints.formats.safe_globals import StorageType, find_safe_global
 from neuronscope.errors import CheckpointError
@@ -23,7 +23,6 @@ __all__ = ["LEGACY_MAGIC", "is_script", "read_legacy", "read_zip"]
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 
 _LONGEST_PICKLE = 1 << 28
-_STORAGE = "a storage's name"
 _LOCAL_HEADER = 30  # bytes; its last four are the lengths of the name and of the extra field after it
 _ZIP_ERRORS = (zipfile.BadZipFile, ValueError, LookupError, NotImplementedError, OverflowError, EOFError, RuntimeError)
 
@@ -108,7 +107,7 @@ def read_legacy(part: ByteRange) -> Any:
             )
         content = read_pickle(file, find_safe_global, persistent)
         for name in read_pickle(file, find_safe_global):
-            storage = storages[check_name(name, _STORAGE)]
+            storage = storages[_name(name)]
             numel = int.from_bytes(file.read(8), "little")
             storage.location = part.part(file.tell(), numel * storage.dtype.itemsize)
             file.seek(storage.location.size, 1)
@@ -125,7 +124,14 @@ def _storage_id(key: Any) -> tuple[str, Any, int]:
     if not isinstance(key, tuple) or len(key) < 5 or key[0] != "storage" or not isinstance(key[1], StorageType):
         raise ValueError("it refers to something that is not a storage")
     (numel,) = check_sizes((key[4],))
-    return check_name(key[2], _STORAGE), key[1].dtype, numel
+    return _name(key[2]), key[1].dtype, numel
+
+
+def _name(key: Any) -> str:
+    """Return the name of a storage, after checking that it is a string."""
+    if not isinstance(key, str):
+        raise ValueError(f"{quoted(key)} was found where a storage's name was expected")
+    return key
 
 
 def _entries(part: ByteRange, file: BinaryIO) -> dict[str, zipfile.ZipInfo]:
