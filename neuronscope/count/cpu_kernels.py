@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["Plan", "ScratchBuffers", "compare", "magnitudes"]
+__all__ = ["Plan", "ScratchBuffers", "compare", "fits_float32", "magnitudes"]
 
 #: Number of elements in a block: 1 MB as bytes.
 _BLOCK = 1 << 20
@@ -41,6 +41,8 @@ _ROWS = 32
 _PIECE = 1 << 18
 #: Fewest numbers in a row of memory for which adding them along memory is quick.
 _INNER = 32
+#: Sums of magnitudes below this do not overflow float32 where a window adds up 2**18 of them (4096 times 64 rows).
+_MOST_SUM = 2.0**110
 #: Maximal number of plans that are kept; inputs of ever new lengths make ever new plans.
 _PLANS = 256
 
@@ -75,17 +77,27 @@ class ScratchBuffers(threading.local):
             self.words = torch.empty(0, dtype=torch.int64, device="cpu")
             self.sums = torch.empty(0, dtype=torch.int64, device="cpu")
 
-    def plan(self, tensor: Tensor, axis: int, quantities: int) -> Plan | None:
-        """Return the plan for a tensor.
+    def measure(self, tensor: Tensor, axis: int, tolerance: float, out: Tensor) -> bool:
+        """Count the zeros of a tensor, and add up its magnitudes if ``out`` has two rows, without allocating memory.
 
         Args:
-            tensor: Any tensor, on any device.
-            axis: Dimension of the neurons.
-            quantities: 1 for zeros, 2 for zeros and magnitudes.
+            tensor: Any shape, neurons along ``axis``; must not require a gradient.
+            axis: Dimension of the neurons, ≥ 0.
+            tolerance: ``|x| <= tolerance`` counts as zero.
+            out: float32 ``(1 or 2, N)``, is overwritten: zeros, and the sum of ``|x|``. Zeros are exact, because no
+                count reaches 2**24. A sum is not finite if an element is not.
 
         Returns:
-            The plan, or ``None`` if the plain formula must be used.
+            False if the tensor cannot be counted in this way; then the plain formula must be used.
         """
+        plan = self._plan(tensor, axis, out.shape[0])
+        if plan is None:
+            return False
+        plan.fill(tensor, tolerance, out)
+        return True
+
+    def _plan(self, tensor: Tensor, axis: int, quantities: int) -> Plan | None:
+        """Return the plan for a tensor; ``None`` if the plain formula must be used."""
         if type(tensor) is not Tensor or not tensor.is_cpu or tensor.layout is not torch.strided:
             return None
         key = (tensor.shape, tensor.stride(), axis, quantities)
@@ -374,6 +386,14 @@ def _block(shape: Shape, scratch: ScratchBuffers) -> _Block | _Rows:
     """Return what reduces blocks of a shape."""
     outer, _, inner = shape
     return _Rows(shape, scratch) if inner == 1 and 1 < outer < _ROWS else _Block(shape, scratch)
+
+
+def fits_float32(counts: Tensor) -> bool:
+    """Whether all magnitudes in ``counts`` are finite, and so small that a window adds them up in float32.
+
+    ``counts`` is on the CPU, so this does not synchronize.
+    """
+    return bool(counts.sum().item() < _MOST_SUM)
 
 
 def _add_up(numbers: Tensor, out: Tensor) -> None:

@@ -6,6 +6,7 @@ The plain count is numpy's, in float64 and int64.
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import hypothesis.strategies as st
 import numpy as np
@@ -17,7 +18,9 @@ from torch import Tensor
 from neuronscope.count import counter_tensors
 from neuronscope.count.counter_tensors import NEVER
 from neuronscope.count.counters import SiteCounters, add_gradients, add_outputs
-from neuronscope.count.counting import ScratchBuffers, count_outputs, count_zeros
+from neuronscope.count.cpu_kernels import ScratchBuffers, fits_float32
+from neuronscope.count.neuron_layout import NeuronLayout
+from neuronscope.count.pieces import TensorToCount
 from neuronscope.sites import SiteInfo
 from neuronscope.tally.collect import read_tallies
 
@@ -30,6 +33,32 @@ def plain(tensor: Tensor, axis: int, tolerance: float = 0.0) -> tuple[np.ndarray
     rows = np.moveaxis(tensor.detach().double().numpy(), axis, 0).reshape(tensor.shape[axis], -1)
     finite = np.isfinite(rows)
     return (np.abs(rows) <= tolerance).sum(1), (~finite).sum(1), np.where(finite, np.abs(rows), 0).sum(1)
+
+
+class OutputCounts(NamedTuple):
+    """What was counted of one output; ``not_finite`` is ``None`` if the kernels counted it."""
+
+    zeros: Tensor
+    not_finite: Tensor | None
+    abs_sum: Tensor
+
+
+def count_outputs(tensor: Tensor, axis: int, scratch: ScratchBuffers, tolerance: float = 0.0) -> OutputCounts:
+    """Count an output that does not wait, as a site does."""
+    row = torch.empty(2, tensor.shape[axis])
+    if scratch.measure(tensor, axis, tolerance, row) and fits_float32(row):
+        return OutputCounts(row[0].long(), None, row[1].double())
+    counters = SiteCounters(tensor.shape[axis], torch.device("cpu"))
+    counters.add_plain(TensorToCount(tensor, NeuronLayout(axis), 0, tolerance))
+    return OutputCounts(counters.tensors.zero_outputs, counters.tensors.not_finite, counters.tensors.abs_sum)
+
+
+def count_zeros(tensor: Tensor, axis: int, scratch: ScratchBuffers, tolerance: float = 0.0) -> Tensor:
+    """Count the zeros of a gradient that does not wait."""
+    row = torch.empty(1, tensor.shape[axis])
+    if scratch.measure(tensor, axis, tolerance, row):
+        return row[0].long()
+    return count_outputs(tensor, axis, scratch, tolerance).zeros
 
 
 def assert_counts(tensor: Tensor, axis: int, tolerance: float = 0.0) -> None:
