@@ -172,6 +172,13 @@ def test_few_positions_of_many_neurons(shape, dtype, tolerance):
     assert_counts(tensor, 1, tolerance)
 
 
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("shape", [(900_000, 1), (900_000, 2), (300_000, 3, 2)], ids=str)
+def test_sums_of_very_many_positions_are_accurate(shape, sign):
+    """A float32 sum that adds one number after another is off by a thousandth here."""
+    assert_counts(torch.full(shape, sign * 0.1), 1)
+
+
 def test_few_positions_of_more_neurons_than_a_block_holds():
     tensor = torch.randn(3, 700_001).relu()
     assert_counts(tensor, 1)
