@@ -286,6 +286,17 @@ def test_counts_over_many_blocks_are_exact(shape, dtype):
             assert_counts(tensor, axis)
 
 
+@pytest.mark.parametrize("shape", [(3000, 400), (12, 60_000), (40, 64, 15, 35)], ids=str)
+def test_large_tensors_of_every_layout_are_counted_exactly(shape):
+    """More than a block, also where numbers of memory are read several times."""
+    made = torch.randn(shape).relu_()
+    found = layouts(made)
+    found["expanded along the neurons"] = made[:, :1].expand(shape)
+    found["overlapping"] = made.reshape(-1)[: sum(shape)].as_strided(shape, (1,) * len(shape))
+    for tensor in found.values():
+        assert_counts(tensor, 1)
+
+
 @pytest.mark.parametrize("value", [0.0, -0.0, 1.0, math.nan, math.inf])
 @pytest.mark.parametrize("shape", LARGE, ids=str)
 def test_counters_that_are_full_do_not_overflow_into_their_neighbours(shape, value):
