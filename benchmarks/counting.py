@@ -46,8 +46,8 @@ def tables(*, quick: bool = False) -> Iterator[Table]:
         table = Table(
             f"Counting, {str(dtype).removeprefix('torch.')}",
             ("layout", "shape", "size", "one read", "outputs ÷ read", "gradients ÷ read", "(y == 0).sum ÷ read"),
-            note="Ratios of medians, of minima in brackets, of processor time. *Outputs* are zeros, non-finite "
-            "values and the sum of magnitudes; *gradients* are zeros.",
+            note="Ratios of medians, of minima in brackets, of processor time. *Outputs* are zeros, the sum of "
+            "magnitudes, and whether all is finite; *gradients* are zeros. What a site adds up later is in neither.",
         )
         for layout, shapes in SHAPES.items():
             for shape in shapes[:1] if quick else shapes:

@@ -346,8 +346,9 @@ class _Rows:
             out: float32 ``(quantities, n)``, is overwritten.
         """
         rows = part.squeeze(2)
-        self._signed = self._signed or (len(out) > 1 and _may_be_signed(rows))
-        in_place, in_pieces = (len(out) > 1 and signed is self._signed for signed in (False, True))
+        both = len(out) > 1
+        self._signed = self._signed or (both and _may_be_signed(rows))
+        in_place, in_pieces = both and not self._signed, both and self._signed
         in_float32 = rows.dtype is not torch.float64  # whose smallest numbers are zeros in float32
         with_flags = in_pieces and tolerance == 0 and in_float32
         if tolerance != 0:
