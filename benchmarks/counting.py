@@ -12,7 +12,7 @@ from torch import Tensor
 
 from benchmarks.tables import Table, milliseconds, ratio, size
 from benchmarks.turns import take_turns
-from neuronscope.count.counting import ScratchBuffers, count_outputs, count_zeros
+from neuronscope.count.cpu_kernels import ScratchBuffers, fits_float32
 
 __all__ = ["tables"]
 
@@ -46,8 +46,8 @@ def tables(*, quick: bool = False) -> Iterator[Table]:
         table = Table(
             f"Counting, {str(dtype).removeprefix('torch.')}",
             ("layout", "shape", "size", "one read", "outputs ÷ read", "gradients ÷ read", "(y == 0).sum ÷ read"),
-            note="Ratios of medians, of minima in brackets, of processor time. *Outputs* are zeros, non-finite "
-            "values and the sum of magnitudes; *gradients* are zeros.",
+            note="Ratios of medians, of minima in brackets, of processor time. *Outputs* are zeros, the sum of "
+            "magnitudes, and whether all is finite; *gradients* are zeros. What a site adds up later is in neither.",
         )
         for layout, shapes in SHAPES.items():
             for shape in shapes[:1] if quick else shapes:
@@ -57,14 +57,15 @@ def tables(*, quick: bool = False) -> Iterator[Table]:
 
 def _row(case: Case, dtype: torch.dtype, *, quick: bool) -> tuple[str, ...]:
     y, axis, scratch = case.tensor(dtype), case.axis, ScratchBuffers()
+    row = torch.empty(2, case.shape[axis])
     others = [dimension for dimension in range(y.dim()) if dimension != axis]
     elements = math.prod(case.shape)
     few = 2 if quick else 9 if elements > 1 << 22 else 31 if elements > 1 << 18 else 301
     times = take_turns(
         {
             "read": lambda: y.sum(others),
-            "outputs": lambda: count_outputs(y, axis, scratch),
-            "gradients": lambda: count_zeros(y, axis, scratch),
+            "outputs": lambda: scratch.measure(y, axis, 0.0, row) and fits_float32(row),
+            "gradients": lambda: scratch.measure(y, axis, 0.0, row[:1]),
             "naive": lambda: (y == 0).sum(others),
         },
         rounds=few,

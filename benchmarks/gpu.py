@@ -34,7 +34,7 @@ from neuronscope.count.backends import Backend, backend_for
 from neuronscope.count.counter_tensors import CounterTensors
 from neuronscope.count.counters import SiteCounters
 from neuronscope.count.neuron_layout import NeuronLayout
-from neuronscope.count.pieces import CountedAt, Pieces
+from neuronscope.count.pieces import Pieces, TensorToCount
 
 __all__ = ["MODES", "main", "tables"]
 
@@ -145,8 +145,8 @@ def _counting(
     counters, layout = SiteCounters(y.shape[axis], y.device).tensors, NeuronLayout(axis)
     return (
         counters,
-        lambda: backend.add_outputs(counters, y, layout, None, CountedAt(1), 0.0),
-        lambda: backend.add_gradients(counters, y, layout, None, CountedAt(1)),
+        lambda: backend.count(counters, TensorToCount(y, layout, 1, 0.0)),
+        lambda: backend.count(counters, TensorToCount(y, layout)),
     )
 
 

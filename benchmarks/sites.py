@@ -16,7 +16,7 @@ import neuronscope as ns
 from benchmarks.tables import Table, size
 from benchmarks.turns import Times, take_turns
 from neuronscope.count.counters import SiteCounters, add_gradients, add_outputs
-from neuronscope.count.counting import ScratchBuffers
+from neuronscope.count.cpu_kernels import ScratchBuffers
 
 __all__ = ["tables"]
 

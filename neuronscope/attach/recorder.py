@@ -44,16 +44,15 @@ from neuronscope.attach.unmeasured import place_of
 from neuronscope.attach.unsupported import BATCHED_GRADIENT, CAPTURED, describe_input, in_transform
 from neuronscope.count.backends import add_gradients_on_device, add_outputs_on_device
 from neuronscope.count.captured_graphs import StepClock, is_capturing
-from neuronscope.count.counters import (
-    SiteCounters,
-    add_gradients,
-    add_outputs,
+from neuronscope.count.compiled_graphs import (
+    add_outputs_in_graph,
     gate_half,
     leave_out,
     once_a_forward,
     register_gradient_hook,
 )
-from neuronscope.count.counting import ScratchBuffers
+from neuronscope.count.counters import SiteCounters, add_gradients, add_outputs
+from neuronscope.count.cpu_kernels import ScratchBuffers
 from neuronscope.count.expert_counters import (
     ExpertCounters,
     JoinedCounters,
@@ -672,7 +671,7 @@ class SiteRecorder:
             examples = min(positions, self.forward.examples)
             if self._is_in_part(call):
                 examples = once_a_forward(examples, self.forward.number_tensor, counters.last_forward)
-        add_outputs(counters, plain, axis, examples, counters.clock, self._scratch, self._tolerance)
+        add_outputs_in_graph(counters, plain, axis, examples, self._tolerance)
         if left_out is not None:
             leave_out(counters, left_out)
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import importlib.util
 import math
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -23,7 +22,7 @@ from neuronscope.count.captured_graphs import StepClock, is_capturing, keep_for_
 from neuronscope.count.counter_tensors import CounterTensors, has_float64
 from neuronscope.count.counters import SiteCounters
 from neuronscope.count.neuron_layout import NeuronLayout
-from neuronscope.count.pieces import CountedAt, Pieces
+from neuronscope.count.pieces import Pieces, TensorToCount
 from neuronscope.count.triton_counting import TritonKernels
 from neuronscope.errors import warn_user
 
@@ -60,51 +59,21 @@ class Backend:
         self.reason = reason
         self._plain = Pieces()
 
-    def add_outputs(
-        self,
-        counters: CounterTensors,
-        y: Tensor,
-        layout: NeuronLayout,
-        mask: Tensor | None,
-        moment: CountedAt,
-        tolerance: float,
-    ) -> None:
-        """Count one output tensor.
+    def count(self, counters: CounterTensors, what: TensorToCount) -> None:
+        """Count one output or gradient: by the plain formula if the device has no kernels, or if they fail.
 
         Args:
-            counters: As in :meth:`neuronscope.count.pieces.Pieces.add_outputs`, and so are the others.
-            y: Output ``(…, N, …)``, detached.
-            layout: Where its neurons lie.
-            mask: Which positions are counted.
-            moment: When.
-            tolerance: ``|y| <= tolerance`` counts as zero.
+            counters: The counters of the site, on the device of the tensor.
+            what: The tensor.
         """
-        self._count(lambda counting: counting.add_outputs(counters, y, layout, mask, moment, tolerance))
-
-    def add_gradients(
-        self, counters: CounterTensors, gradient: Tensor, layout: NeuronLayout, mask: Tensor | None, moment: CountedAt
-    ) -> None:
-        """Count one gradient.
-
-        Args:
-            counters: As in :meth:`neuronscope.count.pieces.Pieces.add_gradients`, and so are the others.
-            gradient: Gradient ``(…, N, …)``, detached.
-            layout: Where its neurons lie.
-            mask: Which positions are counted.
-            moment: When.
-        """
-        self._count(lambda counting: counting.add_gradients(counters, gradient, layout, mask, moment))
-
-    def _count(self, count: Callable[[TritonKernels | Pieces], None]) -> None:
-        """Count by the kernels; by the plain formula if the device has no kernels, or if they fail."""
         if self.kernels is not None:
             try:
-                count(self.kernels)
+                self.kernels.count(counters, what)
             except Exception as error:  # noqa: BLE001  # the watch goes on
                 self._give_up(error)
             else:
                 return
-        count(self._plain)
+        self._plain.count(counters, what)
 
     def _give_up(self, error: Exception) -> None:
         """Use the plain formula from now on. The counters are as they were: no kernel has changed them."""
@@ -174,8 +143,8 @@ def _disagreement(kernels: TritonKernels, device_type: str) -> str:
         counted = []
         for each in (kernels, Pieces()):
             counters = SiteCounters(24, y.device).tensors
-            each.add_outputs(counters, y, NeuronLayout(1), None, CountedAt(3), 0.0)
-            each.add_gradients(counters, y, NeuronLayout(1), None, CountedAt(3))
+            for tolerance in (0.0, None):
+                each.count(counters, TensorToCount(y, NeuronLayout(1), 3, tolerance))
             counted.append([counter.cpu().double() for counter in counters])
     same = all(torch.allclose(one, other, rtol=1e-5, atol=0) for one, other in zip(*counted, strict=True))
     return "" if same else "triton counted a sample wrong"
@@ -204,21 +173,7 @@ def add_outputs_on_device(
     Returns:
         Why it was not counted; ``""`` if it was.
     """
-    positions = y.numel() // counters.neurons
-    if not positions:
-        return ""
-    if not is_capturing(y):
-        counters.positions += positions
-        counters.examples += examples
-        tensors, begin = _room_for(counters, y, clock, positions)
-        moment = CountedAt(clock.step - begin)
-    elif _is_warm(y, layout, mask, tolerance):
-        moment = _captured(counters, y, clock, positions, examples)
-        tensors = counters.tensors
-    else:
-        return NOT_WARM
-    backend_for(y.device.type).add_outputs(tensors, y, layout, mask, moment, tolerance)
-    return ""
+    return _add(counters, TensorToCount(y, layout, clock.step, tolerance, mask, examples=examples), clock)
 
 
 def add_gradients_on_device(
@@ -236,54 +191,55 @@ def add_gradients_on_device(
     Returns:
         Why it was not counted; ``""`` if it was.
     """
-    positions = gradient.numel() // counters.neurons
+    return _add(counters, TensorToCount(gradient, layout, clock.step, None, mask), clock)
+
+
+def _add(counters: SiteCounters, what: TensorToCount, clock: StepClock) -> str:
+    """Count a tensor and return ``""``, or return why it was not counted."""
+    tensor = what.tensor
+    positions = tensor.numel() // counters.neurons
     if not positions:
         return ""
-    if not is_capturing(gradient):
-        counters.gradient_positions += positions
-        zeros = counters.tensors.zero_gradients if gradient.is_cuda else counters.room_for_gradients(positions)
-        moment = CountedAt(clock.step)
-    elif _is_warm(gradient, layout, mask, None):
-        moment = _captured(counters, gradient, clock, positions, 0)
-        zeros = counters.tensors.zero_gradients
+    if is_capturing(tensor):
+        if not _is_warm(what):
+            return NOT_WARM
+        now = clock.on(tensor.device)
+        counters.enter_graph()
+        clock.captured = True
+        keep_for_graphs((*counters.tensors, now))  # what the graph writes to and reads
+        tensors, what = counters.tensors, what._replace(clock=now, positions=positions)
     else:
-        return NOT_WARM
-    backend_for(gradient.device.type).add_gradients(_gradients(counters, zeros), gradient, layout, mask, moment)
+        if what.tolerance is None:
+            counters.gradient_positions += positions
+        else:
+            counters.positions += positions
+            counters.examples += what.examples
+        tensors, begin = _room_for(counters, what, clock, positions)
+        what = what._replace(step=what.step - begin, examples=0)
+    backend_for(tensor.device.type).count(tensors, what)
     return ""
 
 
-def _is_warm(tensor: Tensor, layout: NeuronLayout, mask: Tensor | None, tolerance: float | None) -> bool:
+def _is_warm(what: TensorToCount) -> bool:
     """Whether a tensor can be counted in a capture: nothing need be chosen, compiled or copied to the device for it."""
-    backend = _used.get(tensor.device.type)
-    if backend is None or (mask is not None and mask.device != tensor.device):
+    backend = _used.get(what.tensor.device.type)
+    if backend is None or (what.mask is not None and what.mask.device != what.tensor.device):
         return False
-    return backend.kernels is None or backend.kernels.is_warm(tensor, layout, mask, tolerance)
+    return backend.kernels is None or backend.kernels.is_warm(what)
 
 
-def _room_for(counters: SiteCounters, y: Tensor, clock: StepClock, positions: int) -> tuple[CounterTensors, int]:
-    """Return the tensors to which an output is added, and the step from which they count steps.
+def _room_for(
+    counters: SiteCounters, what: TensorToCount, clock: StepClock, positions: int
+) -> tuple[CounterTensors, int]:
+    """Return the tensors to which a tensor's counts are added, and the step from which they count steps.
 
     On CUDA they are 64 bits wide, and not those of a window: a capture may follow, whose replays nobody counts on the
     host, and in which nothing can be made. It needs the clock too.
     """
-    if y.is_cuda:
-        clock.on(y.device)
+    if what.tensor.is_cuda:
+        clock.on(what.tensor.device)
         return counters.tensors, 0
-    tensors, window = counters.room_for(positions, clock.step, clock.step)
+    if what.tolerance is None:
+        return counters.room_for_gradients(positions), 0
+    tensors, window = counters.room_for(positions, what.step, what.step)
     return tensors, 0 if window is None else window.first_step
-
-
-def _gradients(counters: SiteCounters, zeros: Tensor) -> CounterTensors:
-    """Return counters whose zeros of gradients are these; the kernels touch no other one but ``traced_gradients``."""
-    window = counters.window
-    held = counters.tensors if window is None or counters.wide is not None else window.tensors
-    return held._replace(zero_gradients=zeros)
-
-
-def _captured(counters: SiteCounters, tensor: Tensor, clock: StepClock, positions: int, examples: int) -> CountedAt:
-    """Return when a captured tensor is counted, and keep what the graph writes to and reads."""
-    now = clock.on(tensor.device)
-    counters.enter_graph()
-    clock.captured = True
-    keep_for_graphs((*counters.tensors, now))
-    return CountedAt(clock.step, now, positions, examples)

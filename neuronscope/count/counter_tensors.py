@@ -38,7 +38,7 @@ class CounterTensors(NamedTuple):
         last_active: int64, −1 = never; int16 in a window, from its first step on.
         first_active: int64, ``NEVER`` = never; int16 in a window, from its first step on, and its largest number.
         traced: int64 ``(2,)``: positions and examples that compiled graphs added, less the positions that
-            :func:`~neuronscope.count.counters.leave_out` took off. A window has those of the site.
+            :func:`~neuronscope.count.compiled_graphs.leave_out` took off. A window has those of the site.
         traced_gradients: int64 ``(1,)``: the same for gradient positions. Like ``zero_gradients``, no forward graph
             changes it: a backward graph keeps the tensors that it changes from its forward on, and the forward may run
             again in between.

@@ -3,39 +3,23 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
-from typing import Any, ParamSpec, TypeVar
+from collections.abc import Sequence
+from typing import Any
 
 import torch
-import torch.fx.experimental.proxy_tensor
 from torch import Tensor
-from torch._dynamo.trace_rules import get_torch_obj_rule_map, manual_torch_name_rule_map
-from torch._dynamo.variables import TorchInGraphFunctionVariable
 
 from neuronscope.count.counter_tensors import NEVER, CounterTensors, WindowCounts, add_whole, wide_tensors
-from neuronscope.count.counting import ScratchBuffers, fits_float32, measure, plain_outputs, plain_zeros
-from neuronscope.count.neuron_layout import Dims, neurons_first
+from neuronscope.count.cpu_kernels import ScratchBuffers, fits_float32
+from neuronscope.count.neuron_layout import NeuronLayout
 from neuronscope.count.pending_counts import PendingCounts
-from neuronscope.count.positions import blank_positions
+from neuronscope.count.pieces import Pieces, TensorToCount
 from neuronscope.count.small_tensors import SMALL, SmallTensors
 
-__all__ = [
-    "SiteCounters",
-    "add_gradients",
-    "add_outputs",
-    "gate_half",
-    "leave_out",
-    "once_a_forward",
-    "one_call_in_graph",
-    "register_gradient_hook",
-    "save_unchecked",
-]
+__all__ = ["SiteCounters", "add_gradients", "add_outputs"]
 
 #: Size of the buffer in which the counts of a wide layer are added up, part by part: 512 kB stay in the cache.
 _AT_ONCE = 1 << 17
-
-Parameters = ParamSpec("Parameters")
-Result = TypeVar("Result")
 
 
 class SiteCounters:
@@ -136,8 +120,8 @@ class SiteCounters:
                 return self._in_64_bits(), None
         return window.tensors, window
 
-    def room_for_gradients(self, positions: int) -> Tensor:
-        """Return the tensor to which the zeros of gradients are to be added.
+    def room_for_gradients(self, positions: int) -> CounterTensors:
+        """Return the tensors to which the zeros of gradients are to be added.
 
         Args:
             positions: Positions of the gradients.
@@ -146,8 +130,8 @@ class SiteCounters:
         if window is None or not window.take_gradients(positions):
             window = self._new_window()
             if not window.take_gradients(positions):
-                return self._in_64_bits().zero_gradients
-        return window.tensors.zero_gradients
+                return self._in_64_bits()
+        return window.tensors
 
     def _new_window(self) -> WindowCounts:
         """Begin a new window; the counts of the one before it, if any, go on in 64 bits."""
@@ -218,8 +202,8 @@ class SiteCounters:
         with torch.inference_mode(False), torch.no_grad(), torch._C.DisableTorchFunction():
             if len(self.small_outputs) or len(self.small_gradients):
                 scratch = scratch or ScratchBuffers()
-                self._count_small_outputs(scratch)
-                self._count_small_gradients(scratch)
+                self._count_small(self.small_outputs, self.outputs, scratch)
+                self._count_small(self.small_gradients, self.gradients, scratch)
             self._add_rows()
 
     def flush(self) -> CounterTensors:
@@ -247,39 +231,27 @@ class SiteCounters:
         """Count the small tensors that wait, if there is no room for more."""
         with torch.inference_mode(False), torch.no_grad(), torch._C.DisableTorchFunction():
             if self.small_outputs.full:
-                self._count_small_outputs(scratch)
+                self._count_small(self.small_outputs, self.outputs, scratch)
             if self.small_gradients.full:
-                self._count_small_gradients(scratch)
+                self._count_small(self.small_gradients, self.gradients, scratch)
 
-    def _count_small_outputs(self, scratch: ScratchBuffers) -> None:
-        small = self.small_outputs
-        if len(small):
-            row = self._rows_for(small, self.outputs, scratch)
-            if fits_float32(row):
-                self._keep(small, self.outputs)
-            else:
-                for y, step in zip(small.tensors(), small.steps, strict=True):
-                    self.add_plain(y, small.axis, step, small.tolerance)
-            small.clear()
-
-    def _count_small_gradients(self, scratch: ScratchBuffers) -> None:
-        small = self.small_gradients
-        if len(small):
-            self._rows_for(small, self.gradients, scratch)
-            self._keep(small, self.gradients)
-            small.clear()
-
-    def _rows_for(self, small: SmallTensors, rows: PendingCounts, scratch: ScratchBuffers) -> Tensor:
-        if len(rows) + len(small) > rows.room:
+    def _count_small(self, small: SmallTensors, rows: PendingCounts, scratch: ScratchBuffers) -> None:
+        """Count the small tensors that wait, if any, into rows."""
+        number = len(small)
+        if not number:
+            return
+        if len(rows) + number > rows.room:
             self._add_rows()
-        counts = rows.next_rows(len(small))
+        counts = rows.next_rows(number)
         small.count(scratch, counts)
-        return counts
-
-    def _keep(self, small: SmallTensors, rows: PendingCounts) -> None:
-        rows.add_rows(small.tensors()[0].numel() // self.neurons, small.steps)
-        if rows.full:
-            self._add_rows()
+        if fits_float32(counts):  # always for gradients, whose zeros alone are counted
+            rows.add_rows(small.tensors()[0].numel() // self.neurons, small.steps)
+            if rows.full:
+                self._add_rows()
+        else:
+            for y, step in zip(small.tensors(), small.steps, strict=True):
+                self.add_plain(TensorToCount(y, NeuronLayout(small.axis), step, small.tolerance))
+        small.clear()
 
     def _add_rows(self) -> None:
         if len(self.outputs):
@@ -287,11 +259,14 @@ class SiteCounters:
             tensors, window = self.room_for(*rows.span)
             tensors.zero_outputs.add_(rows.zeros(tensors.zero_outputs.dtype))
             tensors.abs_sum.add_(rows.magnitudes(tensors.abs_sum.dtype))
-            self._add_steps(tensors, *rows.active(*_steps_of(window), tensors.last_active.dtype))
+            begin, never = (0, NEVER) if window is None else (window.first_step, window.never)
+            last, first = rows.active(begin, never, tensors.last_active.dtype)
+            torch.maximum(tensors.last_active, last, out=tensors.last_active)
+            torch.minimum(tensors.first_active, first, out=tensors.first_active)
             rows.clear()
         if len(self.gradients):
             positions, *_ = self.gradients.span
-            zero_gradients = self.room_for_gradients(positions)
+            zero_gradients = self.room_for_gradients(positions).zero_gradients
             zero_gradients.add_(self.gradients.zeros(zero_gradients.dtype))
             self.gradients.clear()
 
@@ -307,37 +282,15 @@ class SiteCounters:
         with torch.inference_mode(False), torch.no_grad(), torch._C.DisableTorchFunction():
             work = scratch.numbers(_AT_ONCE)[:_AT_ONCE]
             if len(row) == 1:
-                add_whole(row[0], self.room_for_gradients(positions), work)
+                add_whole(row[0], self.room_for_gradients(positions).zero_gradients, work)
                 return
             _, window = self.room_for(positions, step, step)
             if window is not None:  # there is room in a new one: the positions are fewer than 2**24
                 window.add_row(row, positions, step, work)
 
-    @staticmethod
-    def _add_steps(tensors: CounterTensors, last: Tensor, first: Tensor) -> None:
-        torch.maximum(tensors.last_active, last, out=tensors.last_active)
-        torch.minimum(tensors.first_active, first, out=tensors.first_active)
-
-    def add_plain(self, y: Tensor, axis: int, step: int, tolerance: float) -> None:
-        """Count one output by the plain formula.
-
-        Args:
-            y: Output ``(…, N, …)``, detached.
-            axis: Dimension of the neurons.
-            step: Optimizer step of the output.
-            tolerance: See :class:`neuronscope.judge.verdicts.Policy`.
-        """
-        zeros, bad, magnitudes = plain_outputs(y, axis, tolerance)
-        positions = y.numel() // self.neurons
-        fired = zeros + bad < positions
-        tensors, window = self.room_for(positions, step, step)
-        if not tensors.not_finite.numel():
-            tensors, window = self._in_64_bits(), None
-        tensors.not_finite.add_(bad)
-        tensors.zero_outputs.add_(zeros)
-        tensors.abs_sum.add_(magnitudes)
-        begin, never = _steps_of(window)
-        self._add_steps(tensors, torch.where(fired, step - begin, -1), torch.where(fired, step - begin, never))
+    def add_plain(self, what: TensorToCount) -> None:
+        """Count one output or gradient on the CPU by the plain formula."""
+        Pieces().count(self._in_64_bits(), what)
 
     @property
     def counts_on_device(self) -> bool:
@@ -377,48 +330,38 @@ class SiteCounters:
         self._by_step.clear()
 
 
-def _steps_of(window: WindowCounts | None) -> tuple[int, int]:
-    """Return the step from which steps are counted, and the first one of a neuron that never fired."""
-    return (0, NEVER) if window is None else (window.first_step, window.never)
-
-
 def add_outputs(
     counters: SiteCounters,
     y: Tensor,
     axis: int,
-    examples: int | Tensor,
-    step: int | Tensor,
+    examples: int,
+    step: int,
     scratch: ScratchBuffers,
     tolerance: float,
 ) -> None:
-    """Count one output tensor.
-
-    This is a function because ``torch.compile`` does not trace methods of an object that is a constant of the graph.
+    """Count one output tensor on the CPU.
 
     Args:
         counters: The counters of the site.
         y: Output ``(…, N, …)``, detached.
         axis: Dimension of the neurons.
-        examples: Number of independent examples in the output; may be a tensor while ``torch.compile`` traces.
-        step: Optimizer step of the output: a tensor while ``torch.compile`` traces, otherwise an integer.
+        examples: Number of independent examples in the output.
+        step: Optimizer step of the output.
         scratch: Reusable buffers.
         tolerance: See :class:`neuronscope.judge.verdicts.Policy`.
     """
-    if isinstance(step, Tensor):
-        _add_outputs_in_graph(y, axis, examples, step, tolerance, *counters.tensors)
-        return
     numbers, small = y.numel(), counters.small_outputs
     positions = numbers // counters.neurons
     counters.positions += positions
-    counters.examples += int(examples)
+    counters.examples += examples
     if numbers <= SMALL and small.try_add(y, axis, step, tolerance):
         if small.full:
             counters.make_room(scratch)
         return
     rows = counters.outputs
     row = rows.next() if rows.room else scratch.row(2, counters.neurons)
-    if not (measure(y, axis, scratch, tolerance, row) and fits_float32(row)):
-        counters.add_plain(y, axis, step, tolerance)
+    if not (scratch.measure(y, axis, tolerance, row) and fits_float32(row)):
+        counters.add_plain(TensorToCount(y, NeuronLayout(axis), step, tolerance))
     elif not rows.room:
         counters.add_row(row, positions, step, scratch)
     else:
@@ -428,7 +371,7 @@ def add_outputs(
 
 
 def add_gradients(counters: SiteCounters, gradient: Tensor, axis: int, scratch: ScratchBuffers) -> None:
-    """Count one gradient at the pre-activation.
+    """Count one gradient at the pre-activation on the CPU.
 
     Args:
         counters: The counters of the site.
@@ -445,162 +388,11 @@ def add_gradients(counters: SiteCounters, gradient: Tensor, axis: int, scratch: 
         return
     rows = counters.gradients
     row = rows.next() if rows.room else scratch.row(1, counters.neurons)
-    if not measure(gradient, axis, scratch, 0.0, row):
-        counters.room_for_gradients(positions).add_(plain_zeros(gradient, axis, 0.0))
+    if not scratch.measure(gradient, axis, 0.0, row):
+        counters.add_plain(TensorToCount(gradient, NeuronLayout(axis)))
     elif not rows.room:
         counters.add_row(row, positions, 0, scratch)
     else:
         rows.add_rows(positions, (0,))
         if rows.full:
             counters.add_waiting(scratch)
-
-
-def leave_out(counters: SiteCounters, positions: Tensor, *, gradients: bool = False) -> None:
-    """Take off positions that were counted with zeros in place of their numbers; it waits for no device.
-
-    ``torch.compile`` can trace it.
-
-    Args:
-        counters: The counters of the site, which counted a tensor of
-            :func:`neuronscope.count.positions.blank_positions`.
-        positions: How many positions of each neuron were zeros in place of numbers, int64 without dimensions.
-        gradients: Whether the tensor was a gradient, and not an output.
-    """
-    tensors = counters.tensors
-    if gradients:
-        _leave_out_in_graph(tensors.zero_gradients, tensors.traced_gradients, positions)
-    else:
-        _leave_out_in_graph(tensors.zero_outputs, tensors.traced, positions)
-
-
-def register_gradient_hook(
-    x: Tensor, axis: int, dims: Dims | None, glu_dim: int | None, counters: SiteCounters, mask: Tensor | None
-) -> None:
-    """Register a hook that counts the gradient of ``x``, in a graph that ``torch.compile`` traces.
-
-    Args:
-        x: The pre-activation ``(…, N, …)``.
-        axis: Dimension of the neurons.
-        dims: As in :class:`~neuronscope.count.neuron_layout.NeuronLayout`.
-        glu_dim: The dimension whose second half is the gate (GLU), otherwise ``None``.
-        counters: The counters of the site.
-        mask: Which positions are counted, bool ``(B, T)``; ``None`` = all.
-    """
-    zero_gradients, positions = counters.tensors.zero_gradients, counters.tensors.traced_gradients
-    _register_gradient_hook_in_graph(x, axis, dims, glu_dim, zero_gradients, positions, mask)
-
-
-def gate_half(gradient: Tensor, glu_dim: int | None) -> Tensor:
-    """Return the part of a gradient that belongs to the gate of a GLU.
-
-    Args:
-        gradient: Gradient of any shape.
-        glu_dim: The dimension along which the second half is the gate; ``None`` if the site is no GLU.
-
-    Returns:
-        The second half along ``glu_dim``, or the whole gradient.
-    """
-    if glu_dim is None:
-        return gradient
-    half = gradient.shape[glu_dim] // 2
-    return gradient.narrow(glu_dim, half, half)
-
-
-def one_call_in_graph(function: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
-    """Tell ``torch.compile`` to write a function as one call into a graph; its back end fuses the body with the rest.
-
-    ``torch.compiler.allow_in_graph`` does so too, and marks the graph: where the back end cannot compile a marked graph
-    because a value in it depends on data, the compiler raises, where it runs the code of an unmarked one eagerly.
-    """
-    # By name too: the compiler makes the second table anew from the first, for example when DDP is set up.
-    manual_torch_name_rule_map[f"{function.__module__}.{function.__qualname__}"] = TorchInGraphFunctionVariable
-    get_torch_obj_rule_map()[function] = TorchInGraphFunctionVariable
-    return function
-
-
-@one_call_in_graph
-def _add_outputs_in_graph(
-    y: Tensor,
-    axis: int,
-    examples: int | Tensor,
-    step: Tensor,
-    tolerance: float,
-    *tensors: Tensor,
-) -> None:
-    zero_outputs, _, not_finite, abs_sum, last_active, first_active, traced, _ = tensors
-    zeros, bad, magnitudes = plain_outputs(y.detach(), axis, tolerance)
-    positions = y.numel() // y.shape[axis]
-    zero_outputs.add_(zeros)
-    not_finite.add_(bad)
-    abs_sum.add_(magnitudes)
-    fired = zeros + bad < positions
-    last_active.masked_fill_(fired, step)
-    first_active.masked_fill_(fired & (first_active == NEVER), step)
-    traced[0].add_(positions)
-    if not isinstance(examples, int) or examples:  # a site adds them once a forward
-        traced[1].add_(examples)
-
-
-@one_call_in_graph
-def once_a_forward(examples: int, forward: Tensor, last: Tensor) -> Tensor:
-    """Return the number of examples of a call in a graph, 0 if a call of the same forward was counted.
-
-    Args:
-        examples: Number of examples that the forward was given.
-        forward: Number of the forward, int64 without dimensions.
-        last: Number of the last forward that was counted; is changed to this one.
-
-    Returns:
-        int64 without dimensions.
-    """
-    fresh = last != forward
-    last.copy_(torch.where(fresh, forward, last))
-    return fresh * examples
-
-
-@one_call_in_graph
-def _leave_out_in_graph(zeros: Tensor, counted: Tensor, positions: Tensor) -> None:
-    zeros.sub_(positions)
-    counted[0].sub_(positions)
-
-
-@one_call_in_graph
-def _register_gradient_hook_in_graph(
-    x: Tensor,
-    axis: int,
-    dims: Dims | None,
-    glu_dim: int | None,
-    zero_gradients: Tensor,
-    positions: Tensor,
-    mask: Tensor | None,
-) -> None:
-    save_unchecked(zero_gradients, positions)
-
-    def count(gradient: Tensor) -> None:
-        part, neurons = neurons_first(gate_half(gradient, glu_dim).detach(), axis, dims)
-        left_out = None
-        if dims is None:
-            part, left_out = blank_positions(part, neurons, mask)
-        zero_gradients.add_(plain_zeros(part, neurons, 0.0))
-        positions.add_(part.numel() // part.shape[neurons])
-        if left_out is not None:
-            zero_gradients.sub_(left_out)
-            positions.sub_(left_out)
-
-    x.register_hook(count)
-
-
-def save_unchecked(*counters: Tensor) -> None:
-    """Let a backward graph keep counters although another graph may change them before it runs.
-
-    If the forward runs twice before the first backward pass, both backward graphs add to the same counters. Torch
-    refuses that for tensors that an ``autograd.Function`` saves, and allows it for those that it keeps otherwise.
-    """
-    for counter in counters:
-        for proxy in _proxies_of(counter):
-            proxy.node.meta["saved_tensor_with_no_vc_check"] = True
-
-
-#: Returns the nodes of a tensor in the graph that AOTAutograd traces. Torch 2.13 has this function. Without it, graphs
-#: of the back end ``aot_eager`` fail where the forward runs twice; those of Inductor tell nobody what they change.
-_proxies_of = getattr(torch.fx.experimental.proxy_tensor, "_get_proxies", lambda _: ())

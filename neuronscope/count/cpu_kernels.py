@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["Plan", "ScratchBuffers", "compare", "magnitudes"]
+__all__ = ["Plan", "ScratchBuffers", "compare", "fits_float32", "magnitudes"]
 
 #: Number of elements in a block: 1 MB as bytes.
 _BLOCK = 1 << 20
@@ -41,6 +41,10 @@ _ROWS = 32
 _PIECE = 1 << 18
 #: Fewest numbers in a row of memory for which adding them along memory is quick.
 _INNER = 32
+#: Fewest neurons for which rows are added up by a matrix product, which takes twice as long for few of them.
+_WIDE = 1024
+#: Sums of magnitudes below this do not overflow float32 where a window adds up 2**18 of them (4096 times 64 rows).
+_MOST_SUM = 2.0**110
 #: Maximal number of plans that are kept; inputs of ever new lengths make ever new plans.
 _PLANS = 256
 
@@ -75,17 +79,27 @@ class ScratchBuffers(threading.local):
             self.words = torch.empty(0, dtype=torch.int64, device="cpu")
             self.sums = torch.empty(0, dtype=torch.int64, device="cpu")
 
-    def plan(self, tensor: Tensor, axis: int, quantities: int) -> Plan | None:
-        """Return the plan for a tensor.
+    def measure(self, tensor: Tensor, axis: int, tolerance: float, out: Tensor) -> bool:
+        """Count the zeros of a tensor, and add up its magnitudes if ``out`` has two rows, without allocating memory.
 
         Args:
-            tensor: Any tensor, on any device.
-            axis: Dimension of the neurons.
-            quantities: 1 for zeros, 2 for zeros and magnitudes.
+            tensor: Any shape, neurons along ``axis``; must not require a gradient.
+            axis: Dimension of the neurons, ≥ 0.
+            tolerance: ``|x| <= tolerance`` counts as zero.
+            out: float32 ``(1 or 2, N)``, is overwritten: zeros, and the sum of ``|x|``. Zeros are exact, because no
+                count reaches 2**24. A sum is not finite if an element is not.
 
         Returns:
-            The plan, or ``None`` if the plain formula must be used.
+            False if the tensor cannot be counted in this way; then the plain formula must be used.
         """
+        plan = self._plan(tensor, axis, out.shape[0])
+        if plan is None:
+            return False
+        plan.fill(tensor, tolerance, out)
+        return True
+
+    def _plan(self, tensor: Tensor, axis: int, quantities: int) -> Plan | None:
+        """Return the plan for a tensor; ``None`` if the plain formula must be used."""
         if type(tensor) is not Tensor or not tensor.is_cpu or tensor.layout is not torch.strided:
             return None
         key = (tensor.shape, tensor.stride(), axis, quantities)
@@ -241,7 +255,7 @@ class _Block:
             self._bytes = self._sums.view(torch.uint8).view(layout.left)
             self._wide = scratch.buffer[: math.prod(layout.left)].view(layout.left)
         self._at_once = max(_PIECE // (shape[1] * shape[2]), 1)
-        self._signed = False  # whether any number was below zero so far; then none is looked for again
+        self._signed = False  # whether a tensor had other magnitudes than its numbers; then none is asked again
 
     def fill(self, part: Tensor, tolerance: float, out: Tensor) -> None:
         """Count zeros, and add up magnitudes if ``out`` has two rows.
@@ -273,35 +287,28 @@ class _Block:
             blank.zero_()
         torch.sum(self._words, 1, out=self._sums)
         self._wide.copy_(self._bytes)
-        _add_up(self._wide, out)
+        torch.sum(self._wide, (0, 2), out=out)
         if tolerance == 0:
             torch.sub(self._positions, out, out=out)
 
     def _magnitudes(self, part: Tensor, out: Tensor) -> None:
-        """Add up the magnitudes of each neuron, piece by piece.
+        """Add up the magnitudes of each neuron: in place if they are the numbers, otherwise piece by piece.
 
         Args:
             part: A block of the tensor, ``(outer, n, inner)``.
             out: float32 ``(n,)``, is overwritten.
         """
+        self._signed = self._signed or _may_be_signed(part)
+        if not self._signed:
+            _add_up(part, out)
+            return
         pieces = part.split(self._at_once)
         sums = torch.empty(len(pieces), self._shape[1], dtype=torch.float32, device="cpu")
         for piece, each in zip(pieces, sums.unbind(), strict=True):
-            _add_up(self._magnitudes_of(piece), each)
+            numbers = self._numbers[: piece.shape[0]]
+            magnitudes(piece, numbers)
+            _add_up(numbers, each)
         torch.sum(sums, 0, out=out)
-
-    def _magnitudes_of(self, piece: Tensor) -> Tensor:
-        """Return the magnitudes of a piece ``(outer, n, inner)``, which are itself if no number is below zero.
-
-        To look for such a number, as there is none behind a ReLU, is quicker than to write magnitudes.
-        """
-        if not self._signed and piece.dtype is torch.float32 and (piece.shape[2] >= _INNER or piece.is_contiguous()):
-            self._signed = piece.amin().item() < 0
-            if not self._signed:  # if there is a NaN, the sum will be NaN
-                return piece
-        numbers = self._numbers[: piece.shape[0]]
-        magnitudes(piece, numbers)
-        return numbers
 
 
 class _Rows:
@@ -328,7 +335,7 @@ class _Rows:
             (piece, scratch.buffer[: outer * (piece.stop - piece.start)].view(outer, -1), self._flags[:, piece])
             for piece in _slices(neurons, _PIECE // outer)
         ]
-        self._signed = False  # whether any number was below zero so far; then it is not asked again
+        self._signed = False  # as in `_Block`
 
     def fill(self, part: Tensor, tolerance: float, out: Tensor) -> None:
         """Count zeros, and add up magnitudes if ``out`` has two rows, as :meth:`_Block.fill` does.
@@ -339,8 +346,9 @@ class _Rows:
             out: float32 ``(quantities, n)``, is overwritten.
         """
         rows = part.squeeze(2)
-        in_place = len(out) > 1 and self._in_place(rows)
-        in_pieces = len(out) > 1 and not in_place
+        both = len(out) > 1
+        self._signed = self._signed or (both and _may_be_signed(rows))
+        in_place, in_pieces = both and not self._signed, both and self._signed
         in_float32 = rows.dtype is not torch.float64  # whose smallest numbers are zeros in float32
         with_flags = in_pieces and tolerance == 0 and in_float32
         if tolerance != 0:
@@ -362,13 +370,6 @@ class _Rows:
         else:
             out[0].copy_(self._bytes)
 
-    def _in_place(self, rows: Tensor) -> bool:
-        """Whether the numbers are their magnitudes: they are float32, and no sign bit is set."""
-        if rows.dtype is not torch.float32:
-            return False
-        self._signed = self._signed or int(rows.view(torch.int32).amin()) < 0
-        return not self._signed
-
 
 def _block(shape: Shape, scratch: ScratchBuffers) -> _Block | _Rows:
     """Return what reduces blocks of a shape."""
@@ -376,21 +377,31 @@ def _block(shape: Shape, scratch: ScratchBuffers) -> _Block | _Rows:
     return _Rows(shape, scratch) if inner == 1 and 1 < outer < _ROWS else _Block(shape, scratch)
 
 
+def fits_float32(counts: Tensor) -> bool:
+    """Whether all magnitudes in ``counts`` are finite, and so small that a window adds them up in float32.
+
+    ``counts`` is on the CPU, so this does not synchronize.
+    """
+    return bool(counts.sum().item() < _MOST_SUM)
+
+
+def _may_be_signed(numbers: Tensor) -> bool:
+    """Whether numbers may be other than their magnitudes in float32; if there is a NaN, so will their sum be."""
+    return numbers.dtype is not torch.float32 or numbers.amin().item() < 0
+
+
 def _add_up(numbers: Tensor, out: Tensor) -> None:
     """Sum ``(outer, n, inner)`` to ``(n,)``, in the way that is quickest for the shape."""
     outer, neurons, inner = numbers.shape
-    if outer * inner == 1:
-        out.copy_(numbers.view(neurons))
-    elif outer == 1:
-        torch.sum(numbers.squeeze(0), 1, out=out)
-    elif inner >= _INNER:
-        torch.sum(numbers.sum(2), 0, out=out)
+    if inner == 1 and neurons >= _WIDE:
+        rows = numbers.squeeze(2)
+        torch.mv(rows.t(), rows.new_ones(outer), out=out)  # with `out`, autocast does not change the type
+    elif 1 in (outer, neurons, inner):
+        torch.sum(numbers, (0, 2), out=out)
+    elif inner < _INNER:
+        torch.sum(numbers.sum(0), 1, out=out)
     else:
-        rows, ones = numbers.view(outer, neurons * inner), numbers.new_ones(outer)
-        sums = out if inner == 1 else numbers.new_empty(neurons * inner)
-        torch.mv(rows.t(), ones, out=sums)  # with `out`, autocast does not change the type
-        if inner > 1:
-            torch.sum(sums.view(neurons, inner), 1, out=out)
+        torch.sum(numbers.sum(2), 0, out=out)
 
 
 class _WordLayout(NamedTuple):

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from neuronscope.count.compiled_graphs import gate_half, one_call_in_graph, save_unchecked
 from neuronscope.count.counter_tensors import NEVER, CounterTensors
-from neuronscope.count.counters import SiteCounters, gate_half, one_call_in_graph, save_unchecked
+from neuronscope.count.counters import SiteCounters
 from neuronscope.count.neuron_layout import Dims, rows_kept
 
 __all__ = [

@@ -20,7 +20,7 @@ from neuronscope.count.counter_tensors import NEVER, CounterTensors
 from neuronscope.count.neuron_layout import NeuronLayout, neuron_dims_first
 from neuronscope.count.positions import mask_dims
 
-__all__ = ["CountedAt", "Pieces", "keep_view", "rounded"]
+__all__ = ["Pieces", "TensorToCount"]
 
 #: Most bytes of the magnitudes of a piece: 2**22 numbers of float32.
 _BYTES = 1 << 24
@@ -28,20 +28,48 @@ _BYTES = 1 << 24
 _POSITIONS = 64
 
 
-class CountedAt(NamedTuple):
-    """When a tensor is counted, and what of it is counted on the host.
+class TensorToCount(NamedTuple):
+    """An output or a gradient that is to be counted, and how.
 
     Attributes:
+        tensor: ``(…, N, …)``, detached.
+        layout: Where its neurons lie.
         step: Number of the optimizer step.
-        clock: Where to read that number instead, int64 without dimensions, if a captured graph counts the tensor.
+        tolerance: ``|y| <= tolerance`` counts as zero in an output; ``None`` for a gradient.
+        mask: Which positions are counted, bool ``(B, T)``; ``None`` = all. The host has added all: those that it leaves
+            out are taken off the positions that are counted on the device.
+        clock: Where to read the step instead, int64 without dimensions, if a captured graph counts the tensor.
         positions: Positions to add on the device: those of the tensor in a captured graph; 0 if the host adds them.
-        examples: Examples to add on the device.
+        examples: The same for examples.
     """
 
-    step: int
+    tensor: Tensor
+    layout: NeuronLayout
+    step: int = 0
+    tolerance: float | None = None
+    mask: Tensor | None = None
     clock: Tensor | None = None
     positions: int = 0
     examples: int = 0
+
+    @property
+    def limit(self) -> float:
+        """The tolerance as torch compares it with numbers of the tensor's type: in that type."""
+        dtype = self.tensor.dtype.to_real() if self.tensor.is_complex() else self.tensor.dtype
+        return float(torch.tensor(self.tolerance, dtype=dtype, device="cpu").item()) if self.tolerance else 0.0
+
+    def kept(self) -> Tensor | None:
+        """Return which positions are counted, or ``None`` for all: a view of the mask, of the positions' shape.
+
+        A mask applies only if one dimension indexes the neurons.
+        """
+        shape, axis, mask = self.tensor.shape, self.layout.axis, self.mask
+        covered = 0 if mask is None or self.layout.dims is not None else mask_dims(shape, axis, mask.shape)
+        if mask is None or not covered:
+            return None
+        places = [size for dim, size in enumerate(shape) if dim != axis]
+        rows = mask.to(self.tensor.device).reshape(places[:covered])
+        return rows.reshape(places[:covered] + [1] * (len(places) - covered)).expand(places)
 
 
 class Pieces:
@@ -49,35 +77,28 @@ class Pieces:
 
     >>> from neuronscope.count.counters import SiteCounters
     >>> counters = SiteCounters(2, torch.device("cpu")).tensors
-    >>> Pieces().add_outputs(counters, torch.tensor([[0.0, 1.5], [0.0, 0.0]]), NeuronLayout(1), None, CountedAt(7), 0.0)
+    >>> y = torch.tensor([[0.0, 1.5], [0.0, 0.0]])
+    >>> Pieces().count(counters, TensorToCount(y, NeuronLayout(1), step=7, tolerance=0.0))
     >>> counters.zero_outputs.tolist(), counters.abs_sum.tolist(), counters.last_active.tolist()
     ([2, 1], [0.0, 1.5], [-1, 7])
     """
 
-    def add_outputs(
-        self,
-        counters: CounterTensors,
-        y: Tensor,
-        layout: NeuronLayout,
-        mask: Tensor | None,
-        moment: CountedAt,
-        tolerance: float,
-    ) -> None:
-        """Count one output tensor.
+    def count(self, counters: CounterTensors, what: TensorToCount) -> None:
+        """Count one output or gradient.
 
         Args:
             counters: The counters of the site, on the device of the tensor.
-            y: Output ``(…, N, …)``, detached.
-            layout: Where its neurons lie.
-            mask: Which positions are counted, bool ``(B, T)``; ``None`` = all. Positions that it leaves out are taken
-                off ``counters.traced``, since the host has added all.
-            moment: When.
-            tolerance: ``|y| <= tolerance`` counts as zero.
+            what: The tensor.
         """
-        work = _Work(y, layout, mask)
-        step: int | Tensor = moment.step if moment.clock is None else moment.clock
+        work = _Work(what)
+        if what.tolerance is None:
+            for part in work.neurons():
+                part.of(counters.zero_gradients).add_(part.count_zeros())
+            work.add_positions(counters.traced_gradients[0])
+            return
+        step: int | Tensor = what.step if what.clock is None else what.clock
         for part in work.neurons():
-            zeros, finite, sums = part.count(rounded(tolerance, y.dtype.to_real() if y.is_complex() else y.dtype))
+            zeros, finite, sums = part.count(what.limit, counters.abs_sum.dtype)
             bad = work.kept - finite
             fired = zeros < finite  # neither zero nor broken: a zero is finite
             part.of(counters.zero_outputs).add_(zeros)
@@ -86,26 +107,9 @@ class Pieces:
             last, first = part.of(counters.last_active), part.of(counters.first_active)
             torch.maximum(last, torch.where(fired, step, -1), out=last)
             torch.minimum(first, torch.where(fired, step, NEVER), out=first)
-        work.add_positions(counters.traced[0], moment)
-        if moment.examples:
-            counters.traced[1].add_(moment.examples)
-
-    def add_gradients(
-        self, counters: CounterTensors, gradient: Tensor, layout: NeuronLayout, mask: Tensor | None, moment: CountedAt
-    ) -> None:
-        """Count one gradient at the pre-activation.
-
-        Args:
-            counters: As in :meth:`add_outputs`, and so are the others.
-            gradient: Gradient ``(…, N, …)``, detached.
-            layout: Where its neurons lie.
-            mask: Which positions are counted.
-            moment: When.
-        """
-        work = _Work(gradient, layout, mask)
-        for part in work.neurons():
-            part.of(counters.zero_gradients).add_(part.count_zeros())
-        work.add_positions(counters.traced_gradients[0], moment)
+        work.add_positions(counters.traced[0])
+        if what.examples:
+            counters.traced[1].add_(what.examples)
 
 
 class _Work:
@@ -115,9 +119,10 @@ class _Work:
         kept: Number of positions that are counted of each neuron; on the device if a mask says which.
     """
 
-    def __init__(self, tensor: Tensor, layout: NeuronLayout, mask: Tensor | None) -> None:
-        view, count = neuron_dims_first(tensor, layout)
-        self.keep = keep_view(tensor, layout, mask)
+    def __init__(self, what: TensorToCount) -> None:
+        tensor = what.tensor
+        view, count = neuron_dims_first(tensor, what.layout)
+        self.keep, self._added = what.kept(), what.positions
         if view.dim() == count:  # one position
             view = view.unsqueeze(-1)
         self.view, self.count = view, count
@@ -135,17 +140,12 @@ class _Work:
             for place in _places(self.view.shape[: self.count], self.cuts[: self.count]):
                 yield _SomeNeurons(self, place)
 
-    def add_positions(self, counted: Tensor, moment: CountedAt) -> None:
-        """Add to the positions that are counted on the device; take off what the mask leaves out.
-
-        Args:
-            counted: int64 without dimensions.
-            moment: See :class:`CountedAt`.
-        """
+    def add_positions(self, counted: Tensor) -> None:
+        """Add to the positions that are counted on the device, int64 without dimensions; take off what is left out."""
         if self.keep is not None:
-            counted.add_(self.kept - (self.positions - moment.positions))
-        elif moment.positions:
-            counted.add_(moment.positions)
+            counted.add_(self.kept - (self.positions - self._added))
+        elif self._added:
+            counted.add_(self._added)
 
 
 class _SomeNeurons:
@@ -160,13 +160,14 @@ class _SomeNeurons:
         """Return the view of a counter ``(N,)`` of these neurons."""
         return counter.view(self._work.view.shape[: self._work.count])[self._place]
 
-    def count(self, tolerance: float) -> tuple[Tensor, Tensor, Tensor]:
+    def count(self, tolerance: float, wide: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
         """Return the zeros, the finite values and the sums of the magnitudes of the neurons.
 
         Args:
             tolerance: ``|y| <= tolerance`` counts as zero.
+            wide: The type in which magnitudes are added up.
         """
-        zeros, finite, sums = self._row(torch.int64), self._row(torch.int64), self._row(self._work.numbers.dtype)
+        zeros, finite, sums = self._row(torch.int64), self._row(torch.int64), self._row(wide)
         for piece, keep, numbers, flags in self._pieces():
             if piece.dtype is numbers.dtype or piece.is_complex():
                 torch.abs(piece, out=numbers)
@@ -223,36 +224,6 @@ class _NeuronSums:
         torch.sum(piece, self._dims, dtype=self.total.dtype, out=self._one)
         if self._one is not self.total:
             self.total.add_(self._one)
-
-
-def keep_view(tensor: Tensor, layout: NeuronLayout, mask: Tensor | None) -> Tensor | None:
-    """Return which positions of a tensor are counted, or ``None`` for all: a view of the mask, of the positions' shape.
-
-    Args:
-        tensor: ``(…, N, …)``.
-        layout: Where its neurons lie. A mask applies only if one dimension indexes them.
-        mask: Which positions are counted, bool ``(B, T)``.
-    """
-    axis = layout.axis
-    covered = 0 if mask is None or layout.dims is not None else mask_dims(tensor.shape, axis, mask.shape)
-    if mask is None or not covered:
-        return None
-    shape = [size for dim, size in enumerate(tensor.shape) if dim != axis]
-    rows = mask.to(tensor.device).reshape(shape[:covered])
-    return rows.reshape(shape[:covered] + [1] * (len(shape) - covered)).expand(shape)
-
-
-def rounded(tolerance: float, dtype: torch.dtype) -> float:
-    """Return a tolerance as torch compares it with numbers of a type: in that type.
-
-    Args:
-        tolerance: The tolerance.
-        dtype: The type.
-
-    >>> rounded(0.1, torch.bfloat16)
-    0.10009765625
-    """
-    return 0.0 if tolerance == 0 else float(torch.tensor(tolerance, dtype=dtype, device="cpu").item())
 
 
 def _cuts(view: Tensor, count: int, most: int) -> tuple[int, ...]:

@@ -6,7 +6,7 @@ There are two ways, both exact:
   waited for, and a compiler cannot trace it. It is for the CPU in eager mode.
 - :func:`blank_positions` returns a tensor of the same shape, with zeros in place of what is left out, and how many
   these are. What is counted of it has that many zeros and positions too many, which
-  :func:`neuronscope.count.counters.leave_out` takes off again. It never waits for a device.
+  :func:`neuronscope.count.compiled_graphs.leave_out` takes off again. It never waits for a device.
 """
 
 from __future__ import annotations

@@ -17,8 +17,7 @@ from torch import Tensor
 from neuronscope.count.captured_graphs import is_capturing
 from neuronscope.count.counter_tensors import CounterTensors
 from neuronscope.count.kernel_plan import PROGRAMS, KernelPlan, plan_for
-from neuronscope.count.neuron_layout import NeuronLayout
-from neuronscope.count.pieces import CountedAt, Pieces, keep_view, rounded
+from neuronscope.count.pieces import Pieces, TensorToCount
 
 __all__ = ["TritonKernels"]
 
@@ -52,96 +51,48 @@ class TritonKernels:
         self._launched: set[_Key] = set()
         self._rooms: dict[tuple[torch.device, int], _Room] = {}
 
-    def add_outputs(
-        self,
-        counters: CounterTensors,
-        y: Tensor,
-        layout: NeuronLayout,
-        mask: Tensor | None,
-        moment: CountedAt,
-        tolerance: float,
-    ) -> None:
-        """Count one output tensor.
+    def count(self, counters: CounterTensors, what: TensorToCount) -> None:
+        """Count one output or gradient.
 
         Args:
-            counters: As in :meth:`neuronscope.count.pieces.Pieces.add_outputs`, and so are the others.
-            y: Output ``(…, N, …)``, detached.
-            layout: Where its neurons lie.
-            mask: Which positions are counted.
-            moment: When.
-            tolerance: ``|y| <= tolerance`` counts as zero.
+            counters: The counters of the site, on the device of the tensor.
+            what: The tensor.
         """
-        keep = keep_view(y, layout, mask)
-        key = self._key(y, layout, keep, tolerance)
-        plan = self._plan(key, y, layout, keep)
+        keep = what.kept()
+        key = self._key(what, keep)
+        plan = self._plan(key, what, keep)
         if plan is None:
-            self._plain.add_outputs(counters, y, layout, mask, moment, tolerance)
+            self._plain.count(counters, what)
         else:
-            with _on(y.device):
-                self._launch(plan, counters, y, keep, moment, tolerance)
+            with _on(what.tensor.device):
+                self._launch(plan, counters, what, keep)
         self._launched.add(key)
 
-    def add_gradients(
-        self, counters: CounterTensors, gradient: Tensor, layout: NeuronLayout, mask: Tensor | None, moment: CountedAt
-    ) -> None:
-        """Count one gradient.
+    def is_warm(self, what: TensorToCount) -> bool:
+        """Whether such a tensor was counted before: then nothing need be compiled, which a capture forbids."""
+        return self._key(what, what.kept()) in self._launched
 
-        Args:
-            counters: As in :meth:`neuronscope.count.pieces.Pieces.add_gradients`, and so are the others.
-            gradient: Gradient ``(…, N, …)``, detached.
-            layout: Where its neurons lie.
-            mask: Which positions are counted.
-            moment: When.
-        """
-        keep = keep_view(gradient, layout, mask)
-        key = self._key(gradient, layout, keep, None)
-        plan = self._plan(key, gradient, layout, keep)
-        if plan is None:
-            self._plain.add_gradients(counters, gradient, layout, mask, moment)
-        else:
-            with _on(gradient.device):
-                self._launch(plan, counters, gradient, keep, moment, None)
-        self._launched.add(key)
-
-    def is_warm(self, tensor: Tensor, layout: NeuronLayout, mask: Tensor | None, tolerance: float | None) -> bool:
-        """Whether such a tensor was counted before: then nothing need be compiled, which a capture forbids.
-
-        Args:
-            tensor: An output or a gradient.
-            layout: Where its neurons lie.
-            mask: Which positions are counted.
-            tolerance: As for an output; ``None`` for a gradient.
-        """
-        return self._key(tensor, layout, keep_view(tensor, layout, mask), tolerance) in self._launched
-
-    def _key(self, tensor: Tensor, layout: NeuronLayout, keep: Tensor | None, tolerance: float | None) -> _Key:
+    def _key(self, what: TensorToCount, keep: Tensor | None) -> _Key:
         """Return what the plan of a tensor and the code of its kernels depend on."""
+        tensor, tolerance = what.tensor, what.tolerance
         strides = None if keep is None else keep.stride()
         aligned = tensor.data_ptr() % 16 == 0, keep is None or keep.data_ptr() % 16 == 0
         kind = None if tolerance is None else tolerance == 0
-        return tensor.shape, tensor.stride(), tensor.dtype, tensor.device, layout, strides, aligned, kind
+        return tensor.shape, tensor.stride(), tensor.dtype, tensor.device, what.layout, strides, aligned, kind
 
-    def _plan(self, key: _Key, tensor: Tensor, layout: NeuronLayout, keep: Tensor | None) -> KernelPlan | None:
+    def _plan(self, key: _Key, what: TensorToCount, keep: Tensor | None) -> KernelPlan | None:
         if key not in self._plans:
             if len(self._plans) >= _PLANS:
                 self._plans.clear()
                 self._launched.clear()
-            fits = tensor.numel() > 0 and tensor.dtype in _TYPES
-            self._plans[key] = plan_for(tensor, layout, keep, self._programs) if fits else None
+            fits = what.tensor.numel() > 0 and what.tensor.dtype in _TYPES
+            self._plans[key] = plan_for(what.tensor, what.layout, keep, self._programs) if fits else None
         return self._plans[key]
 
-    def _launch(
-        self,
-        plan: KernelPlan,
-        counters: CounterTensors,
-        tensor: Tensor,
-        keep: Tensor | None,
-        moment: CountedAt,
-        tolerance: float | None,
-    ) -> None:
-        """Launch both kernels: for an output if there is a tolerance, otherwise for a gradient."""
-        outputs = tolerance is not None
-        limit = 0.0 if tolerance is None else rounded(tolerance, tensor.dtype)
+    def _launch(self, plan: KernelPlan, counters: CounterTensors, what: TensorToCount, keep: Tensor | None) -> None:
+        """Launch both kernels."""
+        tensor, outputs = what.tensor, what.tolerance is not None
+        limit = what.limit
         room = self._room(plan, tensor, outputs)
         mask = room.counts if keep is None else keep.view(torch.uint8)
         self._kernels.count_share[plan.programs](
@@ -182,17 +133,17 @@ class TritonKernels:
             counters.last_active,
             counters.first_active,
             traced,
-            traced if moment.clock is None else moment.clock,
+            traced if what.clock is None else what.clock,
             plan.neurons,
             plan.fold,
             plan.shares,
-            moment.step,
+            what.step,
             plan.positions,
-            moment.positions,
-            moment.examples,
+            what.positions,
+            what.examples,
             OUTPUTS=outputs,
             MASKED=keep is not None,
-            CAPTURED=moment.clock is not None,
+            CAPTURED=what.clock is not None,
             SHARES=PROGRAMS,
             ROWS=rows,
             UNITS=units,

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from neuronscope.count.counter_tensors import NEVER, CounterTensors
 from neuronscope.count.counters import SiteCounters
-from neuronscope.count.counting import ScratchBuffers
+from neuronscope.count.cpu_kernels import ScratchBuffers
 from neuronscope.sites import SiteInfo
 from neuronscope.tally.census import Tally
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import neuronscope as ns
 from neuronscope.count.counters import SiteCounters, add_gradients, add_outputs
-from neuronscope.count.counting import ScratchBuffers
+from neuronscope.count.cpu_kernels import ScratchBuffers
 from neuronscope.errors import UsageError
 
 

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from neuronscope.attach.call_arguments import CallArguments
 from neuronscope.attach.masks import PositionMask, kept
 from neuronscope.callbacks import DeadNeuronMonitor, Monitor
-from neuronscope.count.counters import SiteCounters, add_gradients, add_outputs, leave_out
-from neuronscope.count.counting import ScratchBuffers
+from neuronscope.count.compiled_graphs import add_outputs_in_graph, leave_out
+from neuronscope.count.counters import SiteCounters, add_gradients, add_outputs
+from neuronscope.count.cpu_kernels import ScratchBuffers
 from neuronscope.count.positions import blank_positions, keep_positions, mask_dims
 from neuronscope.errors import NeuronscopeWarning, UsageError
 from neuronscope.options import WatchOptions
@@ -168,7 +169,8 @@ def test_both_ways_of_leaving_out_give_the_same_counts(shape: tuple[int, ...], a
         blank, left_out = blank_positions(gradient, axis, MASK.bool())
         add_gradients(by_blank, blank, axis, scratch)
         assert left_out is not None
-        leave_out(by_blank, left_out, gradients=True)
+        by_blank.gradient_positions -= int(left_out)
+        by_blank.tensors.zero_gradients.sub_(left_out)
     assert _counts(by_part)[:3] == _counts(by_blank)[:3]
     assert np.allclose(_counts(by_part)[3], _counts(by_blank)[3])
     assert _counts(by_part)[4:] == _counts(by_blank)[4:]
@@ -196,11 +198,11 @@ def test_the_compiler_traces_finding_blanking_and_leaving_out() -> None:
     positions = PositionMask("attention_mask", CallArguments(model))
     counters = SiteCounters(4, torch.device("cpu"))
     counters.enter_graph()
-    step, scratch = torch.zeros((), dtype=torch.int64), ScratchBuffers()
+    counters.clock = torch.zeros((), dtype=torch.int64)
 
     def count(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor) -> None:
         blank, left_out = blank_positions(y.detach(), 2, positions.find(module, args, kwargs))
-        add_outputs(counters, blank, 2, 2, step, scratch, 0.0)
+        add_outputs_in_graph(counters, blank, 2, 2, 0.0)
         if left_out is not None:
             leave_out(counters, left_out)
 

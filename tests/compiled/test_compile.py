@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException
 
 import neuronscope as ns
 from neuronscope.attach import activations
-from neuronscope.count import counters
+from neuronscope.count import compiled_graphs
 from tests.agreement.slow_twin import Nobody, Twin, Watched, assert_bits, assert_same, hook_tables, state_of
 from tests.compiled.compiler_marks import COMPILES
 
@@ -668,7 +668,7 @@ def test_counting_stays_one_call_in_a_graph_when_the_compiler_makes_its_tables_a
     torch._dynamo.trace_rules.clear_lru_cache()
     table = torch._dynamo.trace_rules.get_torch_obj_rule_map()
     for name in ("_add_outputs_in_graph", "once_a_forward", "_leave_out_in_graph", "_register_gradient_hook_in_graph"):
-        assert getattr(counters, name) in table
+        assert getattr(compiled_graphs, name) in table
 
 
 class Decoder(nn.Module):

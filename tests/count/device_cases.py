@@ -14,7 +14,7 @@ from torch import Tensor
 from neuronscope.count.counter_tensors import NEVER
 from neuronscope.count.counters import SiteCounters
 from neuronscope.count.neuron_layout import NeuronLayout
-from neuronscope.count.pieces import CountedAt, rounded
+from neuronscope.count.pieces import TensorToCount
 
 TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 KINDS = (
@@ -61,7 +61,7 @@ class Case:
         """What is to be counted, from whole tensors in float64."""
         y, kept = self.tensor.cpu().double().numpy(), self.kept()
         size, finite = np.abs(y), np.isfinite(y)
-        limit = rounded(self.tolerance, self.tensor.dtype)
+        limit = torch.tensor(self.tolerance, dtype=self.tensor.dtype).item()
 
         def each(weights: np.ndarray) -> np.ndarray:
             return np.bincount(self.neurons.numpy().ravel(), weights.astype(np.float64).ravel(), self.count)
@@ -166,18 +166,19 @@ def check(backend: Any, one: Case, *, captured: bool = False) -> Tensor:
     """Count a case with a backend, and compare with the truth; return the sums of magnitudes.
 
     Args:
-        backend: Has ``add_outputs`` and ``add_gradients``.
+        backend: Has ``count``.
         one: The case.
         captured: Count in a captured graph's way: the step from a clock, positions on the device.
     """
     counters = SiteCounters(one.count, one.tensor.device)
     tensors, positions = counters.tensors, one.tensor.numel() // one.count
-    moment = CountedAt(one.step)
+    what = TensorToCount(one.tensor, one.layout, one.step, one.tolerance, one.mask)
     if captured:
-        moment = CountedAt(-5, torch.tensor(one.step, device=one.tensor.device), positions, 3)
+        clock = torch.tensor(one.step, device=one.tensor.device)
+        what = what._replace(step=-5, clock=clock, positions=positions, examples=3)
     before = one.tensor.clone()
-    backend.add_outputs(tensors, one.tensor, one.layout, one.mask, moment, one.tolerance)
-    backend.add_gradients(tensors, one.tensor, one.layout, one.mask, moment)
+    backend.count(tensors, what)
+    backend.count(tensors, what._replace(tolerance=None))
     torch.testing.assert_close(one.tensor, before, rtol=0, atol=0, equal_nan=True)
     truth = one.truth()
     for name in ("zero_outputs", "zero_gradients", "not_finite", "last_active", "first_active"):

@@ -171,10 +171,8 @@ def test_a_capture_for_which_nothing_is_ready_is_listed(capture: Any) -> None:
         def is_warm(self, *args: Any) -> bool:
             return False
 
-        def add_outputs(self, *args: Any) -> None:
+        def count(self, *args: Any) -> None:
             pass
-
-        add_gradients = add_outputs
 
     backends._used["cpu"] = Backend("cpu", Cold())
     net, mask = Net(), torch.ones(BATCH, 4, dtype=torch.bool)

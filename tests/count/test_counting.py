@@ -6,6 +6,7 @@ The plain count is numpy's, in float64 and int64.
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import hypothesis.strategies as st
 import numpy as np
@@ -17,7 +18,9 @@ from torch import Tensor
 from neuronscope.count import counter_tensors
 from neuronscope.count.counter_tensors import NEVER
 from neuronscope.count.counters import SiteCounters, add_gradients, add_outputs
-from neuronscope.count.counting import ScratchBuffers, count_outputs, count_zeros
+from neuronscope.count.cpu_kernels import ScratchBuffers, fits_float32
+from neuronscope.count.neuron_layout import NeuronLayout
+from neuronscope.count.pieces import TensorToCount
 from neuronscope.sites import SiteInfo
 from neuronscope.tally.collect import read_tallies
 
@@ -30,6 +33,32 @@ def plain(tensor: Tensor, axis: int, tolerance: float = 0.0) -> tuple[np.ndarray
     rows = np.moveaxis(tensor.detach().double().numpy(), axis, 0).reshape(tensor.shape[axis], -1)
     finite = np.isfinite(rows)
     return (np.abs(rows) <= tolerance).sum(1), (~finite).sum(1), np.where(finite, np.abs(rows), 0).sum(1)
+
+
+class OutputCounts(NamedTuple):
+    """What was counted of one output; ``not_finite`` is ``None`` if the kernels counted it."""
+
+    zeros: Tensor
+    not_finite: Tensor | None
+    abs_sum: Tensor
+
+
+def count_outputs(tensor: Tensor, axis: int, scratch: ScratchBuffers, tolerance: float = 0.0) -> OutputCounts:
+    """Count an output that does not wait, as a site does."""
+    row = torch.empty(2, tensor.shape[axis])
+    if scratch.measure(tensor, axis, tolerance, row) and fits_float32(row):
+        return OutputCounts(row[0].long(), None, row[1].double())
+    counters = SiteCounters(tensor.shape[axis], torch.device("cpu"))
+    counters.add_plain(TensorToCount(tensor, NeuronLayout(axis), 0, tolerance))
+    return OutputCounts(counters.tensors.zero_outputs, counters.tensors.not_finite, counters.tensors.abs_sum)
+
+
+def count_zeros(tensor: Tensor, axis: int, scratch: ScratchBuffers, tolerance: float = 0.0) -> Tensor:
+    """Count the zeros of a gradient that does not wait."""
+    row = torch.empty(1, tensor.shape[axis])
+    if scratch.measure(tensor, axis, tolerance, row):
+        return row[0].long()
+    return count_outputs(tensor, axis, scratch, tolerance).zeros
 
 
 def assert_counts(tensor: Tensor, axis: int, tolerance: float = 0.0) -> None:
@@ -143,6 +172,13 @@ def test_few_positions_of_many_neurons(shape, dtype, tolerance):
     assert_counts(tensor, 1, tolerance)
 
 
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("shape", [(900_000, 1), (900_000, 2), (300_000, 3, 2)], ids=str)
+def test_sums_of_very_many_positions_are_accurate(shape, sign):
+    """A float32 sum that adds one number after another is off by a thousandth here."""
+    assert_counts(torch.full(shape, sign * 0.1), 1)
+
+
 def test_few_positions_of_more_neurons_than_a_block_holds():
     tensor = torch.randn(3, 700_001).relu()
     assert_counts(tensor, 1)
@@ -248,6 +284,17 @@ def test_counts_over_many_blocks_are_exact(shape, dtype):
     for tensor in (made, made.transpose(0, 1).contiguous().transpose(0, 1)):
         for axis in range(min(len(shape), 2)):
             assert_counts(tensor, axis)
+
+
+@pytest.mark.parametrize("shape", [(3000, 400), (12, 60_000), (40, 64, 15, 35)], ids=str)
+def test_large_tensors_of_every_layout_are_counted_exactly(shape):
+    """More than a block, also where numbers of memory are read several times."""
+    made = torch.randn(shape).relu_()
+    found = layouts(made)
+    found["expanded along the neurons"] = made[:, :1].expand(shape)
+    found["overlapping"] = made.reshape(-1)[: sum(shape)].as_strided(shape, (1,) * len(shape))
+    for tensor in found.values():
+        assert_counts(tensor, 1)
 
 
 @pytest.mark.parametrize("value", [0.0, -0.0, 1.0, math.nan, math.inf])

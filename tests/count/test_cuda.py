@@ -253,12 +253,12 @@ def test_subnormal_numbers_are_not_zeros_on_cuda() -> None:
     from neuronscope.count.backends import backend_for
     from neuronscope.count.counters import SiteCounters
     from neuronscope.count.neuron_layout import NeuronLayout
-    from neuronscope.count.pieces import CountedAt
+    from neuronscope.count.pieces import TensorToCount
 
     for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
         y = torch.full((64, 32), torch.finfo(dtype).smallest_normal, dtype=dtype).div_(4).cuda()
         counters = SiteCounters(32, y.device)
-        backend_for("cuda").add_outputs(counters.tensors, y, NeuronLayout(1), None, CountedAt(0), 0.0)
+        backend_for("cuda").count(counters.tensors, TensorToCount(y, NeuronLayout(1), 0, 0.0))
         assert counters.tensors.zero_outputs.tolist() == [0] * 32
 
 
@@ -267,7 +267,7 @@ def test_memory_on_cuda_does_not_grow_with_the_activation() -> None:
     from neuronscope.count.backends import backend_for
     from neuronscope.count.counters import SiteCounters
     from neuronscope.count.neuron_layout import NeuronLayout
-    from neuronscope.count.pieces import CountedAt, Pieces
+    from neuronscope.count.pieces import Pieces, TensorToCount
 
     for counting, most in ((backend_for("cuda").kernels, 4 << 20), (Pieces(), 32 << 20)):
         for shape, axis in (((1 << 16, 4096), 1), ((64, 256, 112, 112), 1), ((4096, 2048, 7, 7), 1)):
@@ -275,5 +275,5 @@ def test_memory_on_cuda_does_not_grow_with_the_activation() -> None:
             counters = SiteCounters(shape[axis], y.device).tensors
             before = torch.cuda.memory_allocated()
             torch.cuda.reset_peak_memory_stats()
-            counting.add_outputs(counters, y, NeuronLayout(axis), None, CountedAt(0), 0.0)
+            counting.count(counters, TensorToCount(y, NeuronLayout(axis), 0, 0.0))
             assert torch.cuda.max_memory_allocated() - before <= most + 100 * shape[axis]

@@ -18,7 +18,7 @@ from neuronscope.count import backends, pieces
 from neuronscope.count.backends import Backend
 from neuronscope.count.counters import SiteCounters
 from neuronscope.count.neuron_layout import NeuronLayout
-from neuronscope.count.pieces import CountedAt, Pieces
+from neuronscope.count.pieces import Pieces, TensorToCount
 from neuronscope.errors import NeuronscopeWarning
 from tests.count.device_cases import KINDS, case, check
 
@@ -48,10 +48,19 @@ def test_outputs_of_other_types_are_counted_too(dtype: torch.dtype) -> None:
     if dtype.is_complex:
         y = y * (0.6 + 0.8j)  # of magnitude 1
     counters = SiteCounters(2, y.device).tensors
-    Pieces().add_outputs(counters, y, NeuronLayout(1), None, CountedAt(0), 0.0)
+    Pieces().count(counters, TensorToCount(y, NeuronLayout(1), 0, 0.0))
     assert counters.zero_outputs.tolist() == [2, 2]
     assert counters.not_finite.tolist() == [0, 0]
     assert counters.abs_sum.tolist() == pytest.approx([1, 1] if dtype is torch.bool else [4, 3])
+
+
+def test_a_sum_beyond_float32_is_finite() -> None:
+    """Each number is; their sum is not in float32."""
+    for dtype in (torch.float32, torch.bfloat16):
+        y = torch.full((40, 2), 3e38, dtype=dtype)
+        counters = SiteCounters(2, y.device).tensors
+        Pieces().count(counters, TensorToCount(y, NeuronLayout(1), 0, 0.0))
+        assert counters.abs_sum.tolist() == [40 * y[0, 0].item()] * 2
 
 
 class Allocations(TorchDispatchMode):
@@ -98,12 +107,9 @@ def test_temporaries_are_bounded_whatever_the_activation(name: str, dtype: torch
     shape, axis = SHAPES[name]
     y = torch.ones((), dtype=dtype).expand(shape)  # what is read must not take memory here
     counters = SiteCounters(shape[axis], y.device).tensors
-    for outputs in (True, False):
+    for tolerance in (0.0, None):
         with Allocations() as memory:
-            if outputs:
-                Pieces().add_outputs(counters, y, NeuronLayout(axis), None, CountedAt(0), 0.0)
-            else:
-                Pieces().add_gradients(counters, y, NeuronLayout(axis), None, CountedAt(0))
+            Pieces().count(counters, TensorToCount(y, NeuronLayout(axis), 0, tolerance))
         assert 4 * MB < memory.made <= 32 * MB + 100 * shape[axis], memory.made
     positions = y.numel() // shape[axis]
     assert counters.abs_sum.tolist()[:2] == [positions] * min(shape[axis], 2)
@@ -180,10 +186,8 @@ def test_a_network_on_a_device_without_float64_has_the_counts_of_the_cpu(request
 class Broken:
     """Kernels that do not compile."""
 
-    def add_outputs(self, *args: Any) -> None:
+    def count(self, *args: Any) -> None:
         raise RuntimeError("no ptxas\nand so on")
-
-    add_gradients = add_outputs
 
 
 def test_kernels_that_fail_are_one_warning_and_the_plain_formula(

@@ -1,0 +1,218 @@
+"""Count in graphs that ``torch.compile`` traces, by the plain formula, which the back end fuses with the model.
+
+These are functions because the compiler does not trace methods of an object that is a constant of the graph.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
+
+import torch
+import torch.fx.experimental.proxy_tensor
+from torch import Tensor
+from torch._dynamo.trace_rules import get_torch_obj_rule_map, manual_torch_name_rule_map
+from torch._dynamo.variables import TorchInGraphFunctionVariable
+
+from neuronscope.count.counter_tensors import NEVER
+from neuronscope.count.counters import SiteCounters
+from neuronscope.count.neuron_layout import Dims, neurons_first
+from neuronscope.count.positions import blank_positions
+
+__all__ = [
+    "add_outputs_in_graph",
+    "gate_half",
+    "leave_out",
+    "once_a_forward",
+    "one_call_in_graph",
+    "register_gradient_hook",
+    "save_unchecked",
+]
+
+Parameters = ParamSpec("Parameters")
+Result = TypeVar("Result")
+
+
+def add_outputs_in_graph(
+    counters: SiteCounters, y: Tensor, axis: int, examples: int | Tensor, tolerance: float
+) -> None:
+    """Count one output tensor.
+
+    Args:
+        counters: The counters of the site.
+        y: Output ``(…, N, …)``, detached.
+        axis: Dimension of the neurons.
+        examples: Number of independent examples in the output.
+        tolerance: See :class:`neuronscope.judge.verdicts.Policy`.
+    """
+    _add_outputs_in_graph(y, axis, examples, counters.clock, tolerance, *counters.tensors)
+
+
+def leave_out(counters: SiteCounters, positions: Tensor) -> None:
+    """Take off positions of an output that were counted with zeros in place of their numbers.
+
+    Args:
+        counters: The counters of the site, which counted a tensor of
+            :func:`neuronscope.count.positions.blank_positions`.
+        positions: How many positions of each neuron were zeros in place of numbers, int64 without dimensions.
+    """
+    _leave_out_in_graph(counters.tensors.zero_outputs, counters.tensors.traced, positions)
+
+
+def register_gradient_hook(
+    x: Tensor, axis: int, dims: Dims | None, glu_dim: int | None, counters: SiteCounters, mask: Tensor | None
+) -> None:
+    """Register a hook that counts the gradient of ``x``, in a graph that ``torch.compile`` traces.
+
+    Args:
+        x: The pre-activation ``(…, N, …)``.
+        axis: Dimension of the neurons.
+        dims: As in :class:`~neuronscope.count.neuron_layout.NeuronLayout`.
+        glu_dim: The dimension whose second half is the gate (GLU), otherwise ``None``.
+        counters: The counters of the site.
+        mask: Which positions are counted, bool ``(B, T)``; ``None`` = all.
+    """
+    zero_gradients, positions = counters.tensors.zero_gradients, counters.tensors.traced_gradients
+    _register_gradient_hook_in_graph(x, axis, dims, glu_dim, zero_gradients, positions, mask)
+
+
+def gate_half(gradient: Tensor, glu_dim: int | None) -> Tensor:
+    """Return the part of a gradient that belongs to the gate of a GLU.
+
+    Args:
+        gradient: Gradient of any shape.
+        glu_dim: The dimension along which the second half is the gate; ``None`` if the site is no GLU.
+
+    Returns:
+        The second half along ``glu_dim``, or the whole gradient.
+    """
+    if glu_dim is None:
+        return gradient
+    half = gradient.shape[glu_dim] // 2
+    return gradient.narrow(glu_dim, half, half)
+
+
+def one_call_in_graph(function: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
+    """Tell ``torch.compile`` to write a function as one call into a graph; its back end fuses the body with the rest.
+
+    ``torch.compiler.allow_in_graph`` does so too, and marks the graph: where the back end cannot compile a marked graph
+    because a value in it depends on data, the compiler raises, where it runs the code of an unmarked one eagerly.
+    """
+    # By name too: the compiler makes the second table anew from the first, for example when DDP is set up.
+    manual_torch_name_rule_map[f"{function.__module__}.{function.__qualname__}"] = TorchInGraphFunctionVariable
+    get_torch_obj_rule_map()[function] = TorchInGraphFunctionVariable
+    return function
+
+
+@one_call_in_graph
+def _add_outputs_in_graph(
+    y: Tensor,
+    axis: int,
+    examples: int | Tensor,
+    step: Tensor,
+    tolerance: float,
+    *tensors: Tensor,
+) -> None:
+    zero_outputs, _, not_finite, abs_sum, last_active, first_active, traced, _ = tensors
+    zeros, bad, magnitudes = _plain_outputs(y.detach(), axis, tolerance)
+    positions = y.numel() // y.shape[axis]
+    zero_outputs.add_(zeros)
+    not_finite.add_(bad)
+    abs_sum.add_(magnitudes)
+    fired = zeros + bad < positions
+    last_active.masked_fill_(fired, step)
+    first_active.masked_fill_(fired & (first_active == NEVER), step)
+    traced[0].add_(positions)
+    if not isinstance(examples, int) or examples:  # a site adds them once a forward
+        traced[1].add_(examples)
+
+
+@one_call_in_graph
+def once_a_forward(examples: int, forward: Tensor, last: Tensor) -> Tensor:
+    """Return the number of examples of a call in a graph, 0 if a call of the same forward was counted.
+
+    Args:
+        examples: Number of examples that the forward was given.
+        forward: Number of the forward, int64 without dimensions.
+        last: Number of the last forward that was counted; is changed to this one.
+
+    Returns:
+        int64 without dimensions.
+    """
+    fresh = last != forward
+    last.copy_(torch.where(fresh, forward, last))
+    return fresh * examples
+
+
+@one_call_in_graph
+def _leave_out_in_graph(zeros: Tensor, counted: Tensor, positions: Tensor) -> None:
+    zeros.sub_(positions)
+    counted[0].sub_(positions)
+
+
+@one_call_in_graph
+def _register_gradient_hook_in_graph(
+    x: Tensor,
+    axis: int,
+    dims: Dims | None,
+    glu_dim: int | None,
+    zero_gradients: Tensor,
+    positions: Tensor,
+    mask: Tensor | None,
+) -> None:
+    save_unchecked(zero_gradients, positions)
+
+    def count(gradient: Tensor) -> None:
+        part, neurons = neurons_first(gate_half(gradient, glu_dim).detach(), axis, dims)
+        left_out = None
+        if dims is None:
+            part, left_out = blank_positions(part, neurons, mask)
+        zero_gradients.add_(_plain_zeros(part, neurons, 0.0))
+        positions.add_(part.numel() // part.shape[neurons])
+        if left_out is not None:
+            _leave_out_in_graph(zero_gradients, positions, left_out)
+
+    x.register_hook(count)
+
+
+def save_unchecked(*counters: Tensor) -> None:
+    """Let a backward graph keep counters although another graph may change them before it runs.
+
+    If the forward runs twice before the first backward pass, both backward graphs add to the same counters. Torch
+    refuses that for tensors that an ``autograd.Function`` saves, and allows it for those that it keeps otherwise.
+    """
+    for counter in counters:
+        for proxy in _proxies_of(counter):
+            proxy.node.meta["saved_tensor_with_no_vc_check"] = True
+
+
+#: Returns the nodes of a tensor in the graph that AOTAutograd traces. Torch 2.13 has this function. Without it, graphs
+#: of the back end ``aot_eager`` fail where the forward runs twice; those of Inductor tell nobody what they change.
+_proxies_of = getattr(torch.fx.experimental.proxy_tensor, "_get_proxies", lambda _: ())
+
+
+def _others(tensor: Tensor, axis: int) -> list[int]:
+    return [dimension for dimension in range(tensor.dim()) if dimension != axis]
+
+
+def _plain_zeros(tensor: Tensor, axis: int, tolerance: float) -> Tensor:
+    """Return the zeros of each neuron, int64 ``(N,)``."""
+    zero = tensor == 0 if tolerance == 0 else tensor.abs() <= tolerance
+    others = _others(tensor, axis)
+    return zero.sum(others) if others else zero.long()
+
+
+def _plain_outputs(tensor: Tensor, axis: int, tolerance: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Return zeros (int64), values that are not finite (int64) and summed magnitudes of each neuron, ``(N,)`` each.
+
+    Magnitudes are float64 on the CPU and of float64 tensors, elsewhere float32: some devices have no float64.
+    """
+    others = _others(tensor, axis)
+    magnitude = tensor.abs()
+    bad = ~(magnitude < math.inf)  # one comparison fewer than `isfinite`: a compiler takes long for each operator
+    magnitude = magnitude.masked_fill(bad, 0)
+    wide = torch.float64 if tensor.dtype is torch.float64 or tensor.device.type == "cpu" else torch.float32
+    if not others:
+        return _plain_zeros(tensor, axis, tolerance), bad.long(), magnitude.to(wide)
+    return _plain_zeros(tensor, axis, tolerance), bad.sum(others), magnitude.sum(others, dtype=wide)
