@@ -1,7 +1,7 @@
 """Put packages and all that they need into an environment, as links to those that are installed here.
 
-``python scripts/link_packages.py SITE_PACKAGES REQUIREMENT…``: so that an environment with what a wheel asks for, and with
-nothing else, takes neither a download nor a second copy of torch. Where no link can be made, files are copied.
+``python scripts/link_packages.py SITE_PACKAGES REQUIREMENT…``. An environment with what a wheel asks for, and with
+nothing else, then takes neither a download nor a second copy of torch. Where no link can be made, files are copied.
 """
 
 from __future__ import annotations
