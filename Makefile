@@ -145,7 +145,7 @@ examples: $(VENV)/.test $(VENV)/.specimens
 	$(RUN) PYTHONPATH="$(abspath $(VENV))/specimens" python scripts/run_examples.py
 
 wheel: $(VENV)/.dev
-	TORCH_ARGS="$(TORCH_ARGS)" PIP_ARGS="$(PIP_ARGS)" scripts/check_wheel.sh $(BIN)/python
+	PIP_ARGS="$(PIP_ARGS)" scripts/check_wheel.sh $(BIN)/python
 
 # docs/performance.md keeps what `python -m benchmarks --into docs/performance.md` prints: all of it, or a part's.
 bench: $(VENV)/.test

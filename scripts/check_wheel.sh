@@ -10,7 +10,6 @@ work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 export PIP_DISABLE_PIP_VERSION_CHECK=1
 pip_args=${PIP_ARGS:-}
-torch_args=${TORCH_ARGS:-}
 
 cd "$root"
 rm -rf build
@@ -25,10 +24,12 @@ empty=$work/venv/bin
 cd "$work" # nothing of the repository is importable from here
 
 # First without torch and Lightning: what promises to load neither must work where neither is installed.
+link() {
+  "$python" "$root/scripts/link_packages.py" "$("$empty/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" "$@"
+}
 # shellcheck disable=SC2086  # the arguments are words
-"$empty/python" -m pip install -q $pip_args -c "$root/constraints.txt" "$wheel" --no-deps
-# shellcheck disable=SC2086
-"$empty/python" -m pip install -q $pip_args --no-warn-conflicts -c "$root/constraints.txt" numpy rich jinja2 pillow
+"$empty/python" -m pip install -q $pip_args "$wheel" --no-deps
+link numpy rich jinja2 pillow
 "$empty/python" -I -W error - <<'PYTHON'
 import neuronscope, neuronscope.callbacks, neuronscope.report.report, neuronscope.writers.html, neuronscope.writers.terminal
 assert "site-packages" in neuronscope.__file__, neuronscope.__file__
@@ -38,10 +39,8 @@ PYTHON
 echo "without torch: neuronscope --help: ok"
 
 # Then with everything that the wheel says it needs.
-# shellcheck disable=SC2086
-"$empty/python" -m pip install -q $pip_args $torch_args --no-warn-conflicts -c "$root/constraints.txt" torch
-# shellcheck disable=SC2086
-"$empty/python" -m pip install -q $pip_args -c "$root/constraints.txt" "$wheel"
+mapfile -t requirements < <("$empty/python" -c 'from importlib import metadata; print(*metadata.requires("neuronscope"), sep="\n")')
+link "${requirements[@]}"
 "$empty/python" -m pip check
 "$empty/python" -I - <<'PYTHON'
 import torch

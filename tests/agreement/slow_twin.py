@@ -203,7 +203,7 @@ class Twin(Nobody):
     def attach(self, model: nn.Module) -> Iterator[None]:
         self._hook(model)
         try:
-            with _Eyes(self):
+            with CalledFunctions(self):
                 yield
         finally:
             self._unhook()
@@ -337,6 +337,10 @@ class Twin(Nobody):
     def name_site(self, *facts: Any, is_module: bool) -> Site | None:
         """Name the site of an activation; see :meth:`tests.agreement.producers.Namer.site`."""
         return self.namer.site(*facts, is_module=is_module)
+
+    def looks(self) -> bool:
+        """Return whether a function that is called now may be an activation: the network runs."""
+        return bool(self.stack)
 
     def seen(self, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Run an activation function and keep everything; return its input, its output and the call.
@@ -520,12 +524,17 @@ def _add(result: dict[str, dict[str, Any]], call: Call) -> int:
     return positions
 
 
-class _Eyes(TorchFunctionMode):
-    """Sees every torch function that is called while the twin's network runs."""
+class CalledFunctions(TorchFunctionMode):
+    """Shows the twin every torch function that is called while its network runs.
+
+    Args:
+        twin: The twin.
+    """
 
     def __init__(self, twin: Twin) -> None:
         super().__init__()
         self.twin = twin
+        #: Pre-activation, output and call of each activation of the forward.
         self.outputs: list[tuple[Tensor, Tensor, Call]] = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -533,6 +542,7 @@ class _Eyes(TorchFunctionMode):
         twin = self.twin
         if not twin.stack:
             self.outputs.clear()
+        if not twin.looks():
             return func(*args, **kwargs)
         if func in twin.functions:
             x, y, call = twin.seen(func, args, kwargs)
@@ -541,7 +551,9 @@ class _Eyes(TorchFunctionMode):
             return y
         output = func(*args, **kwargs)
         if func in PRODUCTS and len(args) == 2 and all(isinstance(arg, Tensor) for arg in args):
-            find_gated(twin, self.outputs, args, output)
+            written_out = find_gated(twin, self.outputs, args, output)
+            if written_out is not None:
+                self.outputs.append(written_out)
         return output
 
 

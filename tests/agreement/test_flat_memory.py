@@ -16,6 +16,7 @@ import neuronscope as ns
 from neuronscope.count.counters import SiteCounters, add_gradients, add_outputs
 from neuronscope.count.cpu_kernels import ScratchBuffers
 from neuronscope.errors import UsageError
+from neuronscope.tally import history
 
 
 class Net(nn.Module):
@@ -95,29 +96,30 @@ def test_memory_does_not_grow_with_the_number_of_phases() -> None:
     model = Net()
     with ns.watch(model) as scope:
         held = []
-        for number in range(3000):
+        for number in range(800):
             evaluate(scope, model, number, f"val_epoch_{number}")
-            if number + 1 in (100, 3000):
+            if number + 1 in (100, 800):
                 held.append(held_bytes(scope))
     assert len(scope.phases) == 64
     assert held[1] == pytest.approx(held[0], rel=0.01)
     assert held[0][0] < 64 * 3 * 64 * 500  # 500 bytes for each neuron, site and phase
 
 
-def test_memory_does_not_grow_with_the_number_of_steps() -> None:
-    """Windows of one step fill the history at once, which then keeps as many as it may."""
+def test_memory_does_not_grow_with_the_number_of_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Windows of one step fill a short history at once, which then keeps as many as it may."""
+    monkeypatch.setattr(history, "MAX_WINDOWS", 64)
     torch.manual_seed(0)
     model, x, held = Net(), data(0), []
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
     with ns.watch(model, window_steps=1, policy=ns.Policy(max_rate=0.99)) as scope:
-        for step in range(3000):
+        for step in range(750):
             model(x).square().mean().backward()
             optimizer.step()
             optimizer.zero_grad()
             scope.step()
             if step % 2:
                 evaluate(scope, model, 0, "val")
-            if step + 1 in (600, 3000):
+            if step + 1 in (150, 750):
                 gc.collect()
                 held.append((*held_bytes(scope), len(gc.get_objects())))
     (bytes_before, ours_before, all_before), (bytes_after, ours_after, all_after) = held

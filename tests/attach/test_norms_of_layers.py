@@ -88,7 +88,7 @@ def test_two_norms_in_a_row_lead_to_the_layer_before_both() -> None:
     assert found(model) == {"2/relu": (True, "0")}
 
 
-def test_a_compiled_network_says_the_same() -> None:
+def test_a_norm_of_a_compiled_network_normalises_the_layer_before_it() -> None:
     torch._dynamo.reset()
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.MaxPool2d(2), nn.BatchNorm2d(4), nn.ReLU())
     assert found(model, torch.compile(model, backend="eager")) == {"2/relu": (True, "0")}

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,8 +10,8 @@ import torch
 
 from tests.callbacks.killed import COUNTS
 from tests.callbacks.test_resume import assert_equal
+from tests.forked import start
 
-ROOT = Path(__file__).parents[2]
 STEPS, SAVE_STEPS = 14, 3
 
 
@@ -22,12 +19,10 @@ STEPS, SAVE_STEPS = 14, 3
 def test_a_training_killed_and_resumed_has_the_counts_of_an_unbroken_one(tmp_path: Path) -> None:
     runs = [("whole", -1), ("run", 2), ("run", 8), ("run", -1)]  # killed before the first checkpoint, and in a window
     for name, killed_at in runs:
-        command = [sys.executable, "-m", "tests.callbacks.killed", str(tmp_path / name), str(STEPS), str(SAVE_STEPS)]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        run = subprocess.run(
-            [*command, str(killed_at)], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
-        )
-        assert run.returncode == (0 if killed_at < 0 else -signal.SIGKILL), run.stderr[-4000:]
+        arguments = (str(tmp_path / name), str(STEPS), str(SAVE_STEPS), str(killed_at))
+        run = start("tests.callbacks.killed", *arguments, log=tmp_path / "log")
+        run.join()
+        assert run.exitcode == (0 if killed_at < 0 else -signal.SIGKILL), (tmp_path / "log.err").read_text()[-4000:]
     whole, broken = (torch.load(tmp_path / name / COUNTS, weights_only=True) for name in ("whole", "run"))
     assert_equal(broken, whole, "scope")
     windows = whole["phases"]["train"]["history"]["windows"]

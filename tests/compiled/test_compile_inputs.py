@@ -32,35 +32,39 @@ class Applied(nn.Module):
         return self.layer(self.function(*inputs, *(() if bias is None else (bias,))))
 
 
-def beside(net: Partly, x: Tensor) -> Tensor:
+def used_beside(net: Partly, x: Tensor) -> Tensor:
+    """The input of the compiled part is used after it, in eager code."""
     h = net.first(x)
     return net.last(net.part(h) - h)
 
 
-def before(net: Partly, x: Tensor) -> Tensor:
+def used_before(net: Partly, x: Tensor) -> Tensor:
+    """The input of the compiled part is used before it, in eager code."""
     h = net.first(x)
     g = h * 2
     return net.last(net.part(h) - g)
 
 
-def by_name(net: Partly, x: Tensor) -> Tensor:
+def given_by_name(net: Partly, x: Tensor) -> Tensor:
+    """A second input of the compiled part is given by name, and used after it."""
     h = net.first(x)
     return net.last(net.part(net.second(x), bias=h) - h)
 
 
-def two(net: Partly, x: Tensor) -> Tensor:
+def two_inputs(net: Partly, x: Tensor) -> Tensor:
+    """Both inputs of the compiled part are used after it."""
     h, g = net.first(x), net.second(x)
     return net.last(net.part(h, g) - h - g)
 
 
 #: What the part does, whether a layer is in it, and how the eager model around it uses it.
 USES: dict[str, tuple[Callable[..., Tensor], bool, Callable[[Partly, Tensor], Tensor]]] = {
-    "function": (F.relu, False, beside),
-    "function and a layer": (F.relu, True, beside),
-    "in place": (torch.relu_, True, before),
-    "by name": (lambda x, bias: F.relu(bias) + x, True, by_name),
-    "two": (lambda x, y: F.relu(x) * 2 + F.gelu(y), True, two),
-    "changed first": (lambda x: F.relu(x * 2), True, beside),
+    "function": (F.relu, False, used_beside),
+    "function and a layer": (F.relu, True, used_beside),
+    "in place": (torch.relu_, True, used_before),
+    "by name": (lambda x, bias: F.relu(bias) + x, True, given_by_name),
+    "two": (lambda x, y: F.relu(x) * 2 + F.gelu(y), True, two_inputs),
+    "changed first": (lambda x: F.relu(x * 2), True, used_beside),
 }
 
 

@@ -33,10 +33,10 @@ from torch import Tensor, nn
 
 from tests.agreement.slow_twin import Nobody, Twin, Watched, assert_bits, assert_same, hook_tables, state_of
 from tests.agreement.test_property_networks import FUNCTIONS, IN_PLACE, MODULES
-from tests.compiled.compiler_marks import WARNINGS
+from tests.compiled.compiler_marks import COMPILES
 from tests.compiled.test_compile import Counter, assert_same_census, train
 
-pytestmark = [pytest.mark.slow, *WARNINGS]
+pytestmark = COMPILES
 
 RUNS = Path(__file__).with_name("compiled_programs.json")
 WIDTH = 6
@@ -271,12 +271,11 @@ def check(seed: int) -> int:
 
 
 @pytest.fixture(autouse=True)
-def _one_thread_and_a_fresh_compiler() -> Iterator[None]:
+def _one_thread() -> Iterator[None]:
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
-    torch._dynamo.reset()
 
 
 @pytest.mark.parametrize("seed", range(20))

@@ -46,17 +46,17 @@ def test_births_deaths_and_revivals_add_up(shown: Shown) -> None:
         assert [epoch.step for epoch in run.epochs] == [scan.step for scan in run.scans[1:]]
 
 
-def test_the_start_is_seen_before_the_first_step(shown: Shown) -> None:
+def test_neurons_that_are_born_dead_are_seen_before_the_first_step(shown: Shown) -> None:
     relu = shown.result.of("ReLU")
     assert all(sum(run.start.dead) > 0 for run in relu)  # He-initialised ReLU nets are born with some
     assert all(sum(run.start.dead) == 0 for run in shown.result.of("GELU"))
 
 
-def test_the_recount_agrees_in_every_run(shown: Shown) -> None:
+def test_the_counts_of_every_demo_run_agree_with_a_recount(shown: Shown) -> None:
     assert all(run.recount_agrees for run in shown.result.runs)
 
 
-def test_the_recount_notices_a_wrong_count(digits: Digits) -> None:
+def test_the_recount_of_a_demo_run_notices_a_wrong_count(digits: Digits) -> None:
     # Where the recount sees a neuron silenced after the scan, it must say so: otherwise the check above shows nothing.
     network = build_network(VARIANT["ReLU"], MINIATURE, seed=0)
     whole = [(digits.train_x, digits.train_y)]
@@ -139,7 +139,7 @@ def test_the_recount_of_gated_products_sees_a_shut_gate_and_only_that(name: str,
     assert counted == [site.judgement.dead.tolist() for site in products]
 
 
-def test_the_slopes_that_a_network_learns_are_kept(others: Others) -> None:
+def test_the_slopes_that_a_prelu_network_learns_are_kept(others: Others) -> None:
     run, _ = others["PReLU"]
     assert len(run.slopes) == 4
     assert all(slope != 0.25 for slope in run.slopes)  # what they begin as

@@ -2,27 +2,18 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
-from pathlib import Path
+from importlib import import_module
 from typing import Any
 
 import pytest
-
-PATH = Path(__file__).resolve().parents[2] / "examples" / "published_numbers.py"
-
 
 Row = tuple[str, float, float]
 
 
 @pytest.fixture(scope="module")
 def module() -> Any:
-    spec = importlib.util.spec_from_file_location("published_numbers", PATH)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return import_module("examples.published_numbers")
 
 
 @pytest.fixture(scope="module")

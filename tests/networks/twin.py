@@ -15,10 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
-from torch.overrides import TorchFunctionMode
 
 from tests.agreement.producers import GATED, Namer, Site
-from tests.agreement.slow_twin import NOT_ONE, PRODUCTS, Call, Twin, find_gated
+from tests.agreement.slow_twin import NOT_ONE, Call, CalledFunctions, Twin
 from tests.networks.zoo import Experts
 
 #: One dimension, or several that hold neurons together.
@@ -61,12 +60,12 @@ class NetworkTwin(Twin):
         self.stack = []
         self.namer = Namer(model)
         handles = [*self.namer.hook()]
-        eyes = _Eyes(self)
+        called = CalledFunctions(self)
         for path, module in model.named_modules():
             handles.append(module.register_forward_pre_hook(self._enter(path), with_kwargs=True))
-            handles.append(module.register_forward_hook(self._close(eyes)))
+            handles.append(module.register_forward_hook(self._close(called)))
         try:
-            with eyes:
+            with called:
                 yield
         finally:
             for handle in handles:
@@ -94,14 +93,14 @@ class NetworkTwin(Twin):
 
         return enter
 
-    def _close(self, eyes: _Eyes) -> Callable[..., None]:
+    def _close(self, called: CalledFunctions) -> Callable[..., None]:
         def close(module: nn.Module, args: Any, output: Any) -> None:
             self.stack.pop()
             if self.unit and self.unit[0][0] is module:
                 _, x, call = self.unit.pop()
                 if call is not None:
                     self.end(call, output)
-                    eyes.outputs.append((x, output, call))
+                    called.outputs.append((x, output, call))
 
         return close
 
@@ -162,6 +161,10 @@ class NetworkTwin(Twin):
         self.behind_functions |= self.namer.read_behind_functions(loss)
         super().backward(loss)
 
+    def looks(self) -> bool:
+        """Return whether a function that is called now may be an activation: no activation module runs."""
+        return bool(self.stack) and not self.unit
+
     def axes_of(self, place: str, x: Tensor) -> tuple[int, ...]:
         found = next(axis for pattern, axis in self.patterns.items() if fnmatch.fnmatchcase(place, pattern))
         return tuple(axis % x.dim() for axis in ((found,) if isinstance(found, int) else found))
@@ -192,37 +195,3 @@ class ExpertCalls:
 
     calls: list[ExpertCall]
     experts: Experts
-
-
-class _Eyes(TorchFunctionMode):
-    """Sees every torch function that is called while the network runs, outside of its activation modules."""
-
-    def __init__(self, twin: NetworkTwin) -> None:
-        super().__init__()
-        self.twin = twin
-        self.outputs: list[tuple[Tensor, Tensor, Call]] = []
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        twin = self.twin
-        if not twin.stack:
-            self.outputs.clear()
-        if not twin.stack or twin.unit:
-            return func(*args, **kwargs)
-        if func in twin.functions:
-            path, name = twin.stack[-1][0], twin.functions[func]
-            dimension = args[1] if len(args) > 1 and isinstance(args[1], int) else kwargs.get("dim", -1)
-            x = args[0] if args else kwargs["input"]
-            halved = dimension % x.dim() if func is nn.functional.glu else None
-            call = twin.begin(f"{path}.{name}()" if path else f"{name}()", name, x, halved, is_module=False)
-            y = func(*args, **kwargs)
-            if call is not None:
-                twin.end(call, y)
-                self.outputs.append((x, y, call))
-            return y
-        output = func(*args, **kwargs)
-        if func in PRODUCTS and len(args) == 2 and all(isinstance(arg, Tensor) for arg in args):
-            written_out = find_gated(twin, self.outputs, args, output)
-            if written_out is not None:
-                self.outputs.append(written_out)
-        return output

@@ -44,6 +44,7 @@ def run(make, until=UNTIL, scale=lambda step: 1.0, rate=lambda step: 1.0):
 
 
 def compared(earlier, later):
+    """Evidence on layer ``0`` from the comparison of two checkpoints, and what the comparison abstains from."""
     evidence, abstentions = examine_file(later, earlier=earlier)
     return (
         [piece for piece in evidence if piece.source.startswith("two checkpoints") and piece.layer == "0"],

@@ -159,7 +159,7 @@ def test_a_whole_network_with_adapters_fits_the_network_without(tmp_path: Path, 
     assert [layer.name for layer in report.layers] == ["conv", "up", "down"]
 
 
-def test_what_cannot_be_merged_is_named(tmp_path: Path) -> None:
+def test_adapters_and_norms_that_cannot_be_merged_are_named(tmp_path: Path) -> None:
     save_file(adapters(), tmp_path / "adapter_model.safetensors")
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(UsageError, match="holds only adapters"):

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
-from importlib import metadata
+from importlib import import_module, metadata
 from pathlib import Path
 from types import ModuleType
 
@@ -16,8 +15,6 @@ import neuronscope as ns
 from neuronscope.checkpoints.postmortem_report import PostmortemReport
 from neuronscope.checkpoints.verdict.layer_verdicts import UNKNOWN
 
-SOURCE = Path(__file__).resolve().parents[2] / "examples" / "postmortem_of_a_published_network.py"
-
 
 @pytest.fixture(scope="module")
 def example() -> ModuleType:
@@ -25,12 +22,7 @@ def example() -> ModuleType:
         _ = metadata.distribution("Resemblyzer"), metadata.distribution("pyannote.audio")
     except metadata.PackageNotFoundError as error:
         pytest.skip(f"no {error.name} (make test installs it into specimens/ of the environment)")
-    spec = importlib.util.spec_from_file_location("postmortem_of_a_published_network", SOURCE)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return import_module("examples.postmortem_of_a_published_network")
 
 
 @pytest.fixture(scope="module")

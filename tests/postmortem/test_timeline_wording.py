@@ -18,7 +18,7 @@ from neuronscope.checkpoints.verdict.checkpoint_timeline import (
     TimelinePoint,
 )
 from neuronscope.checkpoints.writers import timeline_wording as wording
-from tests.writers.test_html import Page
+from tests.writers.html_page import Page
 
 from . import samples
 

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch.distributed as dist
 
 from tests.ranks.spawning import together
 
@@ -38,8 +37,6 @@ TASKS = {
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    if not dist.is_gloo_available():
-        pytest.skip("this torch has no gloo")
     return tmp_path_factory.mktemp("ranks")
 
 

@@ -2,25 +2,66 @@
 
 from __future__ import annotations
 
-import os
 import socket
-import subprocess
-import sys
 import time
+from collections.abc import Collection
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import pytest
 import torch
+import torch.distributed as dist
 
-ROOT = Path(__file__).parents[2]
+from tests.forked import start
+
 TIME_LIMIT_S = 600
 
 
-def as_launched(rank: int, world: int, port: int) -> dict[str, str]:
-    """What torch's launcher tells a rank in its environment."""
-    places = {"RANK": rank, "LOCAL_RANK": rank, "GROUP_RANK": 0, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
-    told = {name: str(number) for name, number in (places | {"MASTER_PORT": port}).items()}
-    return {**told, "MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_RUN_ID": "test"}
+class Ended(NamedTuple):
+    """A rank's exit code (None if it was ended here), and what it printed and warned."""
+
+    code: int | None
+    printed: str
+    errors: str
+
+
+def launch(
+    folder: Path, module: str, *commands: tuple[str, ...], may_fail: Collection[int] = (), **told: str
+) -> list[Ended]:
+    """Run ``python -m module`` as ranks, in the environment that torch's launcher gives them, and wait for all.
+
+    Args:
+        folder: Where logs go.
+        module: Its name.
+        commands: The arguments of each rank.
+        may_fail: The ranks that may fail; where another one fails, all are ended.
+        told: Environment variables besides.
+    """
+    if not dist.is_gloo_available():
+        pytest.skip("this torch has no gloo")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    world = str(len(commands))
+    told |= {"WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "GROUP_RANK": "0", "TORCHELASTIC_RUN_ID": "test"}
+    told |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    logs = [folder / f"rank_{rank}_of_{world}" for rank in range(len(commands))]
+    ranks = []
+    try:
+        for rank, (log, command) in enumerate(zip(logs, commands)):
+            ranks.append(start(module, *command, log=log, told=told | {"RANK": str(rank), "LOCAL_RANK": str(rank)}))
+        end = time.monotonic() + TIME_LIMIT_S
+        for number, rank in enumerate(ranks):
+            rank.join(max(end - time.monotonic(), 1))
+            if rank.exitcode != 0 and number not in may_fail:
+                break
+        codes = [rank.exitcode for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.join()
+    texts = [(log.with_suffix(".out").read_text(), log.with_suffix(".err").read_text()) for log in logs]
+    return [Ended(code, *text) for code, text in zip(codes, texts)]
 
 
 def together(
@@ -35,26 +76,11 @@ def together(
         killed: A rank that ends itself, and gives nothing.
         device: ``cpu``, over gloo, or ``cuda``, over nccl; of :mod:`tests.ranks.parallel` only.
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    worker = [sys.executable, "-m", "tests.ranks.worker"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "NEURONSCOPE_RANKS_ON": device}
-    logs = [folder / f"rank_{rank}_of_{world}.log" for rank in range(world)]
-    ranks = []
-    try:
-        for rank, log in enumerate(logs):
-            with log.open("w") as errors:
-                command = [*worker, str(rank), str(world), str(folder), *tasks]
-                told = environment | as_launched(rank, world, port)
-                ranks.append(subprocess.Popen(command, stderr=errors, cwd=ROOT, env=told))
-        end = time.monotonic() + TIME_LIMIT_S
-        for number, (rank, log) in enumerate(zip(ranks, logs)):
-            rank.wait(timeout=max(end - time.monotonic(), 1))
-            assert rank.returncode == 0 or number == killed, log.read_text()[-4000:]
-    finally:
-        for rank in ranks:
-            rank.kill()
-            rank.wait()
+    commands = [(str(rank), str(world), str(folder), *tasks) for rank in range(world)]
+    may_fail = () if killed is None else (killed,)
+    ended = launch(folder, "tests.ranks.worker", *commands, may_fail=may_fail, NEURONSCOPE_RANKS_ON=device)
     given = [number for number in range(world) if number != killed]
+    for number in given:
+        assert ended[number].code in (0, None), ended[number].errors[-4000:]
+    assert all(ended[number].code == 0 for number in given), "not all ranks ended in time"
     return [torch.load(folder / f"{number}_of_{world}.pt", weights_only=False) for number in given]

@@ -5,10 +5,9 @@ DDP and FSDP2 alone: ``test_combinations.py``. Not here: DeepSpeed.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -17,10 +16,11 @@ import pytest
 import torch
 
 import neuronscope as ns
+from tests.forked import start
 from tests.ranks.assertions import assert_equal_counts
 from tests.ranks.lightning_runs import SAVED_AT
 from tests.ranks.parallel import BATCH, CASES, STEPS, Case, Network
-from tests.ranks.spawning import ROOT, TIME_LIMIT_S
+from tests.ranks.spawning import TIME_LIMIT_S
 from tests.ranks.test_strategies import check, expected
 
 Runs = dict[int, list[dict[str, Any]]]
@@ -56,19 +56,18 @@ def test_ranks_that_lightning_spawns_are_counted(runs: Runs, tmp_path: Path) -> 
     Processes that Lightning spawned over gloo may never end (seen with torch 2.13 on the CPU, watched or not; why was
     not found out). So they are ended here, once they have told what they counted.
     """
-    command = [sys.executable, "-m", "tests.ranks.lightning_runs", str(tmp_path)]
     told = [tmp_path / f"spawned_{rank}.told" for rank in (0, 1)]
-    with (tmp_path / "errors.log").open("w") as errors:
-        run = subprocess.Popen(command, cwd=ROOT, stdout=errors, stderr=errors, start_new_session=True)
+    run = start("tests.ranks.lightning_runs", str(tmp_path), log=tmp_path / "run")
     end = time.monotonic() + TIME_LIMIT_S
     try:
         while not all(path.exists() for path in told):
-            assert run.poll() in (None, 0), (tmp_path / "errors.log").read_text()[-4000:]
+            assert run.exitcode in (None, 0), (tmp_path / "run.err").read_text()[-4000:]
             assert time.monotonic() < end, "the spawned ranks counted nothing in time"
-            time.sleep(0.2)
+            run.join(0.2)
     finally:
-        os.killpg(run.pid, signal.SIGKILL)
-        run.wait()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(run.pid, signal.SIGKILL)
+        run.join()
     wanted = expected([rank["lightning_ddp"][Case()]["recorded"]["train"] for rank in runs[2]], 1)
     for rank in (0, 1):
         found = torch.load(tmp_path / f"spawned_{rank}.pt", weights_only=False)

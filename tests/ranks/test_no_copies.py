@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import nn
 
 import neuronscope as ns
@@ -27,8 +26,6 @@ ALL, NONE, PAIRS = [range(RANKS)], [[rank] for rank in range(RANKS)], [range(2),
 @pytest.fixture(scope="module")
 def given(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each task gives on each of four ranks."""
-    if not dist.is_gloo_available():
-        pytest.skip("this torch has no gloo")
     return together(tmp_path_factory.mktemp("no_copies"), RANKS, *(task.__name__ for task in NO_COPIES))
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import re
-import shutil
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -20,41 +19,18 @@ from neuronscope.writers.formatting import visible
 from . import sample_reports as samples
 
 pytest.importorskip("selenium", reason="selenium is not installed")
-from selenium import webdriver
-from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.wait import WebDriverWait
 
+from .browser import started
+
 pytestmark = pytest.mark.browser
 
-FLAGS = (
-    "--headless",
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    "--force-device-scale-factor=1",
-)
 PATIENCE_S = 30.0
 DEAD = {"light": (213, 94, 0), "dark": (255, 122, 41)}
 SILENT = {"light": (204, 121, 167), "dark": (217, 140, 184)}
-
-
-def started(profile: Path) -> Any:
-    """A browser of its own profile, which keeps what is said on its console."""
-    options = webdriver.ChromeOptions()
-    options.binary_location = next(
-        path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))
-    )
-    for flag in (*FLAGS, f"--user-data-dir={profile}"):
-        options.add_argument(flag)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    return webdriver.Chrome(options=options, service=Service(shutil.which("chromedriver")))
 
 
 def open_page(browser: Any, path: Path, theme: str = "light", width: int = 1280) -> Any:

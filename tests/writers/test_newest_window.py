@@ -31,7 +31,8 @@ from neuronscope.writers.report_bytes import from_bytes, to_bytes
 from neuronscope.writers.tensorboard import diagnosis, scalars, write
 from neuronscope.writers.tensorboard.tags import card_name
 
-from .test_html import Page, cards
+from .html_page import Page
+from .test_html import cards
 from .test_packing import unpack
 
 UNITS = 8

@@ -9,12 +9,12 @@ from dataclasses import replace
 
 import pytest
 
-from neuronscope.report.report import Report, SiteReport
-from neuronscope.writers import terminal
+from neuronscope.report.report import SiteReport
 from neuronscope.writers.tensorboard import diagnosis
 
 from . import golden
 from . import sample_reports as samples
+from .screen import bare, on_screen
 
 SAMPLES = {
     "mixed": samples.mixed,
@@ -24,29 +24,6 @@ SAMPLES = {
     "many": samples.many,
     "hostile": samples.hostile,
 }
-
-
-class Screen(io.StringIO):
-    """A standard output that is a terminal."""
-
-    encoding = "utf-8"
-
-    def isatty(self) -> bool:
-        return True
-
-
-def on_screen(monkeypatch: pytest.MonkeyPatch, report: Report, columns: int) -> str:
-    for name in ("NO_COLOR", "FORCE_COLOR", "TTY_COMPATIBLE"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("COLUMNS", str(columns))
-    monkeypatch.setenv("TERM", "xterm-256color")
-    with monkeypatch.context() as patch:
-        patch.setattr(sys, "stdout", Screen())
-        return terminal.render(report)
-
-
-def bare(text: str) -> str:
-    return re.sub(r"\x1b\[[\d;]*m", "", text)
 
 
 def row(text: str, site: str) -> list[str]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import os
-import shutil
 import socket
 import subprocess
 import sys
@@ -22,32 +21,13 @@ from neuronscope.writers.tensorboard import Dashboard
 
 from .samples import conv_net
 
-webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
+pytest.importorskip("selenium", reason="selenium is not installed")
+from tests.writers.browser import started
+
 tensorboard = pytest.importorskip("torch.utils.tensorboard", reason="TensorBoard is not installed")
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-DRIVER = shutil.which("chromedriver")
+pytestmark = [pytest.mark.browser, pytest.mark.slow]
 
-pytestmark = [
-    pytest.mark.browser,
-    pytest.mark.slow,
-    pytest.mark.skipif(
-        not (CHROMIUM and DRIVER), reason="Chromium and its driver are not installed (Debian: chromium chromium-driver)"
-    ),
-]
-
-FLAGS = (
-    "--headless",
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    "--force-device-scale-factor=1",
-    "--window-size=1500,1150",
-)
 PATIENCE_S = 60.0
 SCREENSHOTS = os.environ.get("NEURONSCOPE_SCREENSHOTS")  # a folder, for people who want to look
 
@@ -99,11 +79,7 @@ def served(logs: Path, program: Sequence[str], loaded: Callable[[str], bool]) ->
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """A fresh headless Chromium."""
-    options = webdriver.ChromeOptions()
-    options.binary_location = CHROMIUM
-    for flag in (*FLAGS, f"--user-data-dir={tmp_path_factory.mktemp('profile')}"):
-        options.add_argument(flag)
-    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(executable_path=DRIVER))
+    driver = started(tmp_path_factory.mktemp("profile"), "--window-size=1500,1150")
     driver.set_page_load_timeout(PATIENCE_S)
     yield driver
     driver.quit()
