@@ -42,6 +42,11 @@ def zero_gradient_evidence(read: LayerClock, cause: NoGradientCause | None = Non
     unknown = reading.unknown & ~reading.not_finite
     if read.rule.no_clock:
         yield Abstention(source, path, f"There is {read.rule.no_clock}; {read.clock.unknown_reason}.")
+    elif unknown.any() and cause is not None and cause.kind == "unsure":
+        text = "The layer's own clock does not tell when the last gradient came." + _why(cause, "") + _caveats(read)
+        yield from _evidence(
+            read, unknown, None, True, cause, claim="no gradient", basis="suspected", measure="", text=text
+        )
     elif unknown.any():
         yield Abstention(
             source, path, f"Nothing is known of {int(unknown.sum())} neurons: {read.clock.unknown_reason}."
