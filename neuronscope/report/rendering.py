@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import html
 import importlib
+import random
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, TypeVar
@@ -101,7 +102,11 @@ class Shown:
         return text
 
     def _writer(self, name: str) -> Any:
-        return importlib.import_module(self.WRITERS[name])
+        state = random.getstate()  # the import of rich draws a number, and a training may depend on the next ones
+        try:
+            return importlib.import_module(self.WRITERS[name])
+        finally:
+            random.setstate(state)
 
 
 class Renderable(Shown):

@@ -116,6 +116,18 @@ def test_weights_nested_two_levels_deep_are_found(tmp_path: Path) -> None:
     assert (len(checkpoint.optimizers), checkpoint.step) == (1, 7)
 
 
+def test_networks_in_a_list_and_beside_recorded_inputs_are_found(tmp_path: Path) -> None:
+    networks = [nn.Linear(4, 2).state_dict(), nn.Linear(4, 1).state_dict()]
+    torch.save({"agents": networks, "replay": {"observations": torch.ones(9, 4)}}, tmp_path / "w.pt")
+    shapes = {name: tensor.shape for name, tensor in open_checkpoint(tmp_path / "w.pt").tensors.items()}
+    assert shapes == {
+        "agents.0.weight": (2, 4),
+        "agents.0.bias": (2,),
+        "agents.1.weight": (1, 4),
+        "agents.1.bias": (1,),
+    }
+
+
 @pytest.mark.parametrize(
     "place",
     [

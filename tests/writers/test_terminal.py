@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import io
+import random
 import re
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -205,3 +207,15 @@ def test_what_is_provisional_or_a_guess_looks_unlike_what_is_sure(monkeypatch: p
         assert "**Provisional: based on" in text
         assert "- **Likely cause**: *Born dead" in text
         assert "- **What it means**: Their output" in text
+
+
+def test_an_import_that_draws_a_random_number_does_not_change_pythons_random_state(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A training that prints a report must not go on with other numbers; rich draws one when it is imported."""
+    (tmp_path / "drawing_writer.py").write_text("import random\nrandom.random()\n\ndef render(*_):\n    return 'shown'\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(Report, "WRITERS", {"terminal": "drawing_writer"})
+    state = random.getstate()
+    assert str(samples.mixed()) == "shown"
+    assert random.getstate() == state

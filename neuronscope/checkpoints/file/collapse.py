@@ -45,6 +45,7 @@ class _LayerState:
         layer: The layer.
         has_bias: Whether it adds a term that does not depend on its input.
         no_gradient: Whether none of its parameters gets a gradient.
+        is_open: Whether its clock shows neither that nor a gradient.
         input_is_zero: Whether its bias still got gradients when the parameters that multiply its input got none.
         still_updated: Whether its optimizer continued to update it, as far as the file shows.
     """
@@ -52,13 +53,14 @@ class _LayerState:
     layer: Layer
     has_bias: bool
     no_gradient: bool
+    is_open: bool
     input_is_zero: bool
     still_updated: bool
 
     @property
     def may_have_collapsed(self) -> bool:
-        """Whether it gets no gradient, and its rows are neurons."""
-        return self.no_gradient and self.layer.kind in NEURON_KINDS
+        """Whether it shows no gradient, and its rows are neurons."""
+        return (self.no_gradient or self.is_open) and self.layer.kind in NEURON_KINDS
 
 
 def find_no_gradient_causes(layers: Sequence[Layer], readings: Sequence[LayerClock]) -> dict[str, NoGradientCause]:
@@ -77,13 +79,13 @@ def find_no_gradient_causes(layers: Sequence[Layer], readings: Sequence[LayerClo
         source = _input_layer(states, index) if state.input_is_zero else None
         if source is None:
             continue
-        text = f"its input is zero since the collapse of {source.path}, and only its bias got gradients"
+        text = f"its input is zero since the collapse of {source.layer.path}, and only its bias got gradients"
         causes.setdefault(state.layer.path, NoGradientCause("cut off", text))
         text = (
             f"the weights of {state.layer.path}, which reads it, got none either while its bias still did: the input "
-            "there is zero. The layer has collapsed"
+            f"there is zero. The layer{' or one near it' if source.is_open else ''} has collapsed"
         )
-        causes[source.path] = NoGradientCause("collapsed", text)
+        causes[source.layer.path] = NoGradientCause("unsure" if source.is_open else "collapsed", text)
     for layer, text in _unsure(states):
         causes.setdefault(layer.path, NoGradientCause("unsure", text))
     for index, state in enumerate(states):
@@ -115,9 +117,12 @@ def _layer_states(layers: Sequence[Layer], clocks: Mapping[str, LayerClock]) -> 
                 parts.append(norm)
                 has_bias, is_merged = next_layer.bias is not None, True
         input_is_zero = _input_is_zero(parts)
-        no_gradient = not input_is_zero and all(bool(_without_gradient(part, part.reading).all()) for part in parts)
+        silent = [_without_gradient(part, part.reading) for part in parts]
+        no_gradient = not input_is_zero and all(bool(rows.all()) for rows in silent)
+        shown = [_is_readable(part.reading) & ~rows for part, rows in zip(parts, silent, strict=True)]
+        is_open = not no_gradient and not input_is_zero and not any(bool(rows.any()) for rows in shown)
         still_updated = all(part.lag == 0 and (part.taken is not None or part.rule.is_momentum) for part in parts)
-        yield _LayerState(layer, has_bias, no_gradient, input_is_zero, still_updated)
+        yield _LayerState(layer, has_bias, no_gradient, is_open, input_is_zero, still_updated)
 
 
 def _input_is_zero(parts: Sequence[LayerClock]) -> bool:
@@ -142,14 +147,14 @@ def _is_readable(reading: ClockReading) -> Tensor:
     return ~reading.not_finite & ~reading.unknown
 
 
-def _input_layer(states: Sequence[_LayerState], index: int) -> Layer | None:
-    """Return the layer that another one reads: the nearest one before it without gradient and with a fitting width."""
+def _input_layer(states: Sequence[_LayerState], index: int) -> _LayerState | None:
+    """Return the layer that another one reads: the nearest before it that shows no gradient and has a fitting width."""
     reader = states[index].layer
     for state in reversed(states[:index]):
         width = state.layer.width
         fits = width == reader.width if reader.kind == "norm" else not (reader.inputs % width and width % reader.inputs)
-        if state.may_have_collapsed and fits:
-            return state.layer
+        if fits and state.may_have_collapsed:
+            return state
     return None
 
 

@@ -55,11 +55,14 @@ class _LayerGradients:
         if reading.not_finite.any():
             count = int(reading.not_finite.sum())
             yield self._abstain(f"The optimizer's state of {count} neurons is NaN or infinite.")
-        unknown = int((reading.unknown & ~reading.not_finite).sum())
+        unknown = reading.unknown & ~reading.not_finite
         if no_clock:
             yield self._abstain(f"There is {no_clock}; {read.clock.unknown_reason}.")
-        elif unknown:
-            yield self._abstain(f"Nothing is known of {unknown} neurons: {read.clock.unknown_reason}.")
+        elif unknown.any() and self._cause is not None and self._cause.kind == "unsure":
+            text = "The layer's own clock does not tell when the last gradient came." + self._why("")
+            yield from self._evidence(unknown, True, claim="no gradient", basis="suspected", text=text)
+        elif unknown.any():
+            yield self._abstain(f"Nothing is known of {int(unknown.sum())} neurons: {read.clock.unknown_reason}.")
         if is_short and not no_clock:
             yield self._abstain(
                 f"The layer was updated {read.taken} times; the clock needs more than {limit:.0f} steps to tell a "

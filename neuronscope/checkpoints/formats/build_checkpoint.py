@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ _STEPS = ("global_step", "step")
 _AVERAGES = "averaging_state"  # Lightning's callbacks keep the counters apart from the averages
 _DEEPSPEED = frozenset({"ds_config", "ds_version", "param_shapes"})
 _TENSORS = (StoredTensor, SkippedTensor)
-_DEEPEST = 3  # the state_dict of a model in a dictionary of models in a checkpoint
+_DEEPEST = 5  # the state_dict of a model in a dictionary of models in a checkpoint is the third
 
 
 @dataclass
@@ -123,7 +123,9 @@ def _weights(data: Mapping[Any, Any], notes: list[str]) -> tuple[dict[str, Store
         if others and where:
             notes.append(f"The weights are those under {quoted(where[0])}; not looked at: {quoted_list(others)}.")
         return _tensors(chosen, notes), ()
-    parts = {} if is_optimizer_state(chosen) else _networks(chosen, _DEEPEST)
+    parts: dict[str, Mapping[Any, Any]] = {}
+    if not is_optimizer_state(chosen):  # a dictionary of other tensors, such as recorded inputs, is the second choice
+        parts = _networks(chosen, _DEEPEST, _has_weights) or _networks(chosen, _DEEPEST, _is_network)
     if not parts and any(isinstance(value, StoredTensor) for value in chosen.values()):
         return _tensors(chosen, notes), ()
     if parts:
@@ -178,16 +180,23 @@ def _is_weight(value: Any) -> bool:
     return isinstance(value, SkippedTensor) or (isinstance(value, StoredTensor) and value.shape != ())
 
 
-def _networks(content: Mapping[Any, Any], deeper: int) -> dict[str, Mapping[Any, Any]]:
-    """Return the networks in a dictionary by their keys, or else in dictionaries inside it, so many levels deep."""
-    found = {str(key): value for key, value in content.items() if _is_network(value)}
+def _has_weights(value: Any) -> bool:
+    """Whether a value is a dictionary of named tensors, one of which is called a weight."""
+    return _is_network(value) and any("weight" in name for name in value)
+
+
+def _networks(content: Any, deeper: int, is_network: Callable[[Any], bool]) -> dict[str, Mapping[Any, Any]]:
+    """Return the networks in a dictionary or list by their keys, or else in those inside it, so many levels deep."""
+    items = content.items() if isinstance(content, Mapping) else enumerate(content)
+    inside = {str(key): value for key, value in items if isinstance(value, (Mapping, list, tuple))}
+    found = {key: value for key, value in inside.items() if is_network(value)}
     if found or deeper == 1:
         return found
     return {
         f"{key}.{name}": part
-        for key, inner in content.items()
-        if isinstance(inner, Mapping) and not is_optimizer_state(inner)
-        for name, part in _networks(inner, deeper - 1).items()
+        for key, inner in inside.items()
+        if not is_optimizer_state(inner)
+        for name, part in _networks(inner, deeper - 1, is_network).items()
     }
 
 
