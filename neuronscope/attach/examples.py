@@ -55,7 +55,7 @@ class ExampleCounter:
         arguments: Names the arguments of its modules' forwards.
 
     Attributes:
-        returned: The tensors that the model computed and returned in its last forward.
+        returned: The tensors that the model computed and returned in its last forward, and whether with gradients.
     """
 
     def __init__(self, option: Examples, model: nn.Module, arguments: CallArguments) -> None:
@@ -109,10 +109,13 @@ class ExampleCounter:
             return self._rows_of(self._option, list(inputs), first_tensor(inputs))
 
     def _is_given_back(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
-        """Whether the model is given anything that it returned the last time, such as a recurrent network's state."""
+        """Whether the model is given anything that it returned the last time, such as a recurrent network's state.
+
+        A forward with gradients that is given what one without them returned does not go on there: it is a reference.
+        """
         if not is_tracing() and self.returned.entries and module is self._model():
             for tensor in all_tensors((args, kwargs)):  # no generator: see `call_arguments`
-                if self.returned.get(tensor):
+                if self.returned.get(tensor) == torch.is_grad_enabled():
                     return True
         return False
 

@@ -82,6 +82,7 @@ class ForwardContext:
         self.mask: Tensor | None = None
         self.module_stack: list[str] = []
         self.flow = NeuronFlow(names)
+        counter.returned = self.flow.returned
         self.number = 0
         with torch.inference_mode(False):
             self.number_tensor = torch.zeros((), dtype=torch.int64, device="cpu")

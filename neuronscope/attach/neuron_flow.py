@@ -168,7 +168,7 @@ class NeuronFlow:
         expert_rows: Knows which expert each row of a layer of experts is of.
         row_masks: Knows which rows are padding of what data picked from a batch.
         layers: The layer of each call, in the order of the calls.
-        returned: What the model computed with its layers and returned in its last forward.
+        returned: What the model computed with its layers and returned in its last forward, and whether with gradients.
     """
 
     def __init__(self, names: LayerNames) -> None:
@@ -745,7 +745,7 @@ class NeuronFlow:
             if origin is not None:
                 upstream |= origin.upstream
                 if origin.upstream:
-                    self.returned.put(tensor, True)
+                    self.returned.put(tensor, torch.is_grad_enabled())
                 for carried in origin.carries:
                     self.reader_notes.setdefault(carried.site, {})["returned by the model"] = None
         if self._returned != (upstream, self.layers):

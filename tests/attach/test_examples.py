@@ -338,6 +338,17 @@ def test_a_state_that_the_model_returned_brings_no_new_examples(gradients: bool)
     assert (tally.examples, tally.positions) == (2 * 4, 2 * 5 * 4)
 
 
+def test_a_forward_that_is_given_a_reference_which_the_model_computed_has_examples() -> None:
+    model, tokens = StatesApart(), torch.randint(9, (4,))
+    with ns.watch(model) as scope:
+        for _ in range(3):
+            with torch.no_grad():
+                memory = model(tokens)[1]["memory"]
+            model(tokens, memory)[1]["logits"].sum().backward()
+            scope.step()
+    assert [tally.examples for tally in scope.census("train").values()] == [3 * 4]
+
+
 def test_a_part_of_the_model_that_reads_what_the_model_returned_has_examples() -> None:
     model = nn.Sequential(nn.Linear(4, 5), nn.ReLU())
     model.forward = lambda x: model[1](model[0](x))  # type: ignore[method-assign]
