@@ -35,7 +35,7 @@ from neuronscope.attach.examples import ExampleCounter
 from neuronscope.attach.layer_names import LayerNames
 from neuronscope.attach.masks import PositionMask
 from neuronscope.attach.neuron_flow import NeuronFlow
-from neuronscope.attach.origins import Origin
+from neuronscope.attach.origins import PICKED, Origin
 
 __all__ = ["ForwardContext", "Recomputation"]
 
@@ -82,6 +82,7 @@ class ForwardContext:
         self.mask: Tensor | None = None
         self.module_stack: list[str] = []
         self.flow = NeuronFlow(names)
+        counter.returned = self.flow.returned
         self.number = 0
         with torch.inference_mode(False):
             self.number_tensor = torch.zeros((), dtype=torch.int64, device="cpu")
@@ -279,11 +280,16 @@ class ForwardContext:
     def ordinal(self, origin: Origin, activation: str) -> int:
         """Return the number of an activation among those of its name that the same units of one call are given to.
 
+        Those of other positions, as the steps of a sequence, are not among them: their counts add up. Positions that
+        data picked are taken for others each time.
+
         Args:
             origin: What it is given.
             activation: Its name.
         """
-        place = (origin.unit_set, activation)
+        if any(first == PICKED for _, first, _, _ in origin.part):
+            return 0
+        place = (origin.unit_set, activation, origin.part)
         found = self._ordinals.get(place, 0)
         self._ordinals[place] = found + 1
         return found

@@ -168,6 +168,7 @@ class NeuronFlow:
         expert_rows: Knows which expert each row of a layer of experts is of.
         row_masks: Knows which rows are padding of what data picked from a batch.
         layers: The layer of each call, in the order of the calls.
+        returned: What the model computed with its layers and returned in its last forward, and whether with gradients.
     """
 
     def __init__(self, names: LayerNames) -> None:
@@ -184,6 +185,7 @@ class NeuronFlow:
         self.layers: list[str] = []
         self.read = 0
         self._closed: tuple[int, list[str]] = 0, []  # what `_close_calls` noted last: most forwards are alike
+        self.returned: TensorMap[bool] = TensorMap()
         self._returned: tuple[int, list[str]] = 0, []  # what `note_outputs` noted last
         self.readers: dict[Any, dict[ReaderColumns | str, None]] = {}  # of each site: columns, or layers, that read it
         self.sources: dict[str, dict[Any, None]] = {}  # of each layer: the sites of which it reads known columns
@@ -737,10 +739,13 @@ class NeuronFlow:
         if values is None:  # it failed
             return
         upstream = 0
+        self.returned.clear()
         for tensor in (values,) if isinstance(values, Tensor) else all_tensors(values):
             origin = self._origins.get(tensor)
             if origin is not None:
                 upstream |= origin.upstream
+                if origin.upstream:
+                    self.returned.put(tensor, torch.is_grad_enabled())
                 for carried in origin.carries:
                     self.reader_notes.setdefault(carried.site, {})["returned by the model"] = None
         if self._returned != (upstream, self.layers):

@@ -13,6 +13,7 @@ __all__ = [
     "CONSTANT",
     "ENDED",
     "LOST",
+    "PICKED",
     "RAW",
     "ROWS",
     "UNITS",
@@ -41,6 +42,9 @@ LOST = "lost"
 ROWS = "rows"
 #: Nothing is known of it.
 UNKNOWN = "unknown"
+
+#: Stands for the first index of positions that data picked.
+PICKED = -1
 
 #: Stands for the function where a known activation was applied to the units of a layer.
 ACTIVATED = ""
@@ -101,13 +105,15 @@ class Origin:
             these units, as they lie in the other one, and its site.
         zeros: Whether it is a constant of which every element is zero.
         turned: Whether it is a weight whose last two dimensions are exchanged.
+        part: Which positions it holds, if some were taken: the dimension, the first index, their number and the step of
+            each index or slice, in their order.
         unit_set: The calls, the first unit and the factors of the units, wherever they lie in the tensor; and the runs,
             if the units are not each unit of the layers once.
     """
 
     __slots__ = (
         *("bends", "carries", "cuts", "layer", "picked", "picks", "site", "state", "unit_set", "units", "upstream"),
-        *("turned", "zeros"),
+        *("part", "turned", "zeros"),
     )
 
     _known: ClassVar[dict[tuple[Any, ...], Origin]] = {}
@@ -125,6 +131,7 @@ class Origin:
     picks: PickedUnits | None
     zeros: bool
     turned: bool
+    part: tuple[tuple[int, int, int, int], ...]
     unit_set: tuple[Any, ...]
 
     @classmethod
@@ -143,6 +150,7 @@ class Origin:
         picks: PickedUnits | None = None,
         zeros: bool = False,
         turned: bool = False,
+        part: tuple[tuple[int, int, int, int], ...] = (),
     ) -> Origin:
         """Return the origin with these attributes; see the class.
 
@@ -159,8 +167,9 @@ class Origin:
             picks: Units and a site.
             zeros: Whether every element is zero.
             turned: Whether the last two dimensions are exchanged.
+            part: Some of the positions.
         """
-        facts = (state, upstream, units, layer, cuts, picked, site, bends, carries, picks, zeros, turned)
+        facts = (state, upstream, units, layer, cuts, picked, site, bends, carries, picks, zeros, turned, part)
         found = cls._known.get(facts)
         if found is None:
             if len(cls._known) >= cls._MOST_KNOWN:
@@ -168,7 +177,7 @@ class Origin:
             found = cls._known[facts] = cls()
             found.state, found.upstream, found.units, found.layer, *rest = facts
             found.cuts, found.picked, found.site, found.bends, found.carries, found.picks, *flags = rest
-            found.zeros, found.turned = flags
+            found.zeros, found.turned, found.part = flags
             found.unit_set = () if units is None else (units.call, units.first, units.order)
             if units is not None and units.explicit:
                 found.unit_set += (units.runs,)
@@ -247,7 +256,8 @@ def combine(operands: Sequence[Operand], shape: Sequence[int], *, bent: str = ""
 
     Of several sources, the widest decides, so that a gate that is broadcast never wins over what it gates. Those that
     are upstream of another source drop out: ``x + f(x)`` has the units of ``f``. Of parallel ones the first that was
-    called decides. Truth values are masks: they decide nothing beside numbers.
+    called decides; one of which a single step was taken decides only beside others of its kind. Truth values are masks:
+    they decide nothing beside numbers.
 
     Args:
         operands: The tensors.
@@ -283,7 +293,16 @@ def combine(operands: Sequence[Operand], shape: Sequence[int], *, bent: str = ""
         if len(same) > 1 and any((units.layer, ACTIVATED) not in each.origin.bends for each in same):
             bends = {(units.layer, "mul"): None}  # h * h, or an activation that is written out: h * sigmoid(h)
     layer, carries = origin.layer if len(data) == 1 else "", _carried(data, units, product)
-    return Origin.of(UNITS, upstream, units=units, layer=layer, site=site, bends=tuple(bends), carries=carries)
+    return Origin.of(
+        UNITS,
+        upstream,
+        units=units,
+        layer=layer,
+        site=site,
+        bends=tuple(bends),
+        carries=carries,
+        part=origin.part,
+    )
 
 
 def _carried(data: Sequence[Operand], units: Units, product: bool) -> tuple[Carried, ...]:
@@ -313,7 +332,16 @@ def _source(data: Sequence[Operand]) -> Operand:
     widest = max(_size(each.shape) for each in data)
     wide = [each for each in data if _size(each.shape) == widest]
     left = [each for each in wide if not any(_is_upstream(each.origin, other.origin) for other in wide)] or wide
-    return min(left, key=lambda each: (_PRECEDENCE[each.origin.state], _first_call(each.origin)))
+    return min(left, key=lambda each: (_PRECEDENCE[each.origin.state], _is_step(each.origin), _first_call(each.origin)))
+
+
+def _is_step(origin: Origin) -> bool:
+    """Whether a tensor is a single step, or row, of what a layer gave.
+
+    In ``ih(x)[:, t] + hh(h)``, the state ``h`` depends on earlier steps of ``ih(x)``, so the sum has the units of
+    ``hh``. The first step, whose state depends on nothing, must have the same.
+    """
+    return any(number == 1 for _, _, number, _ in origin.part)
 
 
 def _is_upstream(origin: Origin, other: Origin) -> bool:

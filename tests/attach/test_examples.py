@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_sequence
 
+import neuronscope as ns
 from neuronscope.attach import call_arguments as arguments_module
 from neuronscope.attach import examples as examples_module
 from neuronscope.attach import masks as masks_module
@@ -310,6 +311,53 @@ def test_generation_without_cache_counts_the_prompts_once() -> None:
     with torch.no_grad():
         assert [counter.count(model, (each,), {}) for each in tokens] == [4, 0, 0, 4, 4]
     assert [counter.count(model, (each,), {}) for each in tokens] == [4, 4, 4, 4, 4]  # training
+
+
+class StatesApart(nn.Module):
+    """A recurrent language model that returns its state and takes it back, with the tokens that it was given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.cell = nn.Embedding(9, 4), nn.GRUCell(4, 6)
+        self.up, self.out = nn.Linear(6, 8), nn.Linear(8, 9)
+
+    def forward(self, tokens: Tensor, memory: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+        memory = self.cell(self.embed(tokens), memory)
+        return tokens, {"memory": memory, "logits": self.out(torch.relu(self.up(memory)))}
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+def test_a_state_that_the_model_returned_brings_no_new_examples(gradients: bool) -> None:
+    model, tokens = StatesApart(), torch.randint(9, (4,))
+    with ns.watch(model) as scope, scope.phase("val"), torch.set_grad_enabled(gradients):
+        for _ in range(2):
+            memory = None
+            for _ in range(5):  # the same tokens again, which were no work of the model
+                memory = model(tokens, memory)[1]["memory"]
+    (tally,) = scope.census("val").values()
+    assert (tally.examples, tally.positions) == (2 * 4, 2 * 5 * 4)
+
+
+def test_a_forward_that_is_given_a_reference_which_the_model_computed_has_examples() -> None:
+    model, tokens = StatesApart(), torch.randint(9, (4,))
+    with ns.watch(model) as scope:
+        for _ in range(3):
+            with torch.no_grad():
+                memory = model(tokens)[1]["memory"]
+            model(tokens, memory)[1]["logits"].sum().backward()
+            scope.step()
+    assert [tally.examples for tally in scope.census("train").values()] == [3 * 4]
+
+
+def test_a_part_of_the_model_that_reads_what_the_model_returned_has_examples() -> None:
+    model = nn.Sequential(nn.Linear(4, 5), nn.ReLU())
+    model.forward = lambda x: model[1](model[0](x))  # type: ignore[method-assign]
+    model.append(nn.Sequential(nn.Linear(5, 3), nn.ReLU()))
+    with ns.watch(model) as scope:
+        for _ in range(3):
+            model[2](model(torch.randn(6, 4))).sum().backward()
+            scope.step()
+    assert [tally.examples for tally in scope.census().values()] == [18, 18]
 
 
 def test_while_the_compiler_traces_the_number_follows_from_shapes_alone() -> None:

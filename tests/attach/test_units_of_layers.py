@@ -213,6 +213,60 @@ class Single(Keeping):
         return y
 
 
+class Steps(Keeping):
+    """A layer that reads a whole sequence, and an activation that is applied to each of its steps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.read, self.out = nn.Linear(4, 6), nn.Linear(6, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        p = self.read(x)
+        steps = [*p.unbind(1)[:2], *(piece[:, 0] for piece in p[:, 2:].split(1, 1))]
+        positive = [self.keep("read/relu", F.relu(step)) for step in steps]
+        negative = [self.keep("read/relu#1", F.relu(-step)) for step in steps]
+        return self.out(torch.stack(positive) - 2 * torch.stack(negative))
+
+
+class Groups(Keeping):
+    """A layer for all rows, and an activation that is applied to each group of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(4, 6), nn.ModuleList(nn.Linear(6, 1) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h, group = self.up(x), torch.arange(len(x)) % 2
+        parts = [down(self.keep("up/relu", F.relu(h[group == number]))) for number, down in enumerate(self.down)]
+        return torch.cat(parts)
+
+
+class ReadAtOnce(Keeping):
+    """A recurrent cell whose layer on the input runs once for all steps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.read, self.state, self.out = nn.Linear(3, 6), nn.Linear(6, 6), nn.Linear(6, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        p, h = self.read(x), torch.zeros(len(x), 6)
+        for t in range(x.shape[1]):
+            h = self.keep("state/relu", F.relu(p[:, t] + self.state(h)))
+        return self.out(h)
+
+
+class Dot(Keeping):
+    """A layer whose weight is a vector, and one whose weight comes first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.vector = nn.Parameter(torch.randn(6, 4)), nn.Parameter(torch.randn(6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.stack([self.keep("first/relu", F.relu(F.linear(self.first, row)), 0) for row in x])
+        return self.keep("vector/relu", F.relu(F.linear(h, self.vector))[:, None])
+
+
 class Letters(Keeping):
     """Layers written as ``einsum``, with the units on another dimension each time."""
 
@@ -534,6 +588,10 @@ CASES = {
     "auxiliary head": Case(Auxiliary, rows(6, 4), 6, outputs=("side/relu",)),
     "both signs": Case(Both, rows(6, 4), 6),
     "one output": Case(Single, rows(6, 4), 6, outputs=("out/hardsigmoid",), compiles=False),
+    "steps of a sequence": Case(Steps, rows(6, 4, 4), 6),
+    "groups of rows": Case(Groups, rows(7, 4), 7, compiles=False),
+    "recurrent, the input read at once": Case(ReadAtOnce, rows(6, 4, 3), 6),
+    "vectors": Case(Dot, rows(6, 4), 6, outputs=("vector/relu",), compiles=False),
     "letters": Case(Letters, rows(6, 3, 4), 6, outputs=("third/relu",)),
     "weight on the left": Case(Left, rows(6, 4), 6, outputs=("w4/clamp",)),
     "tuple": Case(lambda: Spiking(lambda *two: two, lambda two: two[0]), rows(6, 4), 6, options=LIF),

@@ -198,10 +198,15 @@ _COLUMNS = _layer_rule(1, "weight", 1)
 
 
 def _linear(operation: Operation) -> Sequence[Origin]:
-    """Say what ``linear`` gives; if its first argument is the weight, as in ``linear(W, x)``, rows are the units."""
+    """Say what ``linear`` gives; if its first argument is the weight, as in ``linear(W, x)``, rows are the units.
+
+    A weight that is a vector gives one unit, and no dimension for it.
+    """
     first, second = operation.argument(0, "input"), operation.argument(1, "weight")
     if is_weight(first) and isinstance(second, Operand) and _is_computed(second) and len(first.shape) > 1:
-        return [produce(operation, first, (len(operation.outputs[0]) - 2,), rows=0)]
+        return [produce(operation, first, (len(first.shape) - 2,), rows=0)]
+    if is_weight(second) and len(second.shape) == 1:
+        return [produce(operation, second, ())]
     return _COLUMNS(operation)
 
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-from neuronscope.attach.origins import ENDED, LOST, WEIGHT, Cut, Operand, Origin, PickedMatrices
+from neuronscope.attach.origins import ENDED, LOST, PICKED, WEIGHT, Cut, Operand, Origin, PickedMatrices
 from neuronscope.attach.unit_rules.operation import Function, Index, Operation, Rule, Shape, lose, table
 from neuronscope.attach.units import Units, has_units, positions, resized, select, slice_dim
 
@@ -46,18 +46,38 @@ def _narrow_rule(operation: Operation) -> Origin:
     return _indexed(operation, (*[_ALL] * dim, Index(start, start + length, None)))
 
 
-def _indexed(operation: Operation, index: tuple[Any, ...]) -> Origin:
-    """Return the origin of ``operand[index]``."""
+def _indexed(operation: Operation, index: tuple[Any, ...], number: int = 0) -> Origin:
+    """Return the origin of ``operand[index]``, which is the output of this number."""
     operand = operation.first
     origin = operand.origin
     if origin.state == WEIGHT:
         return _part_of_weight(operand, index)
     if origin.units is None:
         return origin
-    units = index_units(origin.units, operand.shape, index, operation.outputs[0])
+    units = index_units(origin.units, operand.shape, index, operation.outputs[number])
     if units is ENDED:
         return Origin.of(ENDED, operation.upstream, layer=origin.units.layer)
-    return origin.but(units=units) if isinstance(units, Units) else Origin.of(LOST, origin.upstream)
+    if not isinstance(units, Units):
+        return Origin.of(LOST, origin.upstream)
+    return origin.but(units=units, part=origin.part + tuple(_taken(origin.units, operand.shape, index)))
+
+
+def _taken(units: Units, shape: Shape, index: tuple[Any, ...]) -> Iterator[tuple[int, int, int, int]]:
+    """Yield which positions an index takes; see :attr:`Origin.part`."""
+    dim = 0
+    for each in _without_ellipsis(index, shape):
+        taken = _dims_of(each)
+        if not taken or has_units(units.dims[dim]):
+            pass
+        elif type(each) is int:
+            yield dim, each % shape[dim], 1, 1
+        elif not isinstance(each, Index):
+            yield dim, PICKED, 0, 0
+        else:
+            start, stop, step = slice(*each).indices(shape[dim])
+            if len(range(start, stop, step)) < shape[dim]:
+                yield dim, start, len(range(start, stop, step)), step
+        dim += taken
 
 
 def _part_of_weight(operand: Operand, index: tuple[Any, ...]) -> Origin:
@@ -184,42 +204,27 @@ def _picked_rows(units: Units, picked: Sequence[int], place: int, after: Shape) 
 
 
 def _split_rule(operation: Operation) -> Sequence[Origin]:
-    operand = operation.first
-    rank = len(operand.shape)
-    dim = operation.argument(2, "dim", "axis", default=0) % rank
-    return _pieces(operand, dim, operation.outputs)
+    return _pieces(operation, operation.argument(2, "dim", "axis", default=0))
 
 
 def _split_along(dim: int) -> Rule:
-    return lambda operation: _pieces(operation.first, min(dim, len(operation.first.shape) - 1), operation.outputs)
+    return lambda operation: _pieces(operation, min(dim, len(operation.first.shape) - 1))
 
 
-def _pieces(operand: Operand, dim: int, shapes: Sequence[Shape]) -> Sequence[Origin]:
+def _pieces(operation: Operation, dim: int) -> Sequence[Origin]:
     """Return the origins of the pieces of a tensor that was cut along a dimension."""
-    origin = operand.origin
+    dim %= len(operation.first.shape)
     found, start = [], 0
-    for shape in shapes:
-        if origin.state == WEIGHT:
-            found.append(_part_of_weight(operand, (*[_ALL] * dim, Index(start, start + shape[dim], None))))
-        elif origin.units is None or not shape[dim]:
-            found.append(origin.without_units(LOST))
-        else:
-            part = slice_dim(origin.units, dim, start, shape[dim])
-            found.append(Origin.of(LOST, origin.upstream) if part is None else origin.but(units=part))
+    for number, shape in enumerate(operation.outputs):
+        part = Index(start, start + shape[dim], None)
+        found.append(_indexed(operation, (*[_ALL] * dim, part), number))
         start += shape[dim]
     return found
 
 
 def _unbind_rule(operation: Operation) -> Sequence[Origin]:
-    operand = operation.first
-    origin = operand.origin
-    dim = operation.argument(1, "dim", "axis", default=0) % len(operand.shape)
-    numbers = range(len(operation.outputs))
-    if origin.state == WEIGHT:
-        return [_part_of_weight(operand, (*[_ALL] * dim, number)) for number in numbers]
-    if origin.units is None:
-        return [origin] * len(operation.outputs)
-    return [origin.but(units=select(origin.units, dim, number)) for number in numbers]
+    dim = operation.argument(1, "dim", "axis", default=0) % len(operation.first.shape)
+    return [_indexed(operation, (*[_ALL] * dim, number), number) for number in range(len(operation.outputs))]
 
 
 def _index_select(operation: Operation) -> Origin:
