@@ -205,7 +205,7 @@ def _linear(operation: Operation) -> Sequence[Origin]:
     first, second = operation.argument(0, "input"), operation.argument(1, "weight")
     if is_weight(first) and isinstance(second, Operand) and _is_computed(second) and len(first.shape) > 1:
         return [produce(operation, first, (len(first.shape) - 2,), rows=0)]
-    if is_weight(second) and len(second.shape) == 1:
+    if is_weight(second) and isinstance(first, Operand) and len(operation.outputs[0]) < len(first.shape):
         return [produce(operation, second, ())]
     return _COLUMNS(operation)
 
