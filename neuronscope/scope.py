@@ -413,7 +413,8 @@ class Scope:
 
         Args:
             join: In a distributed run, add up the open counts of all ranks. Every rank must then detach, and each waits
-                for the ranks that have more batches. ``False`` if only this rank stops, for example after an exception.
+                for the ranks that have more batches: behind torch's ``Join`` then, not inside it. ``False`` if only
+                this rank stops, for example after an exception.
         """
         with self._lock:
             self._end(join)

@@ -145,9 +145,9 @@ def postmortem(
         example=example,
         progress=progress,
     )
-    named = [path] if isinstance(path, (str, Path)) else list(path)
-    if not named:
-        raise UsageError("Expected argument `path` to name at least one checkpoint, but got none.")
+    named = [path] if isinstance(path, str) or not isinstance(path, Iterable) else list(path)
+    if not named or not all(isinstance(one, (str, Path)) for one in named):
+        raise UsageError(f"Expected argument `path` to name at least one checkpoint, but got {path!r}.")
     paths, left_out = find_checkpoints([Path(one) for one in named])
     if len(paths) == 1:
         checkpoint = open_checkpoint(paths[0], optimizer=optimizer, step=step, trust=trust)
@@ -300,8 +300,9 @@ def _examine(
         found.add(fixed.evidence() if fixed is not None else ())
 
     # Join all evidence on one unit of a layer, combine it into one verdict, and check that no proof is contradicted.
+    projections = find_projections(layers, checkpoint.networks, is_ordered=checkpoint.is_ordered)
     left_out = dict.fromkeys(examination.layers, "no activation") or {
-        path_of(path): kind for path, kind in find_projections(layers, checkpoint.networks).items()
+        path_of(path): kind for path, kind in projections.items()
     }
     widths = {path_of(layer.path): layer.width for layer in of_neurons}
     evidence, joined = join_units(found.evidence, found.sites, widths, left_out)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
-from neuronscope.checkpoints.file.layers import NEURON_KINDS, find_layers
+from neuronscope.checkpoints.file.layers import NEURON_KINDS, find_layers, find_projections
 from scripts.dying_networks import Held
 
 
@@ -148,3 +148,11 @@ def test_integer_tensors_are_not_weights():
 def test_a_bias_that_fits_no_dimension_is_not_a_layer():
     tensors = {"fc.weight": Held(torch.zeros(3, 4)), "fc.bias": Held(torch.zeros(7))}
     assert find_layers(tensors) == ()
+
+
+def test_in_sorted_names_the_layer_that_no_other_one_reads_gives_the_outputs():
+    """The names of a safetensors file are sorted: its last layer is read by the first one."""
+    shapes = {"classifier.weight": (3, 6), "embeddings.weight": (9, 4), "layers.0.weight": (6, 4)}
+    layers = find_layers({name: Held(torch.zeros(shape)) for name, shape in shapes.items()})
+    assert find_projections(layers, is_ordered=False) == {"classifier": "output"}
+    assert find_projections(layers) == {"layers.0": "output"}

@@ -102,8 +102,9 @@ def test_a_folder_with_one_checkpoint_is_that_checkpoint(tmp_path: Path) -> None
 def test_a_folder_without_checkpoints_is_reported_as_before(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="without a checkpoint in it"):
         ns.postmortem(tmp_path)
-    with pytest.raises(UsageError, match="at least one checkpoint"):
-        ns.postmortem([])
+    for path in ([], 5, [5]):
+        with pytest.raises(UsageError, match="at least one checkpoint"):
+            ns.postmortem(path)
     with pytest.raises(CheckpointError, match="No such file"):
         ns.postmortem(tmp_path / "missing.pt")
 

@@ -213,7 +213,8 @@ def test_an_import_that_draws_a_random_number_does_not_change_pythons_random_sta
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A training that prints a report must not go on with other numbers; rich draws one when it is imported."""
-    (tmp_path / "drawing_writer.py").write_text("import random\nrandom.random()\n\ndef render(*_):\n    return 'shown'\n")
+    code = "import random\nrandom.random()\nrender = lambda *_: 'shown'\n"
+    (tmp_path / "drawing_writer.py").write_text(code)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(Report, "WRITERS", {"terminal": "drawing_writer"})
     state = random.getstate()

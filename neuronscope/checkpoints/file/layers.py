@@ -164,24 +164,29 @@ def normalised_layers(layers: Sequence[Layer]) -> set[str]:
     return found
 
 
-def find_projections(layers: Sequence[Layer], networks: Sequence[str] = ()) -> dict[str, str]:
+def find_projections(
+    layers: Sequence[Layer], networks: Sequence[str] = (), *, is_ordered: bool = True
+) -> dict[str, str]:
     """Return the layers whose rows most likely go through no activation, as far as order, names and sizes show it.
 
     Args:
         layers: The checkpoint's layers, in the order of the file.
         networks: With several networks, what the paths of each one's layers begin with.
+        is_ordered: Whether that is the order of the network.
 
     Returns:
         What each layer is, by its path: ``output`` (the last layer of a network, unless a norm follows it or a later
-        layer has as many inputs as it has rows) or ``projection``.
+        layer has as many inputs as it has rows; in no known order the last whose width no layer reads) or
+        ``projection``.
     """
     found = {
         layer.path: "projection" for layer in layers if layer.kind in NEURON_KINDS and _PROJECTION.search(layer.path)
     }
-    last = {
-        next((name for name in networks if layer.path.startswith(f"{name}.")), ""): number
-        for number, layer in enumerate(layers)
-    }
+    last: dict[str, int] = {}
+    for number, layer in enumerate(layers):
+        is_read = any(other.inputs == layer.width for other in layers if other is not layer)
+        if is_ordered or (layer.kind in NEURON_KINDS and not is_read):
+            last[next((name for name in networks if layer.path.startswith(f"{name}.")), "")] = number
     for number in last.values():
         layer = layers[number]
         is_read = any(later.inputs == layer.width for later in layers[number + 1 :])

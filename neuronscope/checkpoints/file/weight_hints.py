@@ -103,7 +103,8 @@ def hint_evidence(checkpoint: Checkpoint, layers: Sequence[Layer]) -> Iterator[E
         layers: Its layers; see :func:`neuronscope.checkpoints.file.layers.find_layers`.
     """
     readers = {writer.path: reader for writer, reader in sequential_readers(layers)}
-    left_out = {*normalised_layers(layers), *find_projections(layers, checkpoint.networks)}
+    projections = find_projections(layers, checkpoint.networks, is_ordered=checkpoint.is_ordered)
+    left_out = {*normalised_layers(layers), *projections}
     tensors = checkpoint.tensors
     for layer in layers:
         if layer.kind not in NEURON_KINDS or layer.path in left_out:

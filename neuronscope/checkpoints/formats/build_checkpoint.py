@@ -188,7 +188,7 @@ def _has_weights(value: Any) -> bool:
 def _networks(content: Any, deeper: int, is_network: Callable[[Any], bool]) -> dict[str, Mapping[Any, Any]]:
     """Return the networks in a dictionary or list by their keys, or else in those inside it, so many levels deep."""
     items = content.items() if isinstance(content, Mapping) else enumerate(content)
-    inside = {str(key): value for key, value in items if isinstance(value, (Mapping, list, tuple))}
+    inside: dict[str, Any] = {str(key): value for key, value in items if isinstance(value, (Mapping, list, tuple))}
     found = {key: value for key, value in inside.items() if is_network(value)}
     if found or deeper == 1:
         return found
