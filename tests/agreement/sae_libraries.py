@@ -82,7 +82,7 @@ class _Finder(Loader, MetaPathFinder):
     def __init__(self, names: tuple[str, ...]) -> None:
         self.names = names
 
-    def find_spec(self, fullname: str, path: Any, target: Any = None) -> ModuleSpec | None:  # noqa: ARG002
+    def find_spec(self, fullname: str, path: Any, target: Any = None) -> ModuleSpec | None:
         stands_in = any(f"{fullname}.".startswith(f"{name}.") for name in self.names)
         return ModuleSpec(fullname, self, is_package=True) if stands_in else None
 

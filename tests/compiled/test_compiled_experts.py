@@ -96,7 +96,7 @@ def test_sizes_that_data_decides_may_be_in_the_graph(way: str, monkeypatch: pyte
 def test_one_graph_counts_batches_of_any_size() -> None:
     """Rows and examples are those of the run, and not those with which the graph was traced."""
     model = Mixture(WAYS["bmm"])
-    run, counter = compiled(model, dynamic=True)
+    run, counter = compiled(model, backend="eager", dynamic=True)
     sizes, chosen = (3, 5, 2), []
     with ns.watch(model) as scope:
         for step, batch in enumerate(sizes):
