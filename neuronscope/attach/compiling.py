@@ -50,6 +50,7 @@ __all__ = [
     "is_compiled",
     "is_in_graph",
     "is_tracing",
+    "set_integer",
     "set_variable",
     "skip_frames",
     "skip_when_hooked",
@@ -577,6 +578,29 @@ def set_variable(name: str, tensor: Tensor) -> None:
         tensor: What :func:`while_tracing` gave or :func:`write_call` returned.
     """
     _translators[-1].symbolic_locals[name] = _variables.get(tensor)
+
+
+def set_integer(name: str, owner: str, attribute: str) -> None:
+    """Give a local variable of the traced code the integer that an attribute was when the graph began to run.
+
+    Torch treats it as an integer that the traced function was given: with ``dynamic=True`` the graph serves any. If the
+    code read it through our function mode, torch would take it for a global constant, and compile for each value. The
+    variable stays as it is if the traced code has set the attribute itself.
+
+    Args:
+        name: The variable, which the code has set before.
+        owner: The local variable of the object that has the attribute.
+        attribute: Its name.
+    """
+    from torch._dynamo.source import AttrSource
+    from torch._dynamo.variables.builder import VariableBuilder
+
+    translator = _translators[-1]
+    held = translator.symbolic_locals[owner].realize()
+    if translator.output.side_effects.has_pending_mutation_of_attr(held, attribute):
+        return
+    builder = VariableBuilder(translator, AttrSource(held.source, attribute))
+    translator.symbolic_locals[name] = builder.wrap_symint(getattr(held.value, attribute))
 
 
 def _proxy_of(tensor: Tensor) -> Any:

@@ -42,15 +42,27 @@ class ExpertRows:
 
     Args:
         origin_of: Returns what a tensor is.
+
+    Attributes:
+        last: The layer of experts that eager code called last; ``""`` if it had called it before in this forward. A
+            graph that uses ``last_owners`` reads it, so that it runs only for that layer.
+        last_owners: The number of the expert of each row that this call gave, int64 ``(R,)``; ``None`` as long as no
+            graph uses it.
     """
 
     def __init__(self, origin_of: Callable[[Tensor], Origin]) -> None:
+        self.last = ""
+        self.last_owners: Owners | None = None
         self._origin_of = origin_of
+        self._called: set[str] = set()  # layers of experts that eager code has called in this forward
+        self._gives_owners = False  # whether a graph uses `last_owners`
         self._weighed: TensorMap[Weighed | InGraph] = TensorMap()  # of weights that data picked
         self._rows: dict[Place, Rows] = {}  # of the calls of layers of experts, and of joined ones
 
     def clear(self) -> None:
         """Forget all rows, because a forward begins or a step is over."""
+        self.last, self.last_owners = "", None
+        self._called.clear()
         self._weighed.clear()
         self._rows.clear()
 
@@ -100,6 +112,10 @@ class ExpertRows:
             rows = self._rows_of_every_expert(values, tensors, output)
         if rows is not None:
             self._rows[_place(units)] = rows
+            if not isinstance(rows, InGraph):
+                self.last = "" if units.layer in self._called else units.layer
+                self.last_owners = rows.owners() if self._gives_owners else None
+                self._called.add(units.layer)
 
     def _rows_of_every_expert(self, values: tuple[Any, ...], tensors: Sequence[Tensor], output: Tensor) -> Rows | None:
         """Return what says which rows of a product with a whole stack are of which expert.
@@ -173,17 +189,22 @@ class ExpertRows:
     def owners(self, units: Units) -> Owners | None:
         """Return which expert each row of a tensor is of. It waits for no device.
 
-        It is not known, and ``None``, where the rows were made outside of the graph that is traced, or in a graph if
-        none is traced.
+        It is not known, and ``None``, where the rows were made in another graph, or before the graph that is traced by
+        a call that was not the last one of eager code, or not the layer's only one in the forward.
 
         Args:
             units: The units of the tensor, which have experts.
         """
         found = self._rows.get(_place(units))
+        if traced_modules() is None:
+            return None if found is None or isinstance(found, InGraph) else found.owners()
         if isinstance(found, InGraph):
-            return found.numbers if traced_modules() is not None and is_in_graph(found.numbers) else None
-        # What eager code knows is no value of a graph that is traced.
-        return None if found is None or traced_modules() is not None else found.owners()
+            return found.numbers if is_in_graph(found.numbers) else None
+        if found is None or self.last != units.layer:
+            return None
+        self._gives_owners = True
+        self.last_owners = found.owners() if self.last_owners is None else self.last_owners
+        return self.last_owners if isinstance(self.last_owners, Tensor) else None
 
 
 def _weighed_by(index: Tensor, matrices: int) -> Weighed | InGraph | None:

@@ -173,7 +173,7 @@ class HookHandles:
         for module in bearers.values():
             moved = {key for table in tables(module) for key, hook in table.items() if self._is_own(hook)}
             for each in (*tables(module), *_flags(module)):
-                for key in each.keys() & (moved | self._keys):
+                for key in [key for key in each if key in moved or key in self._keys]:
                     del each[key]
         self._hooks, self._keys, self._modules = set(), set(), {}
 

@@ -196,6 +196,7 @@ class NeuronFlow:
         self.seen: set[str] = set()  # layers that were called
         self.read_layers: set[str] = set()
         self.called: set[str] = set()  # layers that were called in forwards of the model that have ended
+        self._ended = 0  # calls of layers whose outputs a reduction reads in this forward, as bits
         self._reached: set[str] = set()  # layers whose outputs a layer or a reduction reads, or the model returns
         self.hidden: dict[str, str] = {}  # layers whose weight an unknown function was given: the function
         self.overwritten: Origin | None = None  # what the last result was before, if it was changed in place
@@ -218,6 +219,9 @@ class NeuronFlow:
         self.read = 0
 
     def _close_calls(self) -> None:
+        if self._ended:
+            self._reached.update(self._layers_of(self._ended & (1 << len(self.layers)) - 1))
+            self._ended = 0
         if not self.layers or self._closed == (self.read, self.layers):
             return
         self._closed = self.read, self.layers.copy()
@@ -240,6 +244,7 @@ class NeuronFlow:
 
     def lost_layers(self) -> set[str]:
         """Return the layers whose outputs were given to nothing that is known, in no forward of the model."""
+        self._close_calls()
         return self.called - self._reached - self.read_layers
 
     def gives_outputs(self, layer: str) -> bool:
@@ -687,7 +692,7 @@ class NeuronFlow:
         carried = tuple(dict.fromkeys(each.site for origin in sources for each in origin.carries))
         if not origins[0].upstream >> call & 1:
             if any(origin.state == ENDED for origin in origins):
-                self._reached.update(self._layers_of(operation.upstream))
+                self._ended |= operation.upstream
             kept = {each.site for origin in origins for each in origin.carries}
             read = [(site, _note(function)) for site in carried if site not in kept]
             if function in _MIXING:
@@ -830,10 +835,12 @@ class NeuronFlow:
     def _layers_of(self, calls: int) -> tuple[str, ...]:
         """Return the layers of some calls, which are given as bits."""
         found: dict[str, None] = {}
-        for call, layer in enumerate(self.layers):  # no comprehension: see `call_arguments`
-            if calls >> call & 1:
-                found[layer] = None
-        return tuple(found)
+        while calls:
+            last = calls.bit_length() - 1
+            calls ^= 1 << last
+            found.pop(self.layers[last], None)
+            found[self.layers[last]] = None
+        return tuple(reversed(found))
 
     def shard(self, tensor: Tensor, axis: int, layer: str) -> NeuronShard | None:
         """Return which neurons of a plain tensor this rank holds; ``None`` if ranks share them and that is not known.
@@ -972,14 +979,14 @@ def _stays_weight(output: Tensor, origin: Origin) -> bool:
     """Whether what a function returned is a weight still, or may turn out to be one; nothing is noted of it then.
 
     An optimizer changes a parameter in place. FSDP makes the parameters of a forward as views of one long parameter,
-    of which the layer is found when the module runs.
+    of which the layer is found when the module runs. In a graph, a cast that changes nothing gives a fake parameter.
 
     Args:
         output: What it returned.
         origin: What its rule says of it.
     """
     if type(output) is not Tensor and isinstance(output, nn.Parameter):
-        return True
+        return not origin.layer or traced_modules() is None
     return _is_nameless(origin) and output._is_view()
 
 

@@ -26,6 +26,7 @@ from neuronscope.attach.compiling import (
     in_backward,
     is_in_graph,
     is_tracing,
+    set_integer,
     set_variable,
     trace_attempt,
     unwatched,
@@ -140,6 +141,7 @@ class SiteRecorder:
         )
         self._end_while_tracing = while_tracing(self._end_traced, "call", "x", "y")
         self._load_mask_while_tracing = while_tracing(self._load_mask, "tensor", "experts")
+        self._load_examples_while_tracing = while_tracing(lambda: set_integer("examples", "forward", "examples"))
         self._load_owners_while_tracing = while_tracing(self._load_owners, "call")
         self._load_pre_activation_while_tracing = while_tracing(self._load_pre_activation, "number")
         self._unreadable_while_tracing = while_tracing(self._unreadable_traced, "call")
@@ -344,12 +346,15 @@ class SiteRecorder:
         """Return which expert each row is of, int64 ``(R,)``, in a graph that is traced."""
         owners = None
         comptime(self._load_owners_while_tracing)
+        if owners is None:  # eager code made the rows
+            rows = self.forward.flow.expert_rows
+            owners = rows.last_owners if rows.last else None
         return owners
 
     def _load_owners(self, call: int) -> None:
         """Set the variable ``owners`` of :meth:`_owners_in_graph` to what says which expert each row is of."""
         owners = self._traced_owners[call]()
-        if owners is not None:
+        if owners is not None and is_in_graph(owners):
             set_variable("owners", owners)
 
     def begin_graph(self, code: CodeType, owner: Any) -> Hashable:
@@ -643,7 +648,7 @@ class SiteRecorder:
             dims,
             self._owners_in_graph(call),
             self._mask_in_graph(y, True),
-            forward.examples,
+            self._examples_in_graph(),
             number,
             first,
             experts.clock,
@@ -651,6 +656,12 @@ class SiteRecorder:
             *experts.tensors,
             *experts.pace,
         )
+
+    def _examples_in_graph(self) -> int:
+        """Return the number of examples of a forward in a graph that is traced, as a number that may change."""
+        forward, examples = self.forward, None
+        comptime(self._load_examples_while_tracing)
+        return forward.examples if examples is None else examples
 
     def _count_in_graph(self, call: int, y: Tensor) -> None:
         experts = self._experts_of(call)
@@ -668,7 +679,7 @@ class SiteRecorder:
         examples: int | Tensor = 0
         if self._adds_examples(call):
             positions = plain.numel() // plain.shape[axis]
-            examples = min(positions, self.forward.examples)
+            examples = min(positions, self._examples_in_graph())
             if self._is_in_part(call):
                 examples = once_a_forward(examples, self.forward.number_tensor, counters.last_forward)
         add_outputs_in_graph(counters, plain, axis, examples, self._tolerance)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
 from types import ModuleType
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -65,7 +68,7 @@ def ours(scope: ns.Scope, site: str, theirs: Counted) -> Counted:
 class _StandIn(ModuleType):
     """A module with any class, for packages that are imported and not used here."""
 
-    __path__: ClassVar[list[str]] = []
+    __path__: list[str] = []  # noqa: RUF012
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
@@ -73,16 +76,51 @@ class _StandIn(ModuleType):
         return type(name, (), {})
 
 
+class _Finder(Loader, MetaPathFinder):
+    """Finds a stand-in for each of some modules, and for whatever is inside it."""
+
+    def __init__(self, names: tuple[str, ...]) -> None:
+        self.names = names
+
+    def find_spec(self, fullname: str, path: Any, target: Any = None) -> ModuleSpec | None:
+        stands_in = any(f"{fullname}.".startswith(f"{name}.") for name in self.names)
+        return ModuleSpec(fullname, self, is_package=True) if stands_in else None
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
+        return _StandIn(spec.name)
+
+    def exec_module(self, module: ModuleType) -> None:
+        pass
+
+
 @contextmanager
 def without(*names: str) -> Iterator[None]:
-    """Import with stand-ins for some packages that are not installed, and take them away again."""
-    made = [name for name in names if name not in sys.modules]
-    sys.modules.update({name: _StandIn(name) for name in made})
+    """Import with stand-ins for some modules that the tests do not need, and take them away again."""
+    finder = _Finder(names)
+    sys.meta_path.insert(0, finder)
     try:
         yield
     finally:
-        for name in made:
+        sys.meta_path.remove(finder)
+        for name in [name for name, module in sys.modules.items() if isinstance(module, _StandIn)]:
             del sys.modules[name]
+
+
+def _import_sae_lens() -> None:
+    """Import SAELens with nothing of TransformerLens but the module class that its autoencoders inherit from."""
+    if "sae_lens" in sys.modules:
+        return
+    inner = ("utils", "HookedTransformer", "ActivationCache", "components", "model_bridge")
+    found = importlib.util.find_spec("transformer_lens")
+    assert found is not None
+    with without("datasets", "wandb", *(f"transformer_lens.{name}" for name in inner)):
+        sys.modules["transformer_lens"] = lens = _StandIn("transformer_lens")
+        lens.__path__ = [*(found.submodule_search_locations or ())]
+        hooked, points = (
+            importlib.import_module(f"transformer_lens.{name}") for name in ("HookedTransformer", "hook_points")
+        )
+        vars(hooked)["HookedRootModule"] = points.HookedRootModule
+        importlib.import_module("sae_lens.training.sae_trainer")
 
 
 def _silence_some(bias: Tensor) -> None:
@@ -96,6 +134,7 @@ def sae_lens(architecture: str) -> tuple[Counted, Counted]:
     Args:
         architecture: ``standard``, ``topk``, ``batchtopk``, ``jumprelu`` or ``gated``.
     """
+    _import_sae_lens()
     from sae_lens import saes  # type: ignore[import-not-found,unused-ignore]
     from sae_lens.config import LoggingConfig, SAETrainerConfig  # type: ignore[import-not-found,unused-ignore]
     from sae_lens.training.sae_trainer import SAETrainer  # type: ignore[import-not-found,unused-ignore]

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import torch._dynamo
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 import neuronscope as ns
 from neuronscope.build_report import MASK_IGNORED
@@ -46,11 +48,11 @@ WHOLE = [way for way in WAYS if way not in BROKEN | UNCOMPILED | ALIKE]
 
 
 def compiled(
-    model: Mixture, *, fullgraph: bool = True, backend: str = "aot_eager"
+    model: nn.Module, *, fullgraph: bool = True, backend: str = "aot_eager", dynamic: bool | None = None
 ) -> tuple[Callable[[Tensor], Tensor], Counter]:
     torch._dynamo.reset()
     counter = Counter(backend)
-    return torch.compile(model, backend=counter, fullgraph=fullgraph), counter
+    return torch.compile(model, backend=counter, fullgraph=fullgraph, dynamic=dynamic), counter
 
 
 def run_both(way: Callable[..., Tensor], **options: Any) -> tuple[Mixture, ns.Scope]:
@@ -91,10 +93,10 @@ def test_sizes_that_data_decides_may_be_in_the_graph(way: str, monkeypatch: pyte
     assert not scope.report().not_measured
 
 
-def test_batches_of_any_size_are_counted() -> None:
-    """Rows and examples are those of the run, and not those with which the graph was traced first."""
+def test_one_graph_counts_batches_of_any_size() -> None:
+    """Rows and examples are those of the run, and not those with which the graph was traced."""
     model = Mixture(WAYS["bmm"])
-    run, _ = compiled(model)
+    run, counter = compiled(model, backend="eager", dynamic=True)
     sizes, chosen = (3, 5, 2), []
     with ns.watch(model) as scope:
         for step, batch in enumerate(sizes):
@@ -102,6 +104,7 @@ def test_batches_of_any_size_are_counted() -> None:
             chosen.append(model.choose(x.flatten(0, 1)).flatten())
             loss_of(run(x)).backward()
             scope.step()
+    assert counter.graphs == 1
     for number in range(EXPERTS):
         tally = scope.census()[f"experts.w1.{number}/relu"]
         of_each = [int((each == number).sum()) for each in chosen]
@@ -126,22 +129,34 @@ def test_grouped_products_of_transformers() -> None:
 
 
 def gate(self: Stack, hidden: Tensor) -> Tensor:  # a frame of the module, so that torch compiles it alone
-    return hidden.relu()
+    return (hidden + 0).relu()
 
 
-def test_rows_that_eager_code_made_are_listed_where_a_graph_applies_the_activation() -> None:
-    """As transformers' grouped products do, whose backward pass torch cannot trace."""
+def gated_by_a_graph(self: Stack, x: Tensor, chosen: Tensor, times: int = 1) -> Tensor:
+    """As transformers runs GPT-OSS with grouped products, whose backward pass torch cannot trace."""
+    tokens, ids = pairs(x, chosen)
+    hidden = []
+    for _ in range(times):
+        hidden.append(torch.bmm(tokens.unsqueeze(1), self.w1[ids]).squeeze(1))  # noqa: PERF401, torch compiles those
+    active = gate(self, hidden.pop())
+    for each in hidden:
+        active = active + gate(self, each)
+    return add_up(torch.bmm(active.unsqueeze(1), self.w2[ids]).squeeze(1))
 
-    def way(self: Stack, x: Tensor, chosen: Tensor) -> Tensor:
-        tokens, ids = pairs(x, chosen)
-        hidden = gate(self, torch.bmm(tokens.unsqueeze(1), self.w1[ids]).squeeze(1))
-        return add_up(torch.bmm(hidden.unsqueeze(1), self.w2[ids]).squeeze(1))
 
-    _, scope = run_both(torch._dynamo.disable(way, recursive=False), fullgraph=False)
+def test_rows_that_eager_code_made_are_counted_where_a_graph_applies_the_activation() -> None:
+    model, scope = run_both(torch._dynamo.disable(gated_by_a_graph, recursive=False), fullgraph=False)
+    assert_counts(scope.census("train"), truth(model))
+    assert not scope.report().not_measured
+
+
+def test_they_are_not_taken_for_those_of_another_call_of_the_same_layer() -> None:
+    way = torch._dynamo.disable(functools.partial(gated_by_a_graph, times=2), recursive=False)
+    _, scope = run_both(way, fullgraph=False)
     assert not scope.census()
     (item,) = scope.report().not_measured
     assert item.name == "experts.w1/relu"
-    assert "does not belong to the compiled graph" in item.reason
+    assert "compiled graph" in item.reason
 
 
 @pytest.mark.parametrize("way", ["bmm", "bmm of all"])
@@ -215,3 +230,43 @@ def test_a_number_that_the_graph_is_given_is_not_taken_for_that_of_one_expert() 
     known = {name: tally.positions for name, tally in scope.census().items() if tally.positions}
     assert set(known.values()) <= {BATCH}
     assert len(known) == EXPERTS or scope.report().not_measured
+
+
+class Layer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(HIDDEN, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x).relu()
+
+
+def test_one_graph_of_ordinary_layers_counts_the_examples_of_any_batch() -> None:
+    model, sizes = Layer(), (3, 5, 2)
+    run, counter = compiled(model, backend="eager", dynamic=True)
+    with ns.watch(model) as scope:
+        for size in sizes:
+            run(torch.randn(size, TIME, HIDDEN)).sum().backward()
+            scope.step()
+    tally = scope.census()["linear/relu"]
+    assert counter.graphs == 1
+    assert (tally.examples, tally.positions) == (sum(sizes), TIME * sum(sizes))
+
+
+class Router(nn.Module):
+    """As DeepSeek-V3's: computes in float32, whatever its weight is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(EXPERTS, HIDDEN))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x.type(torch.float32), self.weight.type(torch.float32)).sigmoid()
+
+
+def test_a_cast_that_changes_nothing_leaves_a_weight_a_weight() -> None:
+    model = Router()
+    with ns.watch(model) as scope:
+        torch.compile(model, backend="eager", fullgraph=True)(torch.randn(BATCH, HIDDEN)).sum().backward()
+        scope.step()
+    assert [*scope.census()] == ["(root)/sigmoid"]

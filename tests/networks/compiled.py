@@ -28,13 +28,17 @@ from torch import Tensor
 import neuronscope as ns
 from tests.agreement.slow_twin import Nobody, Watched, assert_bits, state_of
 from tests.compiled.test_compile import Counter, assert_same_census
-from tests.networks.agreement import NETWORKS, _quiet, _threads, train
+from tests.networks.agreement import NETWORKS as COMPARED
+from tests.networks.agreement import _quiet, _threads, train
+from tests.networks.language import MAMBAS
 from tests.networks.zoo import Network
 
+NETWORKS = (*COMPARED, *MAMBAS)
 RUNS = Path(__file__).with_name("compiled_runs.json")
 EQUAL = "equal"
 REASON = "not one graph"
 LIMIT = 900  # seconds for a network
+_ADDRESS = re.compile("0x[0-9a-f]+")  # of an object in the reason of a graph break
 _EXPERT = re.compile(r"\.\d+(?=\(|/)")  # the number of an expert in the name of its site
 
 
@@ -73,12 +77,13 @@ def run(network: Network, backend: str = "aot_eager", *, fullgraph: bool = True)
 
     Raises:
         CannotCompile: torch cannot compile the unwatched network.
-        AssertionError: The watching ended, or the one graph is another one watched.
+        AssertionError: The watching ended, or the one graph is another one watched, or graphs break for another reason.
     """
-    states, graphs, censuses, listed = [], [], [], []
+    states, graphs, breaks, censuses, listed = [], [], [], [], []
     with _threads(1), _quiet(bool(network.unseen)), torch._dynamo.config.patch(recompile_limit=64):
         for watcher, compiles in ((Nobody(), True), (Watched(), True), (Watched(), False)):
             torch._dynamo.reset()
+            torch._dynamo.utils.counters.clear()
             torch.manual_seed(0)
             model, counter = network.build().train(), Counter(backend)
             with watcher.attach(model):
@@ -92,10 +97,12 @@ def run(network: Network, backend: str = "aot_eager", *, fullgraph: bool = True)
                     raise CannotCompile(_first_line(error)) from error
             states.append(state_of(model))
             graphs.append((counter.graphs, counter.outputs))
+            breaks.append({_ADDRESS.sub("", reason) for reason in torch._dynamo.utils.counters["graph_break"]})
             if isinstance(watcher, Watched):
                 assert watcher.scope._hooks.failure is None
                 censuses.append(watcher.scope.census("train"))
                 listed.append({each.name for each in watcher.scope.report().not_measured})
+    assert breaks[1] <= breaks[0], f"only the watched graphs break because of {breaks[1] - breaks[0]}"
     if fullgraph:
         assert graphs[0] == graphs[1], f"{graphs[0]} graphs and outputs unwatched, {graphs[1]} watched"
     compiled, eager = censuses
