@@ -82,8 +82,9 @@ class ExampleCounter:
             return None
         if callable(option):
             return self._ask(option, args, kwargs)
-        with unwatched():
-            if option == "auto" and not kwargs and len(args) == 1 and self._is_batch(module, args[0]):
+        traced = is_tracing()
+        with unwatched(traced):
+            if option == "auto" and len(args) == 1 and not (kwargs or traced) and self._is_batch(module, args[0]):
                 return int(args[0].size(0))
             return self._count(option, module, self._arguments.named(module, args, kwargs))
 
@@ -100,7 +101,7 @@ class ExampleCounter:
 
     def _is_batch(self, module: nn.Module, x: Any) -> bool:
         """Whether the only input of a module is a batch beyond doubt: most forwards are spared the longer search."""
-        if type(x) is not Tensor or x.dim() == 0 or self._time_first or is_tracing():
+        if type(x) is not Tensor or x.dim() == 0 or self._time_first:
             return False
         if not (x.is_floating_point() or torch.is_grad_enabled()):  # tokens: see `_appends`
             return False
