@@ -1,10 +1,10 @@
-"""Few functions of Neuronscope are called in an observed step: they are most of what a step of a small network costs."""
+"""Few functions of Neuronscope are called in an observed step: they are what watching a small network costs."""
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -16,7 +16,7 @@ import neuronscope as ns
 #: At most so many calls for one more site, and for a step of a network with one.
 SITE, STEP = 37, 120
 
-_OURS = os.path.dirname(ns.__file__) + os.sep
+_OURS = str(Path(ns.__file__).parent)
 
 
 def _calls(function: Callable[[], Any]) -> int:
