@@ -521,7 +521,7 @@ class Scope:
             return self._count_one_step(now)
 
     def _count_one_step(self, step: int) -> bool:
-        hooks, record, inference = self._hooks, self._phases.record("train"), self._phases.get(INFERENCE)
+        hooks, record, inference = self._hooks, self._phases.record("train"), self._phases.inference
         if hooks.observing:
             if hooks.note_weights is not None:
                 self._end_first_step()
@@ -582,9 +582,8 @@ class Scope:
         """Decide whether the next forward passes are counted, and in which phase and step."""
         with self._lock:
             self._quiet_until = 0
-            if not self.detached:
-                self._decided = self._step, self._step >= self._phases.next_observed(self.every_n_steps)
-                self._hooks.change()
+            self._decided = self._step, self._step >= self._phases.next_observed(self.every_n_steps)
+            self._hooks.change()
 
     def _observe_if_due(self) -> None:
         """Decide it again, unless nothing is observed now and before a later step, paused or not."""
@@ -615,7 +614,7 @@ class Scope:
         self._phases.finish(join=join, before_flush=self._tell_ranks)
 
     def _report(self, phase: str) -> Report:
-        record, inference = self._phases.observed(phase), self._phases.get(INFERENCE)
+        record, inference = self._phases.observed(phase), self._phases.inference
         note = ""
         if phase == "train" and inference is not None and not inference.empty:
             note = ONLY_INFERENCE if record.empty else INFERENCE_APART

@@ -143,6 +143,8 @@ class CompiledParts:
 
     def clear(self) -> None:
         """Forget what is running, because a forward begins or did not end."""
+        if not (self._passed or self._traced):
+            return
         self.inputs = ""
         self._running.clear()
         self._traced.clear()

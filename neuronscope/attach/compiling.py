@@ -11,7 +11,6 @@ import functools
 import inspect
 import os
 import sys
-import threading
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from pathlib import Path
@@ -56,7 +55,6 @@ __all__ = [
     "skip_when_hooked",
     "stop_asking_modes_about",
     "stop_skipping",
-    "thread_id",
     "trace_attempt",
     "traced_call",
     "traced_modules",
@@ -105,27 +103,30 @@ def hidden(function: Callable[Parameters, Result]) -> Callable[Parameters, Resul
     return call
 
 
-def thread_id() -> int:
-    """Return the number of the running thread; 0 while traced, because the compiler cannot trace the question."""
-    return 0 if is_tracing() else threading.get_ident()
-
-
 def trace_attempt() -> tuple[Any, int]:
     """Return which frame is being compiled, and which attempt this is: the compiler may begin a frame again."""
     context = torch._guards.CompileContext.try_get()
     return (None, 0) if context is None else (context.compile_id, context.attempt)
 
 
-def in_backward() -> bool:
-    """Whether a backward pass is running: activation checkpointing runs the forward again inside it."""
-    return not is_tracing() and torch._C._current_graph_task_id() != -1
+def in_backward(traced: bool | None = None) -> bool:
+    """Whether a backward pass is running: activation checkpointing runs the forward again inside it.
+
+    Args:
+        traced: What :func:`is_tracing` says, if the caller has asked.
+    """
+    return not (is_tracing() if traced is None else traced) and torch._C._current_graph_task_id() != -1
 
 
-def has_real_tensors() -> bool:
-    """Whether tensors hold numbers, or will when the graph runs: not while a graph is recorded for export."""
-    if is_tracing():
+def has_real_tensors(traced: bool | None = None) -> bool:
+    """Whether tensors hold numbers, or will when the graph runs: not while a graph is recorded for export.
+
+    Args:
+        traced: What :func:`is_tracing` says, if the caller has asked.
+    """
+    if is_tracing() if traced is None else traced:
         return not torch.compiler.is_exporting()
-    return torch._C._get_tracing_state() is None and not _is_recorded()
+    return torch._C._get_tracing_state() is None and not (_count_dispatch_modes() and _is_recorded())
 
 
 def _is_recorded() -> bool:

@@ -90,10 +90,11 @@ class ExampleCounter:
             return None
         if callable(option):
             return self._ask(option, args, kwargs)
-        with unwatched():
-            if self._is_given_back(module, args, kwargs):
+        traced = is_tracing()
+        with unwatched(traced):
+            if not traced and self._is_given_back(module, args, kwargs):
                 return 0
-            if option == "auto" and not kwargs and len(args) == 1 and self._is_batch(module, args[0]):
+            if option == "auto" and len(args) == 1 and not (kwargs or traced) and self._is_batch(module, args[0]):
                 return int(args[0].size(0))
             return self._count(option, module, self._arguments.named(module, args, kwargs))
 
@@ -113,7 +114,7 @@ class ExampleCounter:
 
         A forward with gradients that is given what one without them returned does not go on there: it is a reference.
         """
-        if not is_tracing() and self.returned.entries and module is self._model():
+        if self.returned.entries and module is self._model():
             for tensor in all_tensors((args, kwargs)):  # no generator: see `call_arguments`
                 if self.returned.get(tensor) == torch.is_grad_enabled():
                     return True
@@ -121,7 +122,7 @@ class ExampleCounter:
 
     def _is_batch(self, module: nn.Module, x: Any) -> bool:
         """Whether the only input of a module is a batch beyond doubt: most forwards are spared the longer search."""
-        if type(x) is not Tensor or x.dim() == 0 or self._time_first or is_tracing():
+        if type(x) is not Tensor or x.dim() == 0 or self._time_first:
             return False
         if not (x.is_floating_point() or torch.is_grad_enabled()):  # tokens: see `_appends`
             return False

@@ -128,8 +128,8 @@ class ForwardContext:
         outermost = not self.module_stack
         if outermost:
             traced = is_tracing()
-            self.recomputing = not traced and in_backward()
-            self.exporting = not has_real_tensors()
+            self.recomputing = in_backward(traced)
+            self.exporting = not has_real_tensors(traced)
             self._graded = torch.is_grad_enabled()
             if path == "":
                 self.ran_root = True
@@ -161,7 +161,7 @@ class ForwardContext:
     def _set_mask(self, mask: Tensor | None) -> None:
         self.mask = mask
         if not is_tracing():
-            self.flow.row_masks.begin(mask)
+            self.flow.row_masks.mask = mask
 
     def begin_outside(self, x: Tensor) -> None:
         """Note that a tensor is counted; outside of every forward and step its rows are the examples.
@@ -261,7 +261,7 @@ class ForwardContext:
             self._inference, self.examples = False, self._examples_of_step
         if self.module_stack:
             return False
-        if not self.explicit_step:
+        if self.mask is not None and not self.explicit_step:
             self._set_mask(None)
         if self._step is not None:
             self._take_step(self._step)
@@ -299,7 +299,8 @@ class ForwardContext:
         self.flow.clear()
         self._ordinals.clear()
         self._ran.clear()
-        self._set_mask(None)
+        if self.mask is not None or self.flow.row_masks.mask is not None:
+            self._set_mask(None)
 
     def restart(self) -> None:
         """Start again: an optimizer step is over, or a forward did not end."""

@@ -208,7 +208,7 @@ class ActivationFunctionMode(TorchFunctionMode):
 
     def _follow_traced(self, func: Any, args: Any, kwargs: Any, output: Any, mask: Any, _: str) -> None:
         flow = self.manager.recorder.forward.flow
-        flow.row_masks.begin(mask if isinstance(mask, Tensor) else None)
+        flow.row_masks.mask = mask if isinstance(mask, Tensor) else None
         if func is Tensor.__getitem__ and isinstance(args[1], torch.SymInt):
             args = args[0], _ANY_NUMBER  # the graph serves other numbers too, and so other experts
         flow.follow(func, args, kwargs, output)

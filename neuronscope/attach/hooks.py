@@ -297,7 +297,7 @@ class HookManager:
 
     def set_observing(self, observing: bool) -> None:
         """Start or stop counting, and forget what is left of an interrupted forward."""
-        if observing:
+        if observing and self._handles.off:
             self.put_back()
         if observing and self.recorder.forward.parts.met_unknown:
             self._attach_to_late_parts()

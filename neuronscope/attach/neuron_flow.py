@@ -429,7 +429,7 @@ class NeuronFlow:
         Returns:
             Whether it is; otherwise nothing is noted.
         """
-        if self.row_masks.concern(function):
+        if self.row_masks.mask is not None and self.row_masks.concern(function):
             return False
         known, overwritten = self._last.next, None
         if known is None or known.function is not function:

@@ -574,12 +574,6 @@ class SiteRecorder:
                 self._pre_activations[len(self._traced) - 1] = weakref.ref(x)
                 self._note_given(call, x)
 
-    def _count(self, counters: Counters, y: Tensor, layout: NeuronLayout, owners: Owners | None) -> None:
-        if isinstance(counters, JoinedCounters):
-            self._count_rows(counters, y, layout, owners)
-        else:
-            self._count_site(counters, y, layout)
-
     def _count_rows(self, counters: JoinedCounters, y: Tensor, layout: NeuronLayout, owners: Owners | None) -> None:
         """Count an output whose rows are of several experts.
 
@@ -613,7 +607,10 @@ class SiteRecorder:
                 else:
                     add_outputs_on_device(own, plain, NeuronLayout(2), keep, examples, self.clock, self._tolerance)
 
-    def _count_site(self, counters: SiteCounters, y: Tensor, layout: NeuronLayout) -> None:
+    def _count(self, counters: Counters, y: Tensor, layout: NeuronLayout, owners: Owners | None) -> None:
+        if isinstance(counters, JoinedCounters):
+            self._count_rows(counters, y, layout, owners)
+            return
         if self.sampler is not None:
             self.sampler(counters, y, layout)
         forward, axis = self.forward, layout.axis

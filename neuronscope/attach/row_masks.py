@@ -52,14 +52,6 @@ class RowMasks:
         self.known = False
         self._masks: TensorMap[Tensor] = TensorMap()  # bool ``(R, 1)``: which rows are kept
 
-    def begin(self, mask: Tensor | None) -> None:
-        """Note the mask of a forward.
-
-        Args:
-            mask: Which positions are counted, bool ``(B, T)``; ``None`` = all.
-        """
-        self.mask = mask
-
     def clear(self) -> None:
         """Forget all tensors, because a forward begins or a step is over."""
         if self.known:
@@ -67,12 +59,12 @@ class RowMasks:
             self.known = False
 
     def concern(self, function: Callable[..., Any]) -> bool:
-        """Whether a call of a function may give a tensor a mask of its own.
+        """Whether a call of a function may give a tensor a mask of its own, in a forward that has one.
 
         Args:
             function: The function.
         """
-        return self.mask is not None and (self.known or function in _CHANGES or function in _EINSUM)
+        return self.known or function in _CHANGES or function in _EINSUM
 
     def of(self, tensor: Tensor) -> Tensor | None:
         """Return which rows of a tensor are kept, bool ``(R, 1)``, if it has a mask of its own; else ``None``.

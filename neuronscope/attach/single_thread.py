@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from neuronscope.attach.compiling import in_backward, is_tracing, thread_id
+from neuronscope.attach.compiling import in_backward, is_tracing
 from neuronscope.attach.interrupts import is_on_stack
 
 if TYPE_CHECKING:
@@ -204,6 +204,8 @@ class Turns:
             begins: Whether a forward may begin with it.
         """
         thread, here = self._thread, threading.get_ident()
+        if thread.here == here and thread.claimed is None:  # most often; nothing is observed once the hooks are off
+            return begins and self.begin(caller)
         with self._recorder.lock:
             if not self._watch.is_attached():
                 return False
@@ -353,12 +355,19 @@ class EnteredMode:
         Args:
             handling: See :meth:`leave`.
         """
-        here = self._threads[-1] if is_tracing() and self._threads else thread_id()
+        traced = is_tracing()
+        here = self._here(traced)
         if here not in self._threads:
             self._threads.append(here)
             self._mode.__enter__()
-        elif not (is_tracing() or handling or self._is_on_stack()):
+        elif not (traced or handling or self._is_on_stack()):
             self._mode.__enter__()  # an interrupt ended an earlier thread of this number, and its mode
+
+    def _here(self, traced: bool) -> int:
+        """Return the number of this thread; the compiler cannot trace the question, and traces in one thread."""
+        if traced:
+            return self._threads[-1] if self._threads else 0
+        return threading.get_ident()
 
     def _is_on_stack(self) -> bool:
         depth = torch._C._len_torch_function_stack()
@@ -371,12 +380,15 @@ class EnteredMode:
             handling: Whether the mode is handling a call. Then torch has taken it off the stack and puts it back after
                 the call, and :meth:`take_off_next` must be called for it.
         """
-        here = self._threads[-1] if is_tracing() and self._threads else thread_id()
+        if not self._threads:
+            return
+        traced = is_tracing()
+        here = self._here(traced)
         if here in self._threads:
             self._threads.remove(here)
             if here in self._suspended:
                 self._suspended.remove(here)
-            elif is_tracing():
+            elif traced:
                 self._mode.__exit__(None, None, None)
             elif not handling:
                 self._take_out()
@@ -404,10 +416,11 @@ class EnteredMode:
         off whatever is on top. Then the other one is still on the stack, and is taken off instead.
         """
         above: list[Any] = []
-        while _count_modes() and self._mode not in above:
-            above.append(_pop_mode())
-        if self._mode in above:
-            above.remove(self._mode)
+        while _count_modes():
+            last = _pop_mode()
+            if last is self._mode:
+                break
+            above.append(last)
         else:
             del above[:1]
         for mode in reversed(above):

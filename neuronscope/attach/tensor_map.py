@@ -62,12 +62,12 @@ def nested_tensors(values: Any) -> Iterable[Tensor]:
     """Yield the tensors in nested tuples, lists and mappings."""
     if isinstance(values, Tensor):
         yield values
-    elif isinstance(values, Mapping):
-        for value in values.values():
-            yield from nested_tensors(value)
     elif isinstance(values, (tuple, list)):
         for value in values:
             if isinstance(value, Tensor):
                 yield value
             elif not isinstance(value, (int, float, str)):
                 yield from nested_tensors(value)
+    elif isinstance(values, Mapping):  # asked last, because this takes longest
+        for value in values.values():
+            yield from nested_tensors(value)

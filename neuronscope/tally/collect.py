@@ -86,18 +86,18 @@ def _read(counters: SiteCounters, copies: Iterator[AnyArray]) -> dict[str, AnyAr
     return counts
 
 
-def observed(all_counters: Iterable[SiteCounters]) -> list[tuple[int, int]]:
+def observed(all_counters: Sequence[SiteCounters]) -> list[tuple[int, int]]:
     """Return the positions and the examples of each site so far.
 
     Synchronizes with the devices of counters in which positions are counted, and with no others.
     """
-    all_counters = list(all_counters)
-    traced = iter(_copied(counters.traced for counters in all_counters if counters.counts_on_device))
-    totals = [
-        counters.totals((*next(traced).tolist(), 0) if counters.counts_on_device else (0, 0, 0))
-        for counters in all_counters
-    ]
-    return [(positions, examples) for positions, _, examples in totals]
+    found = [(counters.positions, counters.examples) for counters in all_counters]
+    on_device = [number for number, counters in enumerate(all_counters) if counters.in_graph or counters.shared]
+    if on_device:
+        for number, traced in zip(on_device, _copied(all_counters[each].traced for each in on_device), strict=True):
+            positions, _, examples = all_counters[number].totals((*traced.tolist(), 0))
+            found[number] = positions, examples
+    return found
 
 
 def _tally(info: SiteInfo, counters: SiteCounters, counted: Mapping[int, dict[str, AnyArray]]) -> Tally:

@@ -50,8 +50,9 @@ def levels(tally: Tally, judgement: Judgement) -> ByteArray:
         judgement: The verdicts on it.
     """
     zeros, positions = tally.zero_outputs, max(tally.positions, 1)
-    codes: ByteArray = np.rint(zeros * LEVEL_MAX / positions).astype(np.uint8)
-    np.clip(codes, 1, LEVEL_MAX - 1, out=codes)  # 0 is for exactly 0, and LEVEL_MAX is a verdict
+    shades = np.rint(zeros * LEVEL_MAX / positions)
+    # 0 is for exactly 0, and LEVEL_MAX is a verdict.
+    codes: ByteArray = np.minimum(np.maximum(shades, 1), LEVEL_MAX - 1).astype(np.uint8)
     codes[zeros == 0] = 0
     for mask, level in (
         (judgement.silent, LEVEL_SILENT),

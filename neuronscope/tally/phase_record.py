@@ -235,14 +235,15 @@ class PhaseRecord:
         """Whether the open window has enough examples; a "no" holds until another step is observed."""
         if self._short_at == len(self._steps):
             return False
-        seen = self._flushed_examples()
+        before = self._flushed_examples()
         with self._lock:
-            sites = {key: counters for key, (_, counters) in self._complete().items()}
-            running = observed(sites.values())
-        for key, (positions, examples) in zip(sites, running, strict=True):
+            sites = [(key, counters) for key, (_, counters) in self._counters.items() if not counters.incomplete]
+            running = observed([counters for _, counters in sites])
+        examples = []
+        for (key, _), (positions, more) in zip(sites, running, strict=True):
             if positions:
-                seen[key.name] = seen.get(key.name, 0) + examples
-        enough = self._is_enough(seen.values())
+                examples.append(more + (before.pop(key.name, 0) if before else 0))
+        enough = self._is_enough([*examples, *before.values()])
         self._short_at = -1 if enough else len(self._steps)
         return enough
 

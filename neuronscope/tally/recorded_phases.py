@@ -69,6 +69,11 @@ class RecordedPhases(Mapping[str, PhaseRecord]):
             self._records[phase] = PhaseRecord(self._policy, self._lock)
         return self._records[phase]
 
+    @property
+    def inference(self) -> PhaseRecord | None:
+        """The record of inference; ``None`` if it has none."""
+        return self._records.get(INFERENCE)
+
     def observed(self, phase: str) -> PhaseRecord:
         """Return the record of a phase with the newest descriptions of its sites; an empty one of a usual phase.
 
@@ -107,7 +112,7 @@ class RecordedPhases(Mapping[str, PhaseRecord]):
         Returns:
             The record of the phase.
         """
-        record, inference = self.record(phase), self._records.get(INFERENCE)
+        record, inference = self.record(phase), self.inference
         record.describe_sites(self._describe)
         more = phase == "train" and inference is not None and not inference.empty
         record.flush(partial(self._ranks.join, phase=phase, done=done, more=more) if join else None)
@@ -122,7 +127,7 @@ class RecordedPhases(Mapping[str, PhaseRecord]):
             step: The step.
             window_steps: Least number of steps in a window.
         """
-        train, inference = self.record("train"), self._records.get(INFERENCE)
+        train, inference = self.record("train"), self.inference
         window_steps <<= self._ranks.missed
         due = train.is_due(step, window_steps, lambda: self._ranks.alone)
         if not due and inference is not None and train.empty and self._ranks.alone:
@@ -140,7 +145,7 @@ class RecordedPhases(Mapping[str, PhaseRecord]):
         Returns:
             Whether a window was closed.
         """
-        train, inference = self.record("train"), self._records.get(INFERENCE)
+        train, inference = self.record("train"), self.inference
         closed = train.has_enough_examples(final=final) and train.close()
         if inference is None:
             return closed
