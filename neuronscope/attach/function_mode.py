@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from neuronscope.attach.activations import Activation, Registry
 from neuronscope.attach.compiling import (
+    GraphListener,
     ask_modes_about,
     call_traced,
     comptime,
@@ -103,7 +104,7 @@ class ActivationFunctionMode(TorchFunctionMode):
         self._follow_while_tracing = while_tracing(
             self.follow_traced, "func", "args", "kwargs", "output", "mask", "inputs", listener=manager.recorder
         )
-        self.listener = manager.recorder
+        self.listener: GraphListener = manager.recorder
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -221,7 +222,7 @@ class ActivationFunctionMode(TorchFunctionMode):
         if self.manager.functional:
             self.manager.recorder.select(func, args, kwargs, output)
 
-    def follow_traced(self, func: Any, args: Any, kwargs: Any, output: Any, mask: Any, _: str) -> None:
+    def follow_traced(self, func: Any, args: Any, kwargs: Any, output: Any, *facts: Any) -> None:
         """Follow a function that ``torch.compile`` has traced.
 
         Args:
@@ -229,8 +230,9 @@ class ActivationFunctionMode(TorchFunctionMode):
             args: The positional arguments of its call.
             kwargs: The keyword arguments of its call.
             output: What it returned.
-            mask: The mask of positions.
+            facts: The mask of positions, and what else the graph is made for.
         """
+        mask = facts[0]
         if not (isinstance(output, (Tensor, tuple, list)) or func is Tensor.__setitem__):
             return
         flow = self.manager.recorder.forward.flow
