@@ -20,12 +20,14 @@ from typing import Any, NamedTuple, ParamSpec, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 from torch._C._dynamo.eval_frame import reset_code, set_eval_frame
-from torch._dynamo import OptimizedModule
+from torch._dynamo import OptimizedModule, variables
 from torch._dynamo.comptime import ComptimeContext, comptime
 from torch._dynamo.eval_frame import skip_code
+from torch._dynamo.variables import UserFunctionVariable
 from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode_stack
 
 from neuronscope.attach.tensor_map import TensorMap
+from neuronscope.count.compiled_graphs import handled_as
 
 Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")
@@ -36,6 +38,7 @@ __all__ = [
     "TracedEnd",
     "ask_modes_about",
     "at_graph_end",
+    "call_traced",
     "code_of_forward",
     "compiles_here",
     "comptime",
@@ -377,18 +380,89 @@ def while_tracing(
     """
 
     def run(context: ComptimeContext) -> None:
-        with torch._C.DisableTorchFunction():
-            translator = context._ComptimeContext__tx  # type: ignore[attr-defined]
-            if listener is not None and (end := _GraphEnd(translator.output, listener)) not in end.graph.cleanup_hooks:
-                end.graph.add_cleanup_hook(end)
-                root = end.graph.root_tx
-                state = listener.begin_graph(_original_code(root.f_code), root.f_locals.get("self"))
-                if _leave_uncounted(root.f_code, state):
-                    listener.trace_error = RuntimeError(_CROWDED.format(root.f_code.co_qualname))
-            with _tracing(translator):
-                function(*(_value(_variable(context.get_local(name))) for name in names))
+        translator = context._ComptimeContext__tx  # type: ignore[attr-defined]
+        with _running(translator, listener):
+            function(*(_value(_variable(context.get_local(name))) for name in names))
 
     return run
+
+
+@contextlib.contextmanager
+def _running(translator: Any, listener: GraphListener | None) -> Iterator[None]:
+    """While code of ours runs that is not traced. The listener is told if a graph begins."""
+    with torch._C.DisableTorchFunction():
+        if listener is not None and (end := _GraphEnd(translator.output, listener)) not in end.graph.cleanup_hooks:
+            end.graph.add_cleanup_hook(end)
+            root = end.graph.root_tx
+            state = listener.begin_graph(_original_code(root.f_code), root.f_locals.get("self"))
+            if _leave_uncounted(root.f_code, state):
+                listener.trace_error = RuntimeError(_CROWDED.format(root.f_code.co_qualname))
+        with _tracing(translator):
+            yield
+
+
+class TracedMode(Protocol):
+    """A function mode that ``torch.compile`` traces only where it may add something to the graph.
+
+    Attributes:
+        listener: See :func:`while_tracing`.
+    """
+
+    listener: GraphListener
+
+    def may_count(self, func: Any) -> bool:
+        """Whether ``trace`` must be traced for a call of this function."""
+
+    def trace(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Call a function, and add to the graph what there is to add; is traced."""
+
+    def follow_traced(self, func: Any, args: Any, kwargs: Any, output: Any, *facts: Any) -> None:
+        """Note a call of any other function; is not traced. Each tensor is a fake one."""
+
+
+def call_traced(
+    mode: TracedMode,  # noqa: ARG001
+    func: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    *facts: Any,  # noqa: ARG001
+) -> Any:
+    """Call a function for a function mode, and let the mode follow the call, while ``torch.compile`` traces.
+
+    The compiler runs :class:`_CallTraced` in its place: to trace the mode's code took longer than the call itself.
+
+    Args:
+        mode: The mode.
+        func: The function.
+        args: The positional arguments of its call.
+        kwargs: The keyword arguments of its call.
+        facts: What else ``follow_traced`` needs, so that the graph is for that; nothing if it is not to be called.
+    """
+    return func(*args, **kwargs)
+
+
+class _CallTraced(UserFunctionVariable):
+    """What the compiler has for :func:`call_traced`."""
+
+    def call_function(self, tx: Any, args: Any, kwargs: Any) -> Any:
+        """Do what :func:`call_traced` says, with the compiler's variables."""
+        del kwargs
+        mode, func, given, named, *facts = args
+        function, watcher = _value(func), _value(mode)
+        if function is Tensor.unflatten:  # the compiler cannot trace the method under a function mode
+            func = variables.VariableTracker.build(tx, torch.unflatten)
+        if watcher.may_count(function):
+            get, name = map(functools.partial(variables.VariableTracker.build, tx), (getattr, "trace"))
+            trace = get.call_function(tx, [mode, name], {})
+            return trace.call_function(tx, [func, given, named], {})
+        output = func.call_function(tx, list(given.items), named.keys_as_python_constant())
+        if facts:
+            with _running(tx, watcher.listener):
+                watcher.follow_traced(function, *map(_value, (given, named, output, *facts)))
+        return output
+
+
+handled_as(_CallTraced, call_traced)
 
 
 class _GraphState:
@@ -632,8 +706,6 @@ def _variable(local: Any) -> Any:
 
 def _value(variable: Any) -> Any:
     """Return the value of a variable of a function that is traced; of what has none here, its class."""
-    from torch._dynamo import variables
-
     if isinstance(variable, (variables.LazyVariableTracker,)):
         variable = variable.realize()
     if isinstance(variable, variables.TensorVariable):

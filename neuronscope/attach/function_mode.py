@@ -16,7 +16,9 @@ from torch.overrides import TorchFunctionMode
 
 from neuronscope.attach.activations import Activation, Registry
 from neuronscope.attach.compiling import (
+    GraphListener,
     ask_modes_about,
+    call_traced,
     comptime,
     in_compiled_graph,
     is_tracing,
@@ -89,6 +91,7 @@ class ActivationFunctionMode(TorchFunctionMode):
 
     Attributes:
         handling: Whether the mode is handling a call; meanwhile torch has taken it off the stack.
+        listener: Is told of graphs that are traced.
     """
 
     def __init__(self, manager: Watch) -> None:
@@ -99,19 +102,24 @@ class ActivationFunctionMode(TorchFunctionMode):
         self._functions = frozenset(manager.registry.functions if manager.functional else ())  # quick to look through
         self._end_fused_while_tracing = while_tracing(manager.end_fused_while_tracing, "args", "output")
         self._follow_while_tracing = while_tracing(
-            self._follow_traced, "func", "args", "kwargs", "output", "mask", "inputs", listener=manager.recorder
+            self.follow_traced, "func", "args", "kwargs", "output", "mask", "inputs", listener=manager.recorder
         )
+        self.listener: GraphListener = manager.recorder
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if kwargs is None:
             kwargs = {}
+        manager = self.manager
         if is_tracing():
-            return self._trace(func, args, kwargs)
+            if manager.running or not manager.observing:
+                return call_traced(self, func, args, kwargs)
+            forward = manager.recorder.forward
+            return call_traced(self, func, args, kwargs, forward.mask, forward.parts.inputs)
         if func in _QUESTIONS:
             return func(*args, **kwargs)
-        manager, known = self.manager, func in self._functions
+        known = func in self._functions
         recorder = manager.recorder
         before, self.handling = self.handling, True
         try:
@@ -162,10 +170,18 @@ class ActivationFunctionMode(TorchFunctionMode):
         finally:
             self.manager.entered.take_off_next()
 
-    def _trace(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Do what :meth:`__torch_function__` does while ``torch.compile`` traces."""
-        if func is Tensor.unflatten:
-            func = torch.unflatten  # the same; torch.compile cannot trace the method under a function mode
+    def may_count(self, func: Any) -> bool:
+        """Whether a call of a function may have to be counted, so that :meth:`trace` is traced for it."""
+        return func is TRACED_KERNEL or func in self._functions or (self.manager.functional and func in SELECTING)
+
+    def trace(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Do what :meth:`__torch_function__` does, for a call that may be counted, while ``torch.compile`` traces.
+
+        Args:
+            func: The function.
+            args: The positional arguments of its call.
+            kwargs: The keyword arguments of its call.
+        """
         manager = self.manager
         if func is TRACED_KERNEL:
             output = func(*args, **kwargs)
@@ -179,7 +195,7 @@ class ActivationFunctionMode(TorchFunctionMode):
         try:
             if call is not None:
                 manager.recorder.end(call, first_input(args, kwargs), output)
-            elif isinstance(output, (Tensor, tuple, list)) or func is Tensor.__setitem__:
+            else:
                 self._follow_in_graph(func, args, kwargs, output)
         except Exception as error:
             manager.fail(error)
@@ -203,10 +219,22 @@ class ActivationFunctionMode(TorchFunctionMode):
         forward = self.manager.recorder.forward
         inputs, mask = forward.parts.inputs, forward.mask  # noqa: F841, the graph is for these inputs
         comptime(self._follow_while_tracing)
-        if func in SELECTING and self.manager.functional:
+        if self.manager.functional:
             self.manager.recorder.select(func, args, kwargs, output)
 
-    def _follow_traced(self, func: Any, args: Any, kwargs: Any, output: Any, mask: Any, _: str) -> None:
+    def follow_traced(self, func: Any, args: Any, kwargs: Any, output: Any, *facts: Any) -> None:
+        """Follow a function that ``torch.compile`` has traced.
+
+        Args:
+            func: The function.
+            args: The positional arguments of its call.
+            kwargs: The keyword arguments of its call.
+            output: What it returned.
+            facts: The mask of positions, and what else the graph is made for.
+        """
+        mask = facts[0]
+        if not (isinstance(output, (Tensor, tuple, list)) or func is Tensor.__setitem__):
+            return
         flow = self.manager.recorder.forward.flow
         flow.row_masks.mask = mask if isinstance(mask, Tensor) else None
         if func is Tensor.__getitem__ and isinstance(args[1], torch.SymInt):

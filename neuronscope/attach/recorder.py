@@ -40,6 +40,7 @@ from neuronscope.attach.layer_names import LayerNames
 from neuronscope.attach.masks import PositionMask
 from neuronscope.attach.origins import LOST
 from neuronscope.attach.row_owners import Owners
+from neuronscope.attach.selections import SELECTING
 from neuronscope.attach.site_finder import Call, CountersFactory, DeclaredAxis, SiteFinder, neurons_in
 from neuronscope.attach.unmeasured import place_of
 from neuronscope.attach.unsupported import BATCHED_GRADIENT, CAPTURED, describe_input, in_transform
@@ -566,6 +567,8 @@ class SiteRecorder:
 
     def _select_traced(self, phase: str, function: Any, args: Any, kwargs: Any, y: Any) -> None:
         self._found.clear()
+        if function not in SELECTING:
+            return
         selected = self.sites.selections.find(phase, function, args, kwargs, y, traced=True)
         if selected is not None:
             call, x = selected
@@ -669,7 +672,7 @@ class SiteRecorder:
         if counters is None:
             return
         axis, dims = self._layout_of(call)
-        plain, axis = neurons_first(y.detach(), axis, dims)
+        plain, axis = neurons_first(y, axis, dims)
         left_out = None
         if dims is None:
             plain, left_out = blank_positions(plain, axis, self._mask_in_graph(y, False))

@@ -661,10 +661,12 @@ class SiteFinder:
             members.append(self._counters_for(phase, own, described, (own.name, layer, names[2]), neurons, x))
         if all(member is None for member in members):
             return None
+        joined = JoinedCounters(members, neurons)
         if units.experts.joined and not traced:
-            return JoinedCounters(members, neurons)
-        if any(member is not None and (member.shared or member.in_graph) for member in members):
+            return joined
+        if any(member.shared or member.in_graph for member in joined.wanted):
             self.unmeasured.note(key.name, "its experts are run in two ways in one phase, of which one is counted")
+            joined.leave_out_call()
             return None
         found = self._experts[phase, key] = ExpertCounters(members, neurons, x.device)
         return found

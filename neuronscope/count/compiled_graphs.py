@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 import torch.fx.experimental.proxy_tensor
@@ -15,7 +15,6 @@ from torch import Tensor
 from torch._dynamo.trace_rules import get_torch_obj_rule_map, manual_torch_name_rule_map
 from torch._dynamo.variables import TorchInGraphFunctionVariable
 
-from neuronscope.count.counter_tensors import NEVER
 from neuronscope.count.counters import SiteCounters
 from neuronscope.count.neuron_layout import Dims, neurons_first
 from neuronscope.count.positions import blank_positions
@@ -23,6 +22,7 @@ from neuronscope.count.positions import blank_positions
 __all__ = [
     "add_outputs_in_graph",
     "gate_half",
+    "handled_as",
     "leave_out",
     "once_a_forward",
     "one_call_in_graph",
@@ -99,9 +99,19 @@ def one_call_in_graph(function: Callable[Parameters, Result]) -> Callable[Parame
     ``torch.compiler.allow_in_graph`` does so too, and marks the graph: where the back end cannot compile a marked graph
     because a value in it depends on data, the compiler raises, where it runs the code of an unmarked one eagerly.
     """
+    return handled_as(TorchInGraphFunctionVariable, function)
+
+
+def handled_as(variable: Any, function: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
+    """Tell ``torch.compile`` how to handle calls of a function, and return the function.
+
+    Args:
+        variable: The class of the compiler's variables that stand for the function.
+        function: The function.
+    """
     # By name too: the compiler makes the second table anew from the first, for example when DDP is set up.
-    manual_torch_name_rule_map[f"{function.__module__}.{function.__qualname__}"] = TorchInGraphFunctionVariable
-    get_torch_obj_rule_map()[function] = TorchInGraphFunctionVariable
+    manual_torch_name_rule_map[f"{function.__module__}.{function.__qualname__}"] = variable
+    get_torch_obj_rule_map()[function] = variable
     return function
 
 
@@ -115,6 +125,7 @@ def _add_outputs_in_graph(
     *tensors: Tensor,
 ) -> None:
     zero_outputs, _, not_finite, abs_sum, last_active, first_active, traced, _ = tensors
+    # A compiler takes long for each operator, so that there are as few as possible.
     zeros, bad, magnitudes = _plain_outputs(y.detach(), axis, tolerance)
     positions = y.numel() // y.shape[axis]
     zero_outputs.add_(zeros)
@@ -122,10 +133,11 @@ def _add_outputs_in_graph(
     abs_sum.add_(magnitudes)
     fired = zeros + bad < positions
     last_active.masked_fill_(fired, step)
-    first_active.masked_fill_(fired & (first_active == NEVER), step)
-    traced[0].add_(positions)
-    if not isinstance(examples, int) or examples:  # a site adds them once a forward
-        traced[1].add_(examples)
+    torch.where(fired, torch.minimum(first_active, step), first_active, out=first_active)
+    if isinstance(positions, int) and isinstance(examples, int) and positions == examples:
+        traced.add_(positions)
+    else:  # positions, examples
+        traced.add_(torch.arange(2, device=traced.device) * (examples - positions) + positions)
 
 
 @one_call_in_graph

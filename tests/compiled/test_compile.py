@@ -671,6 +671,27 @@ def test_counting_stays_one_call_in_a_graph_when_the_compiler_makes_its_tables_a
         assert getattr(compiled_graphs, name) in table
 
 
+class JoinedBehindOne(nn.Module):
+    """An activation of one layer, whose rows are then joined with another layer's before the same activation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right, self.last = nn.Linear(4, 6), nn.Linear(4, 6), nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        joined = torch.cat([self.left(x), F.silu(self.right(x))])
+        return self.last(F.silu(joined))
+
+
+def test_a_layer_that_a_graph_counts_alone_and_joined_with_another_one_is_listed_and_in_no_census():
+    """The graph has counters of the layer already, and cannot count its joined rows in them."""
+    model = JoinedBehindOne()
+    with ns.watch(model) as scope:
+        torch.compile(model, backend="aot_eager", fullgraph=True)(torch.randn(3, 4)).sum().backward()
+        assert not scope.census()
+        assert "left+right/silu" in [place.name for place in scope.report().not_measured]
+
+
 class Decoder(nn.Module):
     """A fused QKV, a feed-forward layer, and a SwiGLU of one projection."""
 
