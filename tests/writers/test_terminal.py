@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from neuronscope.report.report import SiteReport
+from neuronscope.report.report import Report, SiteReport
 from neuronscope.writers.tensorboard import diagnosis
 
 from . import golden
