@@ -414,10 +414,24 @@ class TracedMode(Protocol):
         """Whether ``trace`` must be traced for a call of this function."""
 
     def trace(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Call a function, and add to the graph what there is to add; is traced."""
+        """Call a function, and add to the graph what there is to add; is traced.
+
+        Args:
+            func: The function.
+            args: The positional arguments of its call.
+            kwargs: The keyword arguments of its call.
+        """
 
     def follow_traced(self, func: Any, args: Any, kwargs: Any, output: Any, *facts: Any) -> None:
-        """Note a call of any other function; is not traced. Each tensor is a fake one."""
+        """Note a call of any other function; is not traced.
+
+        Args:
+            func: The function.
+            args: The positional arguments of its call, with a fake tensor for each tensor.
+            kwargs: The keyword arguments of its call.
+            output: What it returned.
+            facts: See :func:`call_traced`.
+        """
 
 
 def call_traced(
