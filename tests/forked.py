@@ -57,7 +57,7 @@ def _as_the_server_begins() -> Iterator[None]:
 
 
 def _run(module: str, arguments: tuple[str, ...], log: Path, environment: dict[str, str]) -> None:
-    os.setsid()
+    os.setpgrp()
     for number, suffix in ((1, ".out"), (2, ".err")):
         os.dup2(os.open(log.with_suffix(suffix), os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
     os.environ.clear()
