@@ -151,7 +151,7 @@ def in_compiled_graph() -> bool:
             in_graph_code = True
         elif file.startswith(_GRAPH_CALLERS) or (in_graph_code and file.startswith(_DYNAMO)):
             return True
-        elif not file.startswith(_TORCH):  # the user's, or what Inductor has written
+        elif not file.startswith(_TORCH) and file != _COUNTING:  # the user's, or what Inductor has written
             return frame.f_back is not None and frame.f_back.f_code.co_filename.startswith(_INDUCTOR)
         frame = frame.f_back
     return False
@@ -165,6 +165,8 @@ def _is_graph(file: str) -> bool:
 _ROOT = Path(torch.__file__).parent
 _TORCH, _DYNAMO, _INDUCTOR = (f"{folder}{os.sep}" for folder in (_ROOT, _ROOT / "_dynamo", _ROOT / "_inductor"))
 _GRAPH_CALLERS = (_INDUCTOR, *(str(_ROOT / "_functorch" / name) for name in ("_aot_autograd", "aot_autograd")))
+#: The code of the counting calls in a graph: what they call is the graph's.
+_COUNTING = handled_as.__code__.co_filename
 
 
 def is_compiled(module: nn.Module) -> bool:
