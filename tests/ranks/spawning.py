@@ -81,6 +81,6 @@ def together(
     ended = launch(folder, "tests.ranks.worker", *commands, may_fail=may_fail, NEURONSCOPE_RANKS_ON=device)
     given = [number for number in range(world) if number != killed]
     for number in given:
-        assert ended[number].code in (0, None), ended[number].errors[-4000:]
+        assert ended[number].code in (0, None), f"exit code {ended[number].code}\n{ended[number].errors[-4000:]}"
     assert all(ended[number].code == 0 for number in given), "not all ranks ended in time"
     return [torch.load(folder / f"{number}_of_{world}.pt", weights_only=False) for number in given]
