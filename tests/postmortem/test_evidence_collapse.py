@@ -76,14 +76,20 @@ def test_a_layer_whose_reader_learns_only_its_bias_has_collapsed(tmp_path: Path,
     assert "cut off by the collapse of 2" in report["0"].evidence[0].text
 
 
-def test_a_layer_whose_own_clock_shows_nothing_is_suspected_and_not_the_one_before_it(tmp_path: Path) -> None:
+@pytest.mark.parametrize("hidden", [6, 4], ids=["all rows", "some rows"])
+def test_a_layer_whose_own_clock_shows_nothing_has_collapsed_and_not_the_one_before_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], hidden: int
+) -> None:
     """The rounding of a bias of -1,000,000 under weight decay hides what the momentum buffer of layer 2 would show."""
     model = chain()
-    nn.init.constant_(model[2].bias, -1e6)
-    report = ns.postmortem(saved(tmp_path, model, OPTIMIZERS["sgd, decay"](model.parameters()), CUT))
-    assert (report.collapsed, report.dead, report.suspected, report.idle) == ((), 0, 6, 6)
-    assert "This says nothing about these neurons" in report["0"].evidence[0].text
-    assert "Layer 2 may have collapsed" in str(report)
+    nn.init.constant_(model[2].bias[:hidden], -1e6)
+    path = saved(tmp_path, model, OPTIMIZERS["sgd, decay"](model.parameters()), CUT)
+    report = ns.postmortem(path)
+    assert (report.collapsed, report.dead, report.suspected, report.idle) == (("2",), 6, 0, 6)
+    assert "cut off by the collapse of 2" in report["0"].evidence[0].text
+    assert "own clock does not tell" in report["2"].evidence[0].text
+    assert cli.main(["postmortem", str(path), "--fail-above", "90"]) == 1
+    assert "layer 2 collapsed" in capsys.readouterr().err
 
 
 def test_a_bias_that_stopped_after_learning_on_shows_a_collapse(tmp_path: Path) -> None:

@@ -150,9 +150,23 @@ def test_a_bias_that_fits_no_dimension_is_not_a_layer():
     assert find_layers(tensors) == ()
 
 
-def test_in_sorted_names_the_layer_that_no_other_one_reads_gives_the_outputs():
-    """The names of a safetensors file are sorted: its last layer is read by the first one."""
-    shapes = {"classifier.weight": (3, 6), "embeddings.weight": (9, 4), "layers.0.weight": (6, 4)}
-    layers = find_layers({name: Held(torch.zeros(shape)) for name, shape in shapes.items()})
-    assert find_projections(layers, is_ordered=False) == {"classifier": "output"}
-    assert find_projections(layers) == {"layers.0": "output"}
+SORTED = {
+    "names before the layers'": ({"classifier": (3, 6), "embeddings": (9, 4), "layers.0": (6, 4)}, "classifier"),
+    "a flattened picture": (
+        {"classifier": (10, 576), "features.0": (8, 3, 3, 3), "features.2": (64, 8, 3, 3)},
+        "classifier",
+    ),
+    "a fused gate": ({"lm_head": (97, 8), "mlp.down_proj": (8, 24), "mlp.gate_up_proj": (48, 8)}, "lm_head"),
+    "a tied embedding": ({"embed_tokens": (97, 8), "mlp.down_proj": (8, 24), "mlp.gate_up_proj": (48, 8)}, None),
+    "attention": ({"attn.qkv_proj": (20, 8), "attn.v_proj": (4, 8), "lm_head": (97, 8)}, "lm_head"),
+    "as many outputs as divide the inputs": ({"fc1": (50, 800), "fc2": (10, 50)}, "fc2"),
+}
+
+
+@pytest.mark.parametrize("case", SORTED)
+def test_in_sorted_names_the_layer_that_no_other_one_reads_gives_the_outputs(case: str) -> None:
+    """The names of a safetensors file are sorted: the last layer of the file may be any of the network."""
+    shapes, output = SORTED[case]
+    layers = find_layers({f"{name}.weight": Held(torch.zeros(shape)) for name, shape in shapes.items()})
+    found = find_projections(layers, is_ordered=False)
+    assert [path for path, kind in found.items() if kind == "output"] == ([] if output is None else [output])

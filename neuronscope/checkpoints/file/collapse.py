@@ -79,13 +79,13 @@ def find_no_gradient_causes(layers: Sequence[Layer], readings: Sequence[LayerClo
         source = _input_layer(states, index) if state.input_is_zero else None
         if source is None:
             continue
-        text = f"its input is zero since the collapse of {source.layer.path}, and only its bias got gradients"
+        text = f"its input is zero since the collapse of {source.path}, and only its bias got gradients"
         causes.setdefault(state.layer.path, NoGradientCause("cut off", text))
         text = (
             f"the weights of {state.layer.path}, which reads it, got none either while its bias still did: the input "
-            f"there is zero. The layer{' or one near it' if source.is_open else ''} has collapsed"
+            "there is zero. The layer has collapsed"
         )
-        causes[source.layer.path] = NoGradientCause("unsure" if source.is_open else "collapsed", text)
+        causes[source.path] = NoGradientCause("collapsed", text)
     for layer, text in _unsure(states):
         causes.setdefault(layer.path, NoGradientCause("unsure", text))
     for index, state in enumerate(states):
@@ -147,14 +147,14 @@ def _is_readable(reading: ClockReading) -> Tensor:
     return ~reading.not_finite & ~reading.unknown
 
 
-def _input_layer(states: Sequence[_LayerState], index: int) -> _LayerState | None:
+def _input_layer(states: Sequence[_LayerState], index: int) -> Layer | None:
     """Return the layer that another one reads: the nearest before it that shows no gradient and has a fitting width."""
     reader = states[index].layer
     for state in reversed(states[:index]):
         width = state.layer.width
         fits = width == reader.width if reader.kind == "norm" else not (reader.inputs % width and width % reader.inputs)
         if fits and state.may_have_collapsed:
-            return state
+            return state.layer
     return None
 
 

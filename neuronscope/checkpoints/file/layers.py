@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -46,7 +46,7 @@ _EXPERTS = re.compile(r"(^|[._])experts?([._]|$)")
 #: Paths of layers whose rows go through no activation, by the names that they have in common networks: the projections
 #: of attention, and the one that leads out of a block of two layers.
 _PROJECTION = re.compile(
-    r"(^|[._])([qkvo]_proj|[qkv]_lin|out_lin|to_[qkv]|to_out(\.0)?|w?qkv|c_attn|query|key|value|query_key_value|"
+    r"(^|[._])((qkv|[qkvo])_proj|[qkv]_lin|out_lin|to_[qkv]|to_out(\.0)?|w?qkv|c_attn|query|key|value|query_key_value|"
     r"w[qkvo]|down_proj|(attention|attn|self|mlp)\.(out_proj|c_proj|proj)|output\.dense|SelfAttention\.[qkvo]|"
     r"EncDecAttention\.[qkvo])$",
     re.IGNORECASE,
@@ -172,27 +172,52 @@ def find_projections(
     Args:
         layers: The checkpoint's layers, in the order of the file.
         networks: With several networks, what the paths of each one's layers begin with.
-        is_ordered: Whether that is the order of the network.
+        is_ordered: Whether that is the order of the network; else the file holds one network.
 
     Returns:
         What each layer is, by its path: ``output`` (the last layer of a network, unless a norm follows it or a later
-        layer has as many inputs as it has rows; in no known order the last whose width no layer reads) or
-        ``projection``.
+        layer has as many inputs as it has rows; in no known order see :func:`_last_unread`) or ``projection``.
     """
     found = {
         layer.path: "projection" for layer in layers if layer.kind in NEURON_KINDS and _PROJECTION.search(layer.path)
     }
-    last: dict[str, int] = {}
-    for number, layer in enumerate(layers):
-        is_read = any(other.inputs == layer.width for other in layers if other is not layer)
-        if is_ordered or (layer.kind in NEURON_KINDS and not is_read):
-            last[next((name for name in networks if layer.path.startswith(f"{name}.")), "")] = number
+    if not is_ordered:
+        output = _last_unread(layers, found)
+        return found if output is None else {**found, output.path: "output"}
+    last = {
+        next((name for name in networks if layer.path.startswith(f"{name}.")), ""): number
+        for number, layer in enumerate(layers)
+    }
     for number in last.values():
         layer = layers[number]
         is_read = any(later.inputs == layer.width for later in layers[number + 1 :])
         if layer.kind in NEURON_KINDS and not is_read:
             found[layer.path] = "output"
     return found
+
+
+def _last_unread(layers: Sequence[Layer], projections: Container[str]) -> Layer | None:
+    """Return the last layer that no other one reads, as far as sizes show it.
+
+    A layer may read several outputs of each row (a flattened picture, a concatenation) or a part of the rows (a gate).
+    Small numbers divide others by chance: so a layer whose width fits no other one's inputs in this way is taken first,
+    and then one whose width, or half of it, is not another one's inputs.
+
+    Args:
+        layers: The layers.
+        projections: Paths of the layers that are not looked at.
+    """
+    inputs = Counter(layer.inputs for layer in layers if layer.inputs > 1)
+    candidates = [layer for layer in layers[::-1] if layer.kind in NEURON_KINDS and layer.path not in projections]
+    for is_wide in (True, False):
+        for layer in candidates:
+            others = (size for size, number in inputs.items() if number > 1 or size != layer.inputs)
+            width = layer.width
+            if not any(
+                width in (size, 2 * size) or (is_wide and not (size % width and width % size)) for size in others
+            ):
+                return layer
+    return None
 
 
 def _split(name: str, tensors: Mapping[str, StoredTensor]) -> tuple[str, str | None] | None:

@@ -37,6 +37,7 @@ class _LayerGradients:
     def __init__(self, read: LayerClock, cause: NoGradientCause | None) -> None:
         self._read, self._cause = read, cause
         self._path, self._source = read.layer.path, read.rule.source
+        self._has_collapsed = cause is not None and cause.kind == "collapsed"  # as the next layer's clock shows
         measure = "steps since the last gradient, " + ("at most" if read.is_bound else "about")
         self._measured: dict[str, Any] = {"numbers": read.reading.steps, "measure": measure}
 
@@ -56,11 +57,11 @@ class _LayerGradients:
             count = int(reading.not_finite.sum())
             yield self._abstain(f"The optimizer's state of {count} neurons is NaN or infinite.")
         unknown = reading.unknown & ~reading.not_finite
-        if no_clock:
-            yield self._abstain(f"There is {no_clock}; {read.clock.unknown_reason}.")
-        elif unknown.any() and self._cause is not None and self._cause.kind == "unsure":
+        if unknown.any() and self._has_collapsed:
             text = "The layer's own clock does not tell when the last gradient came." + self._why("")
-            yield from self._evidence(unknown, True, claim="no gradient", basis="suspected", text=text)
+            yield from self._evidence(unknown, True, claim="no gradient", basis="inferred", text=text)
+        elif no_clock:
+            yield self._abstain(f"There is {no_clock}; {read.clock.unknown_reason}.")
         elif unknown.any():
             yield self._abstain(f"Nothing is known of {int(unknown.sum())} neurons: {read.clock.unknown_reason}.")
         if is_short and not no_clock:
@@ -92,10 +93,10 @@ class _LayerGradients:
         The layer was frozen or cut off by a later layer, at the latest when its last rows stopped. Rows that stopped
         well before that did so one by one, unless the layer has collapsed, whichever rows stopped first.
         """
-        if not whole:
-            return torch.zeros_like(dated)
         if self._cause is not None and self._cause.kind != "cut off":
             return dated | undated
+        if not whole:
+            return torch.zeros_like(dated)
         steps = self._read.reading.steps
         return dated & (steps <= steps[dated].min() + _TOGETHER) if dated.any() else undated
 
@@ -126,8 +127,7 @@ class _LayerGradients:
         )
         if taken is not None and taken - 1 <= SILENT_STEPS:
             return
-        has_collapsed = self._cause is not None and self._cause.kind == "collapsed"  # as the next layer's clock shows
-        is_sure = has_collapsed or (taken is not None and taken - 1 > _LONG)
+        is_sure = self._has_collapsed or (taken is not None and taken - 1 > _LONG)
         began = "" if taken is None else f" ({taken:,} of its steps ago)"
         if read.began:
             began = f" (its step 0 is step {read.began:,})"
@@ -213,7 +213,7 @@ class _LayerGradients:
         if whole and (self._cause is None or self._cause.kind == "cut off"):
             fields["whole_layer"] = True
         elif whole and self._cause is not None:
-            fields |= {"collapsed": True, "basis": "inferred" if self._cause.kind == "collapsed" else "suspected"}
+            fields |= {"collapsed": True, "basis": "inferred" if self._has_collapsed else "suspected"}
         text += _caveats(self._read)
         return evidence_where(self._path, mask, source=self._source, text=text, **fields)
 
