@@ -95,7 +95,7 @@ def _add_demo(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
         description=(
             "Trains the same network on scikit-learn's digits with ReLU, GELU, SiLU and others, and with no "
             "activation, and watches which neurons die. Makes a table, a picture, TensorBoard logs and an HTML report "
-            "in a minute or two."
+            "in two to three minutes."
         ),
     )
     demo.add_argument(

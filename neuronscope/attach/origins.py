@@ -256,8 +256,8 @@ def combine(operands: Sequence[Operand], shape: Sequence[int], *, bent: str = ""
 
     Of several sources, the widest decides, so that a gate that is broadcast never wins over what it gates. Those that
     are upstream of another source drop out: ``x + f(x)`` has the units of ``f``. Of parallel ones the first that was
-    called decides; one of which a single step was taken decides only beside others of its kind. Truth values are masks:
-    they decide nothing beside numbers.
+    called decides, but one of which a single step was taken does so only if that holds for all of them. Truth values
+    are masks: they decide nothing beside numbers.
 
     Args:
         operands: The tensors.
