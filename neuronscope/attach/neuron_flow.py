@@ -743,15 +743,16 @@ class NeuronFlow:
         if values is None:  # it failed
             return
         upstream = 0
-        self._given_out.clear()
-        with unwatched():
+        given_out = self._given_out.entries
+        given_out.clear()
+        with unwatched(False):
             for tensor in (values,) if isinstance(values, Tensor) else all_tensors(values):
                 origin = self._origins.get(tensor)
                 if origin is None:
                     continue
                 upstream |= origin.upstream
                 if origin.upstream:
-                    self._given_out.put(tensor, (torch.is_grad_enabled(), tensor.requires_grad))
+                    given_out[id(tensor)] = weakref.ref(tensor), (torch.is_grad_enabled(), tensor.requires_grad)
                 for carried in origin.carries:
                     self.reader_notes.setdefault(carried.site, {})["returned by the model"] = None
         if self._returned != (upstream, self.layers):
