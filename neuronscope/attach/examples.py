@@ -10,8 +10,8 @@ the input are possible, the smaller number is taken, because it holds in both. W
   with one length are several inputs of the same rows. For all other lists, the smaller of the number of members and the
   number of rows is taken.
 - A batch of graphs has as many examples as its ``num_graphs`` says; a packed sequence as many as it has sequences.
-- A forward that continues earlier ones adds none: with a key-value cache, with a state that the model returned the last
-  time, or with its own last output appended.
+- A forward that continues earlier ones, with a key-value cache or with its own last output appended, adds none. One
+  that is given a state which the model returned the last time is one forward with the last; see `forward`.
 - A model with a module that takes its time dimension first (``batch_first=False``, torch's default) may be given its
   examples on dimension 1. So the smaller of both dimensions is taken, until such a module was seen to get the rows of
   the model's input on its dimension 1.
@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-import weakref
 from collections.abc import Callable, Iterable, Mapping
 from types import FunctionType, MethodType, ModuleType
 from typing import Any
@@ -33,7 +32,6 @@ from torch.nn.utils.rnn import PackedSequence
 from neuronscope.attach.call_arguments import CACHE_NAMES, CACHES, CallArguments, inputs_only
 from neuronscope.attach.compiling import is_tracing, unwatched
 from neuronscope.attach.dtensor import local_tensor
-from neuronscope.attach.tensor_map import TensorMap
 from neuronscope.errors import NeuronscopeWarning
 from neuronscope.options import Examples
 
@@ -53,14 +51,10 @@ class ExampleCounter:
         option: The option ``examples`` of :func:`neuronscope.watch`.
         model: The model.
         arguments: Names the arguments of its modules' forwards.
-
-    Attributes:
-        returned: The tensors that the model computed and returned in its last forward, and whether with gradients.
     """
 
     def __init__(self, option: Examples, model: nn.Module, arguments: CallArguments) -> None:
         self._option = option
-        self._model = weakref.ref(model)
         self._eager_option = torch.compiler.disable(option) if callable(option) else None
         self._arguments = arguments
         self._time_first = option == "auto" and any(is_time_first(module) for module in model.modules())
@@ -69,7 +63,6 @@ class ExampleCounter:
         self._rows = 0  # of the forward that runs
         self._tokens = (0, 0, 0)  # of the last forward: its module, rows and length
         self._warned = False
-        self.returned: TensorMap[bool] = TensorMap()
         self._takes_batch: dict[type, bool] = {}  # of classes of modules: whether their first argument is no cache
 
     def count(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int | None:
@@ -92,8 +85,6 @@ class ExampleCounter:
             return self._ask(option, args, kwargs)
         traced = is_tracing()
         with unwatched(traced):
-            if not traced and self._is_given_back(module, args, kwargs):
-                return 0
             if option == "auto" and len(args) == 1 and not (kwargs or traced) and self._is_batch(module, args[0]):
                 return int(args[0].size(0))
             return self._count(option, module, self._arguments.named(module, args, kwargs))
@@ -108,17 +99,6 @@ class ExampleCounter:
             return None
         with unwatched():
             return self._rows_of(self._option, list(inputs), first_tensor(inputs))
-
-    def _is_given_back(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
-        """Whether the model is given anything that it returned the last time, such as a recurrent network's state.
-
-        A forward with gradients that is given what one without them returned does not go on there: it is a reference.
-        """
-        if self.returned.entries and module is self._model():
-            for tensor in all_tensors((args, kwargs)):  # no generator: see `call_arguments`
-                if self.returned.get(tensor) == torch.is_grad_enabled():
-                    return True
-        return False
 
     def _is_batch(self, module: nn.Module, x: Any) -> bool:
         """Whether the only input of a module is a batch beyond doubt: most forwards are spared the longer search."""

@@ -59,6 +59,7 @@ class ForwardContext:
         module_stack: Paths of the watched modules that are running, the innermost last.
         flow: What each tensor is.
         parts: The compiled parts of the model.
+        begun: How many forwards began so far, and passes that count as one.
         number: Number of the forward.
         number_tensor: The same as a tensor, for graphs of parts of the model: int64, without dimensions.
         examples: Number of examples that the forward was given.
@@ -82,8 +83,7 @@ class ForwardContext:
         self.mask: Tensor | None = None
         self.module_stack: list[str] = []
         self.flow = NeuronFlow(names)
-        counter.returned = self.flow.returned
-        self.number = 0
+        self.begun = self.number = 0
         with torch.inference_mode(False):
             self.number_tensor = torch.zeros((), dtype=torch.int64, device="cpu")
         self.examples = 0
@@ -101,7 +101,6 @@ class ForwardContext:
         self._graded = True
         self._inference = False
         self._examples_of_step = 0
-        self._numbers = 0
         self._step: tuple[int, int] | None = None  # number and examples of a training step that says what it was given
         self._ordinals: dict[tuple[Any, ...], int] = {}
         self.parts = CompiledParts(self.flow, self._ordinals)
@@ -171,8 +170,8 @@ class ForwardContext:
         """
         if self.module_stack or self._step is not None:
             return
-        self._numbers += 1
-        self._set_number(self._numbers)
+        self.begun += 1
+        self._set_number(self.begun)
         self.examples = self._counter.count_step((x,)) or 0
         if not self.explicit_step:
             self._set_mask(None)
@@ -196,8 +195,8 @@ class ForwardContext:
         """
         self._step = None
         if examples is not None:
-            self._numbers += 1
-            self._step = self._numbers, examples
+            self.begun += 1
+            self._step = self.begun, examples
             self._take_step(self._step)
 
     def end_step(self) -> None:
@@ -229,9 +228,15 @@ class ForwardContext:
         return is_tracing() or not _in_autograd_function()
 
     def _begin(self, path: str, args: Any, kwargs: Any) -> None:
-        """Forget the tensors of the last forward, and note the inputs of this one."""
-        self._numbers += 1
-        self._set_number(self._numbers)
+        """Forget the tensors of the last forward, and note the inputs of this one.
+
+        A forward that is given what the model returned the last time, such as a recurrent network's state, has the
+        number of the last one: a site has no more examples in both than in one, and a site that only one of them runs
+        has those of that one.
+        """
+        self.begun += 1
+        if path != "" or not self.flow.gave(args, kwargs):
+            self._set_number(self.begun)
         self.parts.clear()
         again = self.restarts_at_parts and any(_overlap(path, each) for each in self._ran)
         if again or (path == "" and not self.explicit_step) or len(self.flow.layers) > _MOST_CALLS:
@@ -281,17 +286,22 @@ class ForwardContext:
         """Return the number of an activation among those of its name that the same units of one call are given to.
 
         Those of other positions, as the steps of a sequence, are not among them: their counts add up. Positions that
-        data picked are taken for others each time.
+        data picked are taken for others each time, but not beside an activation that all positions are given to.
 
         Args:
             origin: What it is given.
             activation: Its name.
         """
-        if any(first == PICKED for _, first, _, _ in origin.part):
-            return 0
-        place = (origin.unit_set, activation, origin.part)
-        found = self._ordinals.get(place, 0)
-        self._ordinals[place] = found + 1
+        known, every = self._ordinals, (origin.unit_set, activation)
+        place = (*every, origin.part)
+        if not origin.part:
+            found = known.get(every, 0)
+        else:
+            found = known.get((*every, ()), 0)  # behind the last that all positions are given to
+            if all(first != PICKED for _, first, _, _ in origin.part):
+                found = max(found, known.get(place, 0))
+        known[place] = found + 1
+        known[every] = max(found + 1, known.get(every, 0))
         return found
 
     def forget(self) -> None:

@@ -168,7 +168,6 @@ class NeuronFlow:
         expert_rows: Knows which expert each row of a layer of experts is of.
         row_masks: Knows which rows are padding of what data picked from a batch.
         layers: The layer of each call, in the order of the calls.
-        returned: What the model computed with its layers and returned in its last forward, and whether with gradients.
     """
 
     def __init__(self, names: LayerNames) -> None:
@@ -185,8 +184,8 @@ class NeuronFlow:
         self.layers: list[str] = []
         self.read = 0
         self._closed: tuple[int, list[str]] = 0, []  # what `_close_calls` noted last: most forwards are alike
-        self.returned: TensorMap[bool] = TensorMap()
         self._returned: tuple[int, list[str]] = 0, []  # what `note_outputs` noted last
+        self._given_out: TensorMap[tuple[bool, bool]] = TensorMap()  # what the model returned last; see `gave`
         self.readers: dict[Any, dict[ReaderColumns | str, None]] = {}  # of each site: columns, or layers, that read it
         self.sources: dict[str, dict[Any, None]] = {}  # of each layer: the sites of which it reads known columns
         self.reader_notes: dict[Any, dict[str, None]] = {}  # of each site: other ways in which it is read
@@ -744,19 +743,41 @@ class NeuronFlow:
         if values is None:  # it failed
             return
         upstream = 0
-        self.returned.clear()
-        for tensor in (values,) if isinstance(values, Tensor) else all_tensors(values):
-            origin = self._origins.get(tensor)
-            if origin is not None:
+        given_out = self._given_out.entries
+        given_out.clear()
+        with unwatched(False):
+            for tensor in (values,) if isinstance(values, Tensor) else all_tensors(values):
+                origin = self._origins.get(tensor)
+                if origin is None:
+                    continue
                 upstream |= origin.upstream
                 if origin.upstream:
-                    self.returned.put(tensor, torch.is_grad_enabled())
+                    given_out[id(tensor)] = weakref.ref(tensor), (torch.is_grad_enabled(), tensor.requires_grad)
                 for carried in origin.carries:
                     self.reader_notes.setdefault(carried.site, {})["returned by the model"] = None
         if self._returned != (upstream, self.layers):
             self._returned = upstream, self.layers.copy()
             self.called.update(self.layers)
             self._reached.update(self._layers_of(upstream))
+
+    def gave(self, *values: Any) -> bool:
+        """Whether any of some values is what the model computed with its layers and returned in its last forward.
+
+        With gradients now and none then, or the reverse, or detached in place since, it is a new begin.
+
+        Args:
+            values: What a forward is given.
+        """
+        for reference, _ in self._given_out.entries.values():
+            if reference() is not None:
+                break
+        else:  # most often nothing is left, and the search is spared
+            return False
+        with unwatched():
+            for tensor in all_tensors(values):  # no generator: see `call_arguments`
+                if self._given_out.get(tensor) == (torch.is_grad_enabled(), tensor.requires_grad):
+                    return True
+        return False
 
     def note_activation(self, origin: Origin, key: Any, name: str) -> None:
         """Note that an activation reads what a tensor carries.

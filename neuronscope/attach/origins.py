@@ -107,13 +107,14 @@ class Origin:
         turned: Whether it is a weight whose last two dimensions are exchanged.
         part: Which positions it holds, if some were taken: the dimension, the first index, their number and the step of
             each index or slice, in their order.
+        begins: Whether it is what a layer gave for constants or weights alone, as for the first state of a recurrence.
         unit_set: The calls, the first unit and the factors of the units, wherever they lie in the tensor; and the runs,
             if the units are not each unit of the layers once.
     """
 
     __slots__ = (
         *("bends", "carries", "cuts", "layer", "picked", "picks", "site", "state", "unit_set", "units", "upstream"),
-        *("part", "turned", "zeros"),
+        *("begins", "part", "turned", "zeros"),
     )
 
     _known: ClassVar[dict[tuple[Any, ...], Origin]] = {}
@@ -132,6 +133,7 @@ class Origin:
     zeros: bool
     turned: bool
     part: tuple[tuple[int, int, int, int], ...]
+    begins: bool
     unit_set: tuple[Any, ...]
 
     @classmethod
@@ -151,6 +153,7 @@ class Origin:
         zeros: bool = False,
         turned: bool = False,
         part: tuple[tuple[int, int, int, int], ...] = (),
+        begins: bool = False,
     ) -> Origin:
         """Return the origin with these attributes; see the class.
 
@@ -168,8 +171,9 @@ class Origin:
             zeros: Whether every element is zero.
             turned: Whether the last two dimensions are exchanged.
             part: Some of the positions.
+            begins: Whether constants or weights alone led to it.
         """
-        facts = (state, upstream, units, layer, cuts, picked, site, bends, carries, picks, zeros, turned, part)
+        facts = (state, upstream, units, layer, cuts, picked, site, bends, carries, picks, zeros, turned, part, begins)
         found = cls._known.get(facts)
         if found is None:
             if len(cls._known) >= cls._MOST_KNOWN:
@@ -177,7 +181,7 @@ class Origin:
             found = cls._known[facts] = cls()
             found.state, found.upstream, found.units, found.layer, *rest = facts
             found.cuts, found.picked, found.site, found.bends, found.carries, found.picks, *flags = rest
-            found.zeros, found.turned, found.part = flags
+            found.zeros, found.turned, found.part, found.begins = flags
             found.unit_set = () if units is None else (units.call, units.first, units.order)
             if units is not None and units.explicit:
                 found.unit_set += (units.runs,)
@@ -256,8 +260,8 @@ def combine(operands: Sequence[Operand], shape: Sequence[int], *, bent: str = ""
 
     Of several sources, the widest decides, so that a gate that is broadcast never wins over what it gates. Those that
     are upstream of another source drop out: ``x + f(x)`` has the units of ``f``. Of parallel ones the first that was
-    called decides, but one of which a single step was taken does so only if that holds for all of them. Truth values
-    are masks: they decide nothing beside numbers.
+    called decides, but for the first step of a recurrence: see :func:`_is_step`. Truth values are masks: they decide
+    nothing beside numbers.
 
     Args:
         operands: The tensors.
@@ -332,14 +336,22 @@ def _source(data: Sequence[Operand]) -> Operand:
     widest = max(_size(each.shape) for each in data)
     wide = [each for each in data if _size(each.shape) == widest]
     left = [each for each in wide if not any(_is_upstream(each.origin, other.origin) for other in wide)] or wide
-    return min(left, key=lambda each: (_PRECEDENCE[each.origin.state], _is_step(each.origin), _first_call(each.origin)))
+    first = any(each.origin.begins for each in left)
+    return min(
+        left,
+        key=lambda each: (
+            _PRECEDENCE[each.origin.state],
+            first and _is_step(each.origin),
+            _first_call(each.origin),
+        ),
+    )
 
 
 def _is_step(origin: Origin) -> bool:
     """Whether a tensor is a single step, or row, of what a layer gave.
 
     In ``ih(x)[:, t] + hh(h)``, the state ``h`` depends on earlier steps of ``ih(x)``, so the sum has the units of
-    ``hh``. The first step, whose state depends on nothing, must have the same.
+    ``hh``. The first step, whose state is zeros or a weight, must have the same.
     """
     return any(number == 1 for _, _, number, _ in origin.part)
 

@@ -198,7 +198,7 @@ class SiteRecorder:
 
     def was_not_called(self) -> bool:
         """Whether no forward began since this was last asked, on a device on which a CUDA graph may have run it."""
-        before, self._asked_at = self._asked_at, self.forward.number
+        before, self._asked_at = self._asked_at, self.forward.begun
         return bool(before == self._asked_at and self.clock.devices) and not (self.clock.captured or self.compiled)
 
     def forget_phase(self, phase: str) -> set[SiteKey]:

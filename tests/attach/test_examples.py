@@ -349,6 +349,41 @@ def test_a_forward_that_is_given_a_reference_which_the_model_computed_has_exampl
     assert [tally.examples for tally in scope.census("train").values()] == [3 * 4]
 
 
+class Halves(nn.Module):
+    """An encoder and a decoder, one of which each forward runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encode = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3))
+        self.decode = nn.Sequential(nn.Linear(3, 6), nn.ReLU(), nn.Linear(6, 4))
+
+    def forward(self, x: Tensor, half: str) -> Tensor:
+        return self.encode(x) if half == "encode" else self.decode(x)
+
+
+def test_a_layer_that_is_given_only_what_the_model_returned_has_examples() -> None:
+    model = Halves()
+    with ns.watch(model) as scope:
+        for _ in range(3):
+            model(model(torch.randn(6, 4), "encode"), "decode").sum().backward()
+            scope.step()
+    assert {name: tally.examples for name, tally in scope.census().items()} == {
+        "encode.0/relu": 18,
+        "decode.0/relu": 18,
+    }
+
+
+def test_a_state_that_is_detached_in_place_begins_new_examples() -> None:
+    model, memory = StatesApart(), None
+    with ns.watch(model) as scope:
+        for _ in range(3):
+            _, output = model(torch.randint(9, (4,)), memory)
+            output["logits"].sum().backward()
+            memory = output["memory"].detach_()
+            scope.step()
+    assert [tally.examples for tally in scope.census().values()] == [3 * 4]
+
+
 def test_a_part_of_the_model_that_reads_what_the_model_returned_has_examples() -> None:
     model = nn.Sequential(nn.Linear(4, 5), nn.ReLU())
     model.forward = lambda x: model[1](model[0](x))  # type: ignore[method-assign]

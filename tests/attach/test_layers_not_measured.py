@@ -181,8 +181,6 @@ MIXED: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "some matrices": lambda w, x, pick: torch.bmm(w[pick][1:], x[1:, :, None])[..., 0],
     "sorted matrices": lambda w, x, pick: torch.bmm(w[pick].sort(0).values, x[:, :, None])[..., 0],
     "matrices by truth values": lambda w, x, pick: torch.einsum("nhi,bi->bnh", w[pick[:3] > 0], x)[:, 0],
-    "a sum of stacked layers": lambda w, x, pick: torch.stack([x @ w[0].T, x @ w[1].T]).sum(0),
-    "a row of stacked layers": lambda w, x, pick: torch.stack([x @ w[0].T, x @ w[1].T])[pick % 2, torch.arange(len(x))],
     "a matrix for each row": lambda w, x, pick: torch.bmm(w[0].expand(len(x), 5, 4), x[:, :, None])[..., 0],
 }
 

@@ -255,6 +255,32 @@ class ReadAtOnce(Keeping):
         return self.out(h)
 
 
+class Overlapping(Keeping):
+    """An activation that is applied to all rows, and to some of them again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(4, 6), nn.Linear(6, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.up(x)
+        first = self.keep("up/relu", F.relu(h))
+        some = [h[torch.arange(len(x)) % 2 == 0], h[:2], h[2:]]
+        second = [self.keep("up/relu#1", F.relu(-each)) for each in some]
+        return self.down(torch.cat([first, *second]))
+
+
+class FirstPlusOther(Keeping):
+    """The first step of a layer's sequence, to which another layer's output is added."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.read, self.other, self.out = nn.Linear(4, 6), nn.Linear(4, 6), nn.Linear(6, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.keep("read/relu", F.relu(self.read(x)[:, 0] + self.other(x[:, 1]))))
+
+
 class Dot(Keeping):
     """A layer whose weight is a vector, and one whose weight comes first."""
 
@@ -590,6 +616,8 @@ CASES = {
     "one output": Case(Single, rows(6, 4), 6, outputs=("out/hardsigmoid",), compiles=False),
     "steps of a sequence": Case(Steps, rows(6, 4, 4), 6),
     "groups of rows": Case(Groups, rows(7, 4), 7, compiles=False),
+    "all rows, and some again": Case(Overlapping, rows(7, 4), 7, compiles=False),
+    "a step beside another layer": Case(FirstPlusOther, rows(6, 4, 4), 6),
     "recurrent, the input read at once": Case(ReadAtOnce, rows(6, 4, 3), 6),
     "vectors": Case(Dot, rows(6, 4), 6, outputs=("vector/relu",), compiles=False),
     "letters": Case(Letters, rows(6, 3, 4), 6, outputs=("third/relu",)),

@@ -184,8 +184,8 @@ def _stack_rule(operation: Operation) -> Origin:
             origin = origin.but(units=units._replace(dims=(*units.dims[:dim], (), *units.dims[dim:])))
         widened.append(Operand((*each.shape[:dim], 1, *each.shape[dim:]), origin))
     layers = {each.origin.units.layer if each.origin.units else None for each in widened}
-    if len(layers) > 1:  # units of several layers, or of a layer beside something else
-        return Origin.of(ENDED if None in layers else ROWS, operation.upstream)
+    if len(layers) > 1:  # a stack of several layers
+        return Origin.of(ENDED, operation.upstream)
     return _join(widened, dim, shape)
 
 

@@ -70,7 +70,8 @@ def produce(
         layer = f"{layer}(transposed)"
     run = (layer, 0, width, 1) if cut is None else (layer, *cut)
     units = Units((operation.call,), layer, (run,), 0, place(shape, unit_dims), cut is not None)
-    return Origin.of(UNITS, upstream, units=units, layer=layer)
+    begins = all(each.origin.state in (WEIGHT, CONSTANT) for each in operation.tensors)
+    return Origin.of(UNITS, upstream, units=units, layer=layer, begins=begins)
 
 
 def _is_other_side(operation: Operation, weight: Operand, rows: int | None) -> bool:
