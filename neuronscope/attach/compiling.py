@@ -461,15 +461,21 @@ class _CallTraced(UserFunctionVariable):
     """What the compiler has for :func:`call_traced`."""
 
     def call_function(self, tx: Any, args: Any, kwargs: Any) -> Any:
-        """Do what :func:`call_traced` says, with the compiler's variables."""
+        """Do what :func:`call_traced` says, with the compiler's variables.
+
+        Args:
+            tx: The compiler's translator of the code that calls.
+            args: The variables of the arguments of :func:`call_traced`.
+            kwargs: Empty: no argument is given by name.
+        """
         del kwargs
         mode, func, given, named, *facts = args
         function, watcher = _value(func), _value(mode)
+        build = functools.partial(variables.VariableTracker.build, tx)
         if function is Tensor.unflatten:  # the compiler cannot trace the method under a function mode
-            func = variables.VariableTracker.build(tx, torch.unflatten)
+            func = build(torch.unflatten)
         if watcher.may_count(function):
-            get, name = map(functools.partial(variables.VariableTracker.build, tx), (getattr, "trace"))
-            trace = get.call_function(tx, [mode, name], {})
+            trace = build(getattr).call_function(tx, [mode, build("trace")], {})
             return trace.call_function(tx, [func, given, named], {})
         output = func.call_function(tx, list(given.items), named.keys_as_python_constant())
         if facts:

@@ -41,7 +41,7 @@ def add_outputs_in_graph(
 
     Args:
         counters: The counters of the site.
-        y: Output ``(…, N, …)``, detached.
+        y: Output ``(…, N, …)``; no gradient goes through what is counted of it.
         axis: Dimension of the neurons.
         examples: Number of independent examples in the output.
         tolerance: See :class:`neuronscope.judge.verdicts.Policy`.

@@ -97,8 +97,9 @@ class Pieces:
             work.add_positions(counters.traced_gradients[0])
             return
         step: int | Tensor = what.step if what.clock is None else what.clock
+        limit = what.limit
         for part in work.neurons():
-            zeros, finite, sums = part.count(what.limit, counters.abs_sum.dtype)
+            zeros, finite, sums = part.count(limit, counters.abs_sum.dtype)
             bad = work.kept - finite
             fired = zeros < finite  # neither zero nor broken: a zero is finite
             part.of(counters.zero_outputs).add_(zeros)

@@ -275,7 +275,13 @@ class _Transposed:
                     self._by_rank[len(shape), axis] += 1
 
     def axis(self, path: str, shape: tuple[int, ...], bias: int | None) -> tuple[int | None, bool]:
-        """Return the dimension of the rows and whether it is certain; ``None`` if the bias fits neither dimension."""
+        """Return the dimension of the rows and whether it is certain; ``None`` if the bias fits neither dimension.
+
+        Args:
+            path: Path of the layer.
+            shape: Shape of its weight.
+            bias: Size of its bias; ``None`` without one.
+        """
         if bias is not None and bias not in shape[:2]:
             return None, False
         known = None if bias is None else _axis(shape, bias)

@@ -181,7 +181,12 @@ class _Files:
         return self.opened[file].part(*check_sizes((info["offset"], info["length"])))
 
     def tensor(self, name: Any, entry: Any) -> ShardedTensor | SkippedTensor:
-        """Return the tensor with this name and this entry in the plan. It is skipped if its dtype cannot be read."""
+        """Return a tensor; it is skipped if its dtype cannot be read.
+
+        Args:
+            name: Its name.
+            entry: Its entry in the plan.
+        """
         state = _state(entry, "TensorStorageMetadata")
         properties = state["properties"]
         kind = properties.state[0] if isinstance(properties.state, tuple) else properties.state["dtype"]
@@ -198,7 +203,12 @@ class _Files:
         return ShardedTensor(str(name), known, check_sizes(state["size"]), parts)
 
     def object(self, name: Any, notes: list[str]) -> Any:
-        """Read what is not a tensor: a number, a list, a setting. If it is not read, add a sentence to ``notes``."""
+        """Read what is not a tensor: a number, a list, a setting.
+
+        Args:
+            name: Its name.
+            notes: If it is not read, a sentence is added to these.
+        """
         location = self._location(str(name), None)
         self._object_bytes += location.size
         if (
