@@ -135,6 +135,7 @@ class Scope:
             forget=recorder.unmeasured.forget_ran,
         )
         self._hooks.note_weights = self._note_weights
+        self._counts_optimizer = bool(self._optimizer_steps)
         self._optimizer_steps.attach(self._count_step, fail=self._hooks.fail)
         self._observe()
         _scopes.add(self)
@@ -190,8 +191,9 @@ class Scope:
             DetachedError: The scope was detached.
             UsageError: ``step`` is not an integer of at least 0, or the steps of ``optimizer=`` are counted already.
         """
-        self._require_attached("step")
-        if self._optimizer_steps:
+        if self._detached:
+            self._require_attached("step")
+        if self._counts_optimizer:
             raise UsageError(
                 "Expected no call of `step()`, because the steps of the optimizer given as `optimizer=` are counted: "
                 "leave out one of the two, or each step counts twice."
@@ -525,7 +527,7 @@ class Scope:
         if hooks.observing:
             if hooks.note_weights is not None:
                 self._end_first_step()
-            if self._threads.name == "train":
+            if self._threads.state()[0] == "train":
                 self._uncalled_steps += hooks.recorder.was_not_called()
                 record.note_step(self._step)
                 if inference is not None:
@@ -592,9 +594,10 @@ class Scope:
 
     def _apply(self) -> None:
         """Set the phase and the step of the counted thread, and whether they are observed."""
-        if self.detached:
+        hooks = self._hooks
+        if self._detached or self._retired or hooks.failure is not None:
             return
-        hooks, phase, paused = self._hooks, self._threads.name, self._threads.paused
+        phase, paused = self._threads.state()
         step, due = self._decided  # not as they are: another thread may be in the middle of a step
         observing = not paused and (phase != "train" or due)
         if (phase, step, observing) == self._applied or not (observing or hooks.observing):

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from neuronscope.attach.compiling import TracedEnd, code_of_forward, is_compiled
 from neuronscope.attach.neuron_flow import NeuronFlow
+from neuronscope.attach.ordinals import Counts, Ordinals
 from neuronscope.attach.origins import LOST, RAW, UNKNOWN, Origin
 from neuronscope.attach.plain_sizes import plain_shape
 from neuronscope.attach.tensor_map import nested_tensors
@@ -32,7 +33,6 @@ _MOST_KINDS = 3
 #: The kind of all further inputs. What they are is not known to the graph.
 _OTHER = "other"
 
-Ordinals = dict[tuple[Any, ...], int]
 #: What each tensor is that a graph returns, and its shape.
 Returned = tuple[tuple[Origin, tuple[int, ...]], ...]
 
@@ -52,7 +52,7 @@ class _GraphEffect(NamedTuple):
     first: int
     layers: tuple[str, ...]
     read: int
-    ordinals: Ordinals
+    ordinals: Counts
     left: Returned
     ends: bool
 
@@ -131,7 +131,7 @@ class CompiledParts:
         self._returned: _Offer | None = None
         #: Of each place and function that was traced there.
         self._given_at: dict[tuple[Any, ...], dict[str, GivenPreActivations]] = {}
-        self._before: tuple[int, int, Ordinals] = 0, 0, {}  # the flow when the graph began that is being traced
+        self._before: tuple[int, int, Counts] = 0, 0, {}  # the flow when the graph began that is being traced
         self._traced: list[_GraphEffect] = []  # since the last module began or ended
         self._last: tuple[Any, ...] = ()  # which module that was
         self._given: tuple[Origin, ...] = ()  # what it was given, or returned
@@ -172,7 +172,7 @@ class CompiledParts:
         self.met_unknown |= not known
         if not known:
             self._flow.hide_units()
-        self._before = len(self._flow.layers), self._flow.read, dict(self._ordinals)
+        self._before = len(self._flow.layers), self._flow.read, self._ordinals.counts()
         self._pre_activations = [{} for _ in self._offers()]
 
     def end_graph(self, end: TracedEnd | None) -> None:
@@ -186,10 +186,9 @@ class CompiledParts:
         if end is None:
             del flow.layers[first:]
             flow.read = read
-            self._ordinals.clear()
-            self._ordinals.update(ordinals)
+            self._ordinals.restore(ordinals)
             return
-        made = {place: count - ordinals.get(place, 0) for place, count in self._ordinals.items()}
+        made = {place: count - ordinals.get(place, 0) for place, count in self._ordinals.counts().items()}
         flow.note_variables(end.code, end.variables)
         self._traced.append(
             _GraphEffect(
@@ -331,8 +330,7 @@ class CompiledParts:
             flow.layers.extend(graph.layers)
             flow.read |= numbers.bits(graph.read)
             for (unit_set, *name), count in graph.ordinals.items():
-                place = (numbers.unit_set(unit_set), *name)
-                self._ordinals[place] = self._ordinals.get(place, 0) + count
+                self._ordinals.add((numbers.unit_set(unit_set), *name), count)
         self._put(tensors, graphs.returned, numbers.origin)
 
     def _put(

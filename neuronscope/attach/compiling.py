@@ -52,6 +52,7 @@ __all__ = [
     "is_compiled",
     "is_in_graph",
     "is_tracing",
+    "seen_by_modes",
     "set_integer",
     "set_variable",
     "skip_frames",
@@ -72,7 +73,13 @@ __all__ = [
 is_tracing = torch.compiler.is_compiling
 
 
-_count_dispatch_modes = torch._C._len_torch_dispatch_stack  # under a name that is quick to find
+# Under names that are quick to find.
+_count_dispatch_modes, _count_function_modes = torch._C._len_torch_dispatch_stack, torch._C._len_torch_function_stack
+
+
+def seen_by_modes() -> bool:
+    """Whether a mode would see our own arithmetic, in eager mode; of plain tensors nothing else would."""
+    return bool(_count_function_modes() or _count_dispatch_modes())
 
 
 def unwatched(traced: bool | None = None) -> Any:

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from neuronscope.attach.call_arguments import CACHE_NAMES, CACHES, CallArguments, inputs_only
-from neuronscope.attach.compiling import is_tracing, unwatched
+from neuronscope.attach.compiling import is_tracing, seen_by_modes, unwatched
 from neuronscope.attach.dtensor import local_tensor
 from neuronscope.errors import NeuronscopeWarning
 from neuronscope.options import Examples
@@ -58,6 +58,7 @@ class ExampleCounter:
         self._eager_option = torch.compiler.disable(option) if callable(option) else None
         self._arguments = arguments
         self._time_first = option == "auto" and any(is_time_first(module) for module in model.modules())
+        self._takes_rows = option == "auto" and not self._time_first
         self._rows_confirmed = False  # a time-first module was given the rows of the input on its dimension 1
         self._rows_refuted = False  # a time-first module was given them on its dimension 0
         self._rows = 0  # of the forward that runs
@@ -84,9 +85,10 @@ class ExampleCounter:
         if callable(option):
             return self._ask(option, args, kwargs)
         traced = is_tracing()
+        alone = len(args) == 1 and type(args[0]) is Tensor and not (kwargs or traced or seen_by_modes())
+        if alone and self._takes_rows and self._is_batch(module, args[0]):
+            return int(args[0].shape[0])
         with unwatched(traced):
-            if option == "auto" and len(args) == 1 and not (kwargs or traced) and self._is_batch(module, args[0]):
-                return int(args[0].size(0))
             return self._count(option, module, self._arguments.named(module, args, kwargs))
 
     def count_step(self, inputs: tuple[Any, ...]) -> int | None:
@@ -100,11 +102,9 @@ class ExampleCounter:
         with unwatched():
             return self._rows_of(self._option, list(inputs), first_tensor(inputs))
 
-    def _is_batch(self, module: nn.Module, x: Any) -> bool:
+    def _is_batch(self, module: nn.Module, x: Tensor) -> bool:
         """Whether the only input of a module is a batch beyond doubt: most forwards are spared the longer search."""
-        if type(x) is not Tensor or x.dim() == 0 or self._time_first:
-            return False
-        if not (x.is_floating_point() or torch.is_grad_enabled()):  # tokens: see `_appends`
+        if x.dim() == 0 or not (torch.is_grad_enabled() or x.is_floating_point()):  # tokens: see `_appends`
             return False
         self._tokens = (0, 0, 0)
         kind = type(module)

@@ -46,11 +46,13 @@ class ExpertRows:
     Attributes:
         last: The layer of experts that eager code called last; ``""`` if it had called it before in this forward. A
             graph that uses ``last_owners`` reads it, so that it runs only for that layer.
+        noted: Whether any rows may be known.
         last_owners: The number of the expert of each row that this call gave, int64 ``(R,)``; ``None`` as long as no
             graph uses it.
     """
 
     def __init__(self, origin_of: Callable[[Tensor], Origin]) -> None:
+        self.noted = False
         self.last = ""
         self.last_owners: Owners | None = None
         self._origin_of = origin_of
@@ -61,6 +63,7 @@ class ExpertRows:
 
     def clear(self) -> None:
         """Forget all rows, because a forward begins or a step is over."""
+        self.noted = False
         self.last, self.last_owners = "", None
         self._called.clear()
         self._weighed.clear()
@@ -85,6 +88,7 @@ class ExpertRows:
             origin: What that is.
             is_layer: Whether it is the call of a layer.
         """
+        self.noted = True
         values = (*args, *kwargs.values())
         tensors = [*nested_tensors(values)]
         weighed = next((found for each in tensors if (found := self._weighed.get(each)) is not None), None)

@@ -35,7 +35,7 @@ from neuronscope.attach.examples import ExampleCounter
 from neuronscope.attach.layer_names import LayerNames
 from neuronscope.attach.masks import PositionMask
 from neuronscope.attach.neuron_flow import NeuronFlow
-from neuronscope.attach.origins import PICKED, Origin
+from neuronscope.attach.ordinals import Ordinals
 
 __all__ = ["ForwardContext", "Recomputation"]
 
@@ -58,6 +58,7 @@ class ForwardContext:
     Attributes:
         module_stack: Paths of the watched modules that are running, the innermost last.
         flow: What each tensor is.
+        ordinals: The numbers of the activations.
         parts: The compiled parts of the model.
         begun: How many forwards began so far, and passes that count as one.
         number: Number of the forward.
@@ -74,6 +75,7 @@ class ForwardContext:
         ran_parts: Whether parts of the model were called outside of its forward and of an explicit step.
         restarts_at_parts: Whether a part of the model that runs again begins a new pass.
         ran_alone: Whether an activation was called outside of all other modules, and of an explicit step.
+        began_inference: Whether the forward that runs is inference, if a training step does not run inside the root's.
         recomputation: Tells which call of the forward a recomputed call repeats.
     """
 
@@ -99,11 +101,11 @@ class ForwardContext:
         self._ran: list[str] = []  # paths of the outermost modules of this pass, if parts that run again begin passes
         self.recomputation = Recomputation()
         self._graded = True
-        self._inference = False
+        self.began_inference = False
         self._examples_of_step = 0
         self._step: tuple[int, int] | None = None  # number and examples of a training step that says what it was given
-        self._ordinals: dict[tuple[Any, ...], int] = {}
-        self.parts = CompiledParts(self.flow, self._ordinals)
+        self.ordinals = Ordinals()
+        self.parts = CompiledParts(self.flow, self.ordinals)
         self._note_outputs_while_tracing = while_tracing(self.flow.note_outputs, "output")
         self._begin_while_tracing = while_tracing(self._begin, "path", "args", "kwargs")
 
@@ -134,7 +136,7 @@ class ForwardContext:
                 self.ran_root = True
             elif not self.explicit_step:
                 self.ran_parts = True
-            self._inference = not self._graded and self._begins_inference()
+            self.began_inference = not self._graded and self._begins_inference()
             if self.exporting and not traced:  # torch.jit.trace would record what we ask of tensors
                 self.module_stack.append(path)
                 return True
@@ -144,15 +146,17 @@ class ForwardContext:
                 comptime(self._begin_while_tracing)
             elif not self.recomputing:
                 self._begin(path, args, kwargs)
-            self._set_mask(self._masks.find(module, args, kwargs))
-            if self._step is not None and not self._inference and not traced:
+            mask = self._masks.find(module, args, kwargs)
+            if traced or mask is not None or self.mask is not None or self.flow.row_masks.mask is not None:
+                self._set_mask(mask)
+            if self._step is not None and not self.began_inference and not traced:
                 self._take_step(self._step)
             else:
                 self.examples = self._counter.count(module, args, kwargs) or 0
         elif self._runs_only_step:
             self._set_mask(self._masks.find(module, args, kwargs))
             if self._begins_inference():
-                self._inference = True
+                self.began_inference = True
                 self._examples_of_step, self.examples = self.examples, self._counter.count(module, args, kwargs) or 0
         self.module_stack.append(path)
         return outermost
@@ -212,14 +216,14 @@ class ForwardContext:
     def inference(self) -> bool:
         """Whether what runs now is inference: the phase is ``train``, and its forward began without gradients."""
         if self.module_stack and not (self.step_is_forward and self._runs_only_step):  # most often without a call
-            return self._inference
+            return self.began_inference
         return self._begins_inference()
 
     @property
     def may_be_recomputed(self) -> bool:
         """Whether a call without gradients may be made again, with them, by reentrant checkpointing."""
         if self.module_stack:  # a checkpoint around a part of the model begins without gradients, and is no inference
-            return self._graded or (self.training and not self._inference)
+            return self._graded or (self.training and not self.began_inference)
         return not self.inference
 
     def _begins_inference(self) -> bool:
@@ -262,8 +266,8 @@ class ForwardContext:
         """Note that a watched module has ended or failed, and return whether the forward ended with it."""
         if self.module_stack:
             self.module_stack.pop()
-        if self.module_stack and self._inference and self._runs_only_step:
-            self._inference, self.examples = False, self._examples_of_step
+        if self.module_stack and self.began_inference and self._runs_only_step:
+            self.began_inference, self.examples = False, self._examples_of_step
         if self.module_stack:
             return False
         if self.mask is not None and not self.explicit_step:
@@ -282,32 +286,10 @@ class ForwardContext:
             with unwatched():
                 self.number_tensor.fill_(number)
 
-    def ordinal(self, origin: Origin, activation: str) -> int:
-        """Return the number of an activation among those of its name that the same units of one call are given to.
-
-        Those of other positions, as the steps of a sequence, are not among them: their counts add up. Positions that
-        data picked are taken for others each time, but not beside an activation that all positions are given to.
-
-        Args:
-            origin: What it is given.
-            activation: Its name.
-        """
-        known, every = self._ordinals, (origin.unit_set, activation)
-        place = (*every, origin.part)
-        if not origin.part:
-            found = known.get(every, 0)
-        else:
-            found = known.get((*every, ()), 0)  # behind the last that all positions are given to
-            if all(first != PICKED for _, first, _, _ in origin.part):
-                found = max(found, known.get(place, 0))
-        known[place] = found + 1
-        known[every] = max(found + 1, known.get(every, 0))
-        return found
-
     def forget(self) -> None:
         """Forget what is known of every tensor."""
         self.flow.clear()
-        self._ordinals.clear()
+        self.ordinals.clear()
         self._ran.clear()
         if self.mask is not None or self.flow.row_masks.mask is not None:
             self._set_mask(None)
@@ -364,7 +346,7 @@ class Recomputation:
         """
         self._due.setdefault(place, []).append(call)
         only = self._only.setdefault(place, call)
-        if only is not call and (only is None or call is None or only[:3] != call[:3]):
+        if only is not call and (only is None or call is None or only != call):
             self._only[place] = None
 
     def next_number(self, place: Place) -> int:

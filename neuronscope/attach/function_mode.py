@@ -22,6 +22,7 @@ from neuronscope.attach.compiling import (
     comptime,
     in_compiled_graph,
     is_tracing,
+    seen_by_modes,
     unwatched,
     while_tracing,
 )
@@ -99,7 +100,9 @@ class ActivationFunctionMode(TorchFunctionMode):
         self.manager = manager
         self.handling = False
         ask_modes_about(manager.registry.functions)
-        self._functions = frozenset(manager.registry.functions if manager.functional else ())  # quick to look through
+        # Sets are quick to look through.
+        self._functions = frozenset(manager.registry.functions if manager.functional else ())
+        self._not_only_followed = self._functions | _QUESTIONS | SELECTING
         self._end_fused_while_tracing = while_tracing(manager.end_fused_while_tracing, "args", "output")
         self._follow_while_tracing = while_tracing(
             self.follow_traced, "func", "args", "kwargs", "output", "mask", "inputs", listener=manager.recorder
@@ -117,9 +120,11 @@ class ActivationFunctionMode(TorchFunctionMode):
                 return call_traced(self, func, args, kwargs)
             forward = manager.recorder.forward
             return call_traced(self, func, args, kwargs, forward.mask, forward.parts.inputs)
-        if func in _QUESTIONS:
-            return func(*args, **kwargs)
-        known = func in self._functions
+        known = special = func in self._not_only_followed  # most often it is not
+        if special:
+            if func in _QUESTIONS:
+                return func(*args, **kwargs)
+            known = func in self._functions
         recorder = manager.recorder
         before, self.handling = self.handling, True
         try:
@@ -138,14 +143,18 @@ class ActivationFunctionMode(TorchFunctionMode):
                 try:
                     plain = type(output) is Tensor and call is None and not _count_function_modes()
                     followed = plain and recorder.forward.flow.repeats(func, args, kwargs, output)
-                    if followed and func not in SELECTING:
+                    if followed and not (special and func in SELECTING):
                         return output  # nothing was counted, so that an interrupt does not matter
                     if not (known or self._is_inside(func)):
                         manager.entered.take_off_next()
                         return output
                     if call is not None:
-                        with unwatched(False):
-                            recorder.end(call, first_input(args, kwargs), output)
+                        x = first_input(args, kwargs)
+                        if type(output) is Tensor and type(x) is Tensor and not seen_by_modes():
+                            recorder.end(call, x, output)
+                        else:
+                            with unwatched(False):
+                                recorder.end(call, x, output)
                     elif followed or isinstance(output, (Tensor, tuple, list)) or func in _WITHOUT_RESULT:
                         with unwatched(False):
                             if not followed:
@@ -205,10 +214,13 @@ class ActivationFunctionMode(TorchFunctionMode):
         """Begin the call of an activation function; return ``None`` if it is no site, though what follows may be."""
         recorder = self.manager.recorder
         try:
-            with unwatched(traced):
-                glu_dim = (args[1] if len(args) > 1 else kwargs.get("dim", -1)) if activation.halves else None
-                x, path = first_input(args, kwargs), recorder.forward.current_path
+            glu_dim = (args[1] if len(args) > 1 else kwargs.get("dim", -1)) if activation.halves else None
+            x, stack = first_input(args, kwargs), recorder.forward.module_stack
+            path = stack[-1] if stack else ""
+            if traced or (type(x) is Tensor and not seen_by_modes()):
                 return recorder.begin(path, activation.name, activation, x, glu_dim, traced)
+            with unwatched(False):
+                return recorder.begin(path, activation.name, activation, x, glu_dim)
         except Exception as error:
             self.manager.fail(error)
 

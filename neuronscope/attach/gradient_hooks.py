@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from neuronscope.attach.compiling import unwatched
+from neuronscope.attach.compiling import is_tracing, seen_by_modes, unwatched
 from neuronscope.attach.row_owners import Owners
 from neuronscope.count.counters import SiteCounters
 from neuronscope.count.expert_counters import JoinedCounters
@@ -89,7 +89,11 @@ class GradientHook(InertHook):
         counters, layout, owners = self.site or self.find_site()
         if counters is not None and counters.open:
             try:
-                with unwatched():
+                traced = is_tracing()
+                if type(gradient) is Tensor and not (traced or seen_by_modes()):
+                    self.recorder.gradient(gradient, counters, layout, self.glu_dim, self.mask, owners)
+                    return
+                with unwatched(traced):
                     self.recorder.gradient(gradient, counters, layout, self.glu_dim, self.mask, owners)
             except Exception as error:
                 self.recorder.fail(error)

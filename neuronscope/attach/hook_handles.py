@@ -88,6 +88,9 @@ class _Flag:
 class HookHandles:
     """The hooks of one watch.
 
+    Attributes:
+        off: Whether the hooks are off the model at the moment.
+
     >>> import copy, torch
     >>> class Note(InertHook):
     ...     def __call__(self, module, args, kwargs):
@@ -109,6 +112,7 @@ class HookHandles:
         self._keys: set[str] = set()
         self._modules: dict[int, weakref.ref[nn.Module]] = {}
         self._taken: Taken = []
+        self.off = False
 
     def __bool__(self) -> bool:
         return bool(self._hooks)
@@ -148,19 +152,15 @@ class HookHandles:
         self._modules[id(module)] = weakref.ref(module)
         return key
 
-    @property
-    def off(self) -> bool:
-        """Whether the hooks are off the model at the moment."""
-        return bool(self._taken)
-
     def take_off(self) -> None:
         """Take every hook off until :meth:`put_back`."""
         self._taken = take_off(self._bearers(), self._is_own)
+        self.off = bool(self._taken)
 
     def put_back(self) -> None:
         """Put every hook back, ahead of the hooks that were registered after it."""
         put_back(self._taken)
-        self._taken = []
+        self._taken, self.off = [], False
 
     def remove(self, model: nn.Module | None) -> None:
         """Take every hook off for good, also those that somebody moved to another module of the model.

@@ -28,6 +28,7 @@ from neuronscope.attach.compiling import (
     count_compilations,
     is_compiled,
     is_tracing,
+    seen_by_modes,
     skip_when_hooked,
     stop_skipping,
     unwatched,
@@ -352,10 +353,16 @@ class HookManager:
             traced: Whether ``torch.compile`` traces it.
             begins: Whether a forward may begin here. Then this is noted, and the thread may become the counted one.
         """
-        if traced or self.thread.in_forward == get_ident():  # a graph is traced in one thread
+        if traced:  # a graph is traced in one thread
             return self.observing
-        if self.thread.claimed is None and not (begins and (self.observing or self.thread.here != get_ident())):
-            return False
+        here, thread = get_ident(), self.thread
+        if thread.in_forward == here:
+            return self.observing
+        if thread.claimed is None:
+            if thread.here == here:
+                return begins and self.observing and self._turns.begin(sys._getframe(2))
+            if not begins:
+                return False
         return self._turns.take(sys._getframe(2), begins)
 
     def is_counted_here(self) -> bool:
@@ -403,12 +410,13 @@ class HookManager:
 
     def end(self) -> None:
         """Reset the state of a forward that has ended, and leave the function mode unless a step is open."""
-        self.callers.cut(0)
+        if self.callers.innermost is not None:
+            self.callers.cut(0)
         self._activation = None
         self.running.clear()
         self._fused_calls.clear()
         self._hidden.put_back()
-        if not self._step_open:
+        if self.entered.threads and not self._step_open:
             self.entered.leave(handling=self._mode.handling)
         self.thread.in_forward = None
 
@@ -440,7 +448,9 @@ class HookManager:
         """
         module_stack = self.recorder.forward.module_stack
         if caller is not None:
-            self._forget_interrupted(module, caller)
+            # An interrupt ended a call if a hook is called from a place where that call does not run.
+            if self._activation is not None or (module_stack and not self.callers.runs(id(module))):
+                self.runs(caller)
             if path == "" and module_stack and self.callers.innermost is None:
                 self.set_observing(True)  # a compiled forward failed, and its state is left
             if self.thread.in_forward != get_ident() and not self._turns.begin(caller):
@@ -541,12 +551,13 @@ class HookManager:
             self._end_fused(output)
         if self.recorder.compiled:
             self.leave_part(module, output)
-        if path == "":
-            self.recorder.forward.note_outputs(output)
-        if self.recorder.forward.leave():
+        forward = self.recorder.forward
+        if forward.leave():
             self.end()
         else:
-            self.callers.cut(len(self.recorder.forward.module_stack))
+            self.callers.cut(len(forward.module_stack))
+        if path == "":
+            forward.note_outputs(output)
 
     def leave_part(self, module: nn.Module, output: Any) -> None:
         """Note what the graphs of a module did, if it is compiled and has ended or failed.
@@ -577,11 +588,6 @@ class HookManager:
         if isinstance(y, Tensor) and weight is not None:
             self.recorder.forward.flow.follow(F.linear, (x, weight), {}, y)
 
-    def _forget_interrupted(self, module: nn.Module, caller: FrameType) -> None:
-        """Forget what an interrupt ended, if the hook of a module is called from a place where it does not run."""
-        if self._activation is not None or (self.recorder.forward.module_stack and not self.callers.runs(id(module))):
-            self.runs(caller)
-
     def begin_activation(self, call: Any, caller: FrameType | None) -> None:
         """Note that a module runs whose inner calls are not watched.
 
@@ -603,16 +609,22 @@ class HookManager:
             x: Its input, the pre-activation.
             caller: The frame that calls the module; ``None`` while ``torch.compile`` traces.
         """
-        call = None
+        call, traced = None, caller is None
         if caller is not None:
-            self._forget_interrupted(module, caller)
+            module_stack = self.recorder.forward.module_stack
+            if self._activation is not None or (module_stack and not self.callers.runs(id(module))):
+                self.runs(caller)  # see `enter`
             if self.thread.in_forward != get_ident() and not self._turns.begin(caller):
                 return
         if not self.running:
             glu_dim = getattr(module, "dim", -1) if activation.halves else None
-            call = self.recorder.begin(path, "", activation, x, glu_dim, caller is None)
-            if caller is not None:
+            if not traced:
                 self.entered.suspend()  # its inner calls are not watched
+            if traced or (type(x) is Tensor and not seen_by_modes()):
+                call = self.recorder.begin(path, "", activation, x, glu_dim, traced)
+            else:
+                with unwatched(False):
+                    call = self.recorder.begin(path, "", activation, x, glu_dim)
             self._activation = caller
         self.running.append(call)
 
@@ -627,15 +639,19 @@ class HookManager:
         if not self.running:
             return  # the hook was moved to a module whose begin was not seen
         call = self.running.pop()
-        if not self.running:
-            self._activation = None
-            if not traced:
-                self.entered.resume()
-        if call is not None:
-            self.recorder.end(call, x, y)
-        elif not self.running:
-            self.recorder.carry(x, y)
-        self.end_outside()
+        if self.running:
+            return
+        self._activation = None
+        end = self.recorder.carry if call is None else self.recorder.end
+        if traced or (type(x) is Tensor and type(y) is Tensor and not seen_by_modes()):
+            end(call, x, y)
+        else:
+            with unwatched(False):
+                end(call, x, y)
+        if not traced:
+            self.entered.resume()
+        if not self.recorder.forward.module_stack:
+            self.end_outside()
 
 
 def _names_places(module: nn.Module) -> bool:

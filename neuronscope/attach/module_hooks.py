@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from neuronscope.attach.activations import Activation
-from neuronscope.attach.compiling import compiles_here, comptime, is_compiled, is_tracing, unwatched, while_tracing
+from neuronscope.attach.compiling import compiles_here, comptime, is_compiled, is_tracing, while_tracing
 from neuronscope.attach.examples import ExampleCounter
 from neuronscope.attach.function_mode import ActivationFunctionMode, first_input
 from neuronscope.attach.fused_calls import runs_fused
@@ -212,11 +212,10 @@ class BeforeActivation(InertHook):
         caller = None if traced else sys._getframe(1)
         if manager.watches_here(traced, begins=True):
             try:
-                with unwatched(traced):
-                    x = args[0] if args else first_input(args, kwargs)
-                    manager.before(self.path, self.activation, module, x, caller)
+                x = args[0] if args else first_input(args, kwargs)
+                manager.before(self.path, self.activation, module, x, caller)
             except Exception as error:
-                self.manager.fail(error)
+                manager.fail(error)
 
 
 class AfterActivation(InertHook):
@@ -226,11 +225,10 @@ class AfterActivation(InertHook):
         self.manager = manager
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], *given: Any) -> None:
-        traced = is_tracing()
-        if self.manager.watches_here(traced):
+        manager, traced = self.manager, is_tracing()
+        if manager.watches_here(traced):
             try:
-                kwargs = given[0] if len(given) > 1 else _NOTHING
-                with unwatched(traced):
-                    self.manager.after(args[0] if args else first_input(args, kwargs), given[-1], traced)
+                x = args[0] if args else first_input(args, given[0] if len(given) > 1 else _NOTHING)
+                manager.after(x, given[-1], traced)
             except Exception as error:
-                self.manager.fail(error)
+                manager.fail(error)

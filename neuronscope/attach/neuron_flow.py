@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from neuronscope.attach.compiling import traced_call, traced_modules, traced_variable, unwatched
+from neuronscope.attach.compiling import seen_by_modes, traced_call, traced_modules, traced_variable, unwatched
 from neuronscope.attach.dtensor import NeuronShard, is_distributed, is_later_shard, local_tensor, neuron_shard
 from neuronscope.attach.examples import all_tensors
 from neuronscope.attach.expert_rows import ExpertRows
@@ -211,8 +211,10 @@ class NeuronFlow:
             return
         self._close_calls()
         self._origins.entries.clear()
-        self.expert_rows.clear()
-        self.row_masks.clear()
+        if self.expert_rows.noted:
+            self.expert_rows.clear()
+        if self.row_masks.known:
+            self.row_masks.clear()
         self._variables.clear()
         self.layers.clear()
         self.read = 0
@@ -404,7 +406,8 @@ class NeuronFlow:
 
     def note_inputs(self, values: Any) -> None:
         """Note that all tensors in nested tuples, lists and mappings are inputs, unless they are known."""
-        for tensor in nested_tensors(values):
+        alone = type(values) is tuple and len(values) == 1 and type(values[0]) is Tensor
+        for tensor in values if alone else nested_tensors(values):
             if self._origins.get(tensor) is not None or self.names.of(tensor) is not None:
                 continue
             if self.layers and traced_modules() is None:
@@ -742,23 +745,29 @@ class NeuronFlow:
         """Note what the model returns: a site that it returns is read by whatever the caller does with it."""
         if values is None:  # it failed
             return
-        upstream = 0
-        given_out = self._given_out.entries
-        given_out.clear()
-        with unwatched(False):
-            for tensor in (values,) if isinstance(values, Tensor) else all_tensors(values):
-                origin = self._origins.get(tensor)
-                if origin is None:
-                    continue
-                upstream |= origin.upstream
-                if origin.upstream:
-                    given_out[id(tensor)] = weakref.ref(tensor), (torch.is_grad_enabled(), tensor.requires_grad)
-                for carried in origin.carries:
-                    self.reader_notes.setdefault(carried.site, {})["returned by the model"] = None
+        self._given_out.clear()
+        if type(values) is Tensor and not seen_by_modes():
+            upstream = self._note_output(values)
+        else:
+            upstream = 0
+            with unwatched(False):
+                for tensor in (values,) if isinstance(values, Tensor) else all_tensors(values):
+                    upstream |= self._note_output(tensor)
         if self._returned != (upstream, self.layers):
             self._returned = upstream, self.layers.copy()
             self.called.update(self.layers)
             self._reached.update(self._layers_of(upstream))
+
+    def _note_output(self, tensor: Tensor) -> int:
+        """Note that the model returns a tensor, and return the calls of layers that it depends on, as bits."""
+        origin = self._origins.get(tensor)
+        if origin is None:
+            return 0
+        if origin.upstream:
+            self._given_out.put(tensor, (torch.is_grad_enabled(), tensor.requires_grad))
+        for carried in origin.carries:
+            self.reader_notes.setdefault(carried.site, {})["returned by the model"] = None
+        return origin.upstream
 
     def gave(self, *values: Any) -> bool:
         """Whether any of some values is what the model computed with its layers and returned in its last forward.

@@ -10,6 +10,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Callable, Hashable, Iterator
+from dataclasses import replace
 from types import CodeType
 from typing import Any, NamedTuple
 
@@ -263,7 +264,11 @@ class SiteRecorder:
             recomputing = in_backward()
         if traced:
             return self._begin_in_graph(path, function, activation, x, glu_dim)
-        phase = INFERENCE if forward.training and forward.inference else self.phase  # `running_phase`, without a call
+        phase = self.phase  # see `running_phase`
+        if forward.training:
+            plain = forward.module_stack and not forward.step_is_forward
+            if forward.began_inference if plain else forward.inference:
+                phase = INFERENCE
         if in_transform(x):
             if not recomputing:
                 self.unmeasured.note_transformed(phase, path, function, x)
@@ -275,7 +280,7 @@ class SiteRecorder:
         if not torch.is_grad_enabled():
             if forward.may_be_recomputed:
                 forward.recomputation.add((path, function), call)
-        elif call is not None and x.requires_grad:
+        elif call is not None and call.hook is not None and x.requires_grad:
             self.hook_call(x, call)
         return call
 
@@ -293,7 +298,9 @@ class SiteRecorder:
             hook = hook.with_owners(call.owners, self.forward.flow.row_masks.of(x))
         elif mask is not None:
             hook = hook.with_mask(self._mask_of(x, mask))
-        self._hook(x, hook)
+        handle = register(x, hook)
+        if handle is not None:
+            self._keep(x, handle)
 
     def _mask_of(self, tensor: Tensor, mask: Tensor) -> Tensor:
         """Return which positions of a tensor are counted: by its own mask, if data picked its rows from a batch.
@@ -412,7 +419,7 @@ class SiteRecorder:
             counters.clock = self.clock.on(counters.tensors.traced.device)
         if isinstance(call.owners, Tensor):  # the compiler keeps it as long as it traces the graph
             self._traced_owners[len(self._traced)] = weakref.ref(call.owners)
-            call = call._replace(owners=None)
+            call = replace(call, owners=None)
         self._found.append(len(self._traced))
         part = self.forward.parts.tracing
         first = part or (counters is not None and counters.is_first_call(self.forward.number, trace_attempt()))
@@ -508,10 +515,11 @@ class SiteRecorder:
         elif experts:
             self.ignored_mask = True
 
-    def carry(self, x: Any, y: Any) -> None:
+    def carry(self, _: None, x: Any, y: Any) -> None:
         """Note what an activation module returned whose call is not counted: what it was given.
 
         Args:
+            _: Its call, of which :meth:`begin` returned nothing.
             x: Its input.
             y: Its output.
         """
@@ -752,16 +760,18 @@ class SiteRecorder:
             call = recomputation.forward_call(place, number)
             return (None, NeuronLayout(0), None) if call is None else (call.counters, call.layout, call.owners)
 
-        self._hook(x, RecomputedGradient(self, (place_of(path, function), activation), glu_dim, site))
+        handle = register(x, RecomputedGradient(self, (place_of(path, function), activation), glu_dim, site))
+        if handle is not None:
+            self._keep(x, handle)
 
     def _is_registered(self, x: Tensor, place: tuple[str, str]) -> bool:
         """Whether the tensor has a hook of this site: non-reentrant checkpointing runs the site on it again."""
         hooks = (x._backward_hooks or {}).values()
         return any(isinstance(hook, GradientHook) and (hook.recorder, hook.place) == (self, place) for hook in hooks)
 
-    def _hook(self, x: Tensor, hook: GradientHook) -> None:
-        handle = register(x, hook)
-        if handle is not None and x.is_leaf:
+    def _keep(self, x: Tensor, handle: RemovableHandle) -> None:
+        """Keep the handle of a hook until the step is over, if the tensor may outlive it."""
+        if x.is_leaf:
             self._leaf_handles.append(handle)
 
     def gradient(

@@ -342,11 +342,14 @@ class EnteredMode:
 
     Args:
         mode: The mode.
+
+    Attributes:
+        threads: Those that entered it; one that was interrupted may never leave.
     """
 
     def __init__(self, mode: TorchFunctionMode) -> None:
         self._mode = mode
-        self._threads: list[int] = []  # that entered it; one that was interrupted may never leave
+        self.threads: list[int] = []
         self._suspended: list[int] = []  # those of them that left it until `resume`
 
     def enter(self, *, handling: bool) -> None:
@@ -356,18 +359,19 @@ class EnteredMode:
             handling: See :meth:`leave`.
         """
         traced = is_tracing()
-        here = self._here(traced)
-        if here not in self._threads:
-            self._threads.append(here)
-            self._mode.__enter__()
+        here = self._here() if traced else threading.get_ident()
+        if here not in self.threads:
+            self.threads.append(here)
+            if traced:
+                self._mode.__enter__()
+            else:
+                _push_mode(self._mode)
         elif not (traced or handling or self._is_on_stack()):
             self._mode.__enter__()  # an interrupt ended an earlier thread of this number, and its mode
 
-    def _here(self, traced: bool) -> int:
-        """Return the number of this thread; the compiler cannot trace the question, and traces in one thread."""
-        if traced:
-            return self._threads[-1] if self._threads else 0
-        return threading.get_ident()
+    def _here(self) -> int:
+        """Return the number of the thread in which the compiler traces, which cannot trace that question."""
+        return self.threads[-1] if self.threads else 0
 
     def _is_on_stack(self) -> bool:
         depth = torch._C._len_torch_function_stack()
@@ -380,12 +384,12 @@ class EnteredMode:
             handling: Whether the mode is handling a call. Then torch has taken it off the stack and puts it back after
                 the call, and :meth:`take_off_next` must be called for it.
         """
-        if not self._threads:
+        if not self.threads:
             return
         traced = is_tracing()
-        here = self._here(traced)
-        if here in self._threads:
-            self._threads.remove(here)
+        here = self._here() if traced else threading.get_ident()
+        if here in self.threads:
+            self.threads.remove(here)
             if here in self._suspended:
                 self._suspended.remove(here)
             elif traced:
@@ -429,7 +433,7 @@ class EnteredMode:
     def suspend(self) -> None:
         """Leave the mode until :meth:`resume`, if this thread entered it and no other mode after it; in eager mode."""
         here = threading.get_ident()
-        if here in self._threads and _count_modes():
+        if here in self.threads and _count_modes():
             last = _pop_mode()
             if last is self._mode:
                 self._suspended.append(here)

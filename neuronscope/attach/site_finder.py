@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -48,8 +48,9 @@ _CLAMPS = {"clamp", "clamp_", "clip", "clip_", "clamp_max", "clamp_max_", "minim
 _UNSEEN: Any = object()
 
 
-class Call(NamedTuple):
-    """One call of a site that has begun and not ended.
+@dataclass(slots=True)
+class Call:
+    """One call of a site that has begun and not ended. Calls are equal that are counted alike.
 
     Attributes:
         key: The site.
@@ -67,13 +68,13 @@ class Call(NamedTuple):
     key: SiteKey
     counters: Counters | None
     layout: NeuronLayout
-    hook: CountedGradient | None
-    after: Origin
-    activation: Activation
-    info: SiteInfo
-    gate: SiteKey | None = None
-    shape: torch.Size | None = None
-    owners: Owners | None = None
+    hook: CountedGradient | None = field(compare=False)
+    after: Origin = field(compare=False)
+    activation: Activation = field(compare=False)
+    info: SiteInfo = field(compare=False)
+    gate: SiteKey | None = field(default=None, compare=False)
+    shape: torch.Size | None = field(default=None, compare=False)
+    owners: Owners | None = field(default=None, compare=False)
 
 
 class _Applied(NamedTuple):
@@ -272,7 +273,7 @@ class SiteFinder:
         """
         forward, facts = self._forward, None
         origin = forward.flow.origin(x)
-        ordinal = forward.ordinal(origin, activation.name) if origin.units is not None else 0
+        ordinal = forward.ordinals.number(origin, activation.name) if origin.units is not None else 0
         if type(x) is Tensor and not x.is_nested:  # tensors of other classes are examined each time
             kept = id(activation)  # the registry keeps it
             facts = (origin, phase, x.shape, kept, ordinal, path, function, glu_dim, x.layout, x.is_meta, False)
@@ -310,14 +311,14 @@ class SiteFinder:
             return call
         owners = self._forward.flow.expert_rows.owners(units)
         if owners is not None and (not isinstance(owners, Tensor) or plain_shape(owners) == (units.rows,)):
-            return call._replace(owners=owners)
+            return replace(call, owners=owners)
         self.unmeasured.note(
             call.key.name,
             "the tensor that says which expert each row is of was not seen, or was changed in place before the "
             "activation ran, or does not belong to the compiled graph that the activation belongs to",
         )
         call.counters.leave_out_call()
-        return call._replace(counters=None, hook=None)
+        return replace(call, counters=None, hook=None)
 
     def _find_anew(
         self, phase: str, applied: _Applied, x: Tensor, origin: Origin, *, is_module: bool, traced: bool
@@ -518,7 +519,7 @@ class SiteFinder:
             y: The product.
             traced: Whether ``y`` is the fake tensor of a graph.
         """
-        key = SiteKey(gate.key.layer, units.text(), _SILU.name, self._forward.ordinal(origin, _SILU.name))
+        key = SiteKey(gate.key.layer, units.text(), _SILU.name, self._forward.ordinals.number(origin, _SILU.name))
         info = replace(gate.info, activation=_SILU.name, kind=_SILU.kind, linear_when_on=False, axis=units.layout.axis)
         names = (key.name, key.layer, info.place)
         neurons = neurons_in(local_tensor(y).shape, units.layout)
@@ -552,7 +553,7 @@ class SiteFinder:
         if units is None:  # its axis was declared
             key = SiteKey(gate.key.layer, gate.key.units, name, 0)
         else:
-            key = SiteKey(gate.key.layer, units.text(), name, self._forward.ordinal(origin, name))
+            key = SiteKey(gate.key.layer, units.text(), name, self._forward.ordinals.number(origin, name))
         if not traced and in_transform(y):
             self.unmeasured.note(key.name, IN_TRANSFORM)
             return None

@@ -44,13 +44,12 @@ class ThreadPhases:
         """The phase of the counted thread."""
         return self._of(self._counted_thread()) if self._phases else "train"
 
-    @property
-    def paused(self) -> bool:
-        """Whether counting is paused in the counted thread."""
-        if not self._pauses:
-            return False
+    def state(self) -> tuple[str, bool]:
+        """Return the phase of the counted thread, and whether counting is paused in it."""
+        if not (self._phases or self._pauses):  # most often, at the end of each step
+            return "train", False
         thread = self._counted_thread()
-        return thread in self._pauses or (self._home in self._pauses and self._is_guided(thread))
+        return self.name, thread in self._pauses or (self._home in self._pauses and self._is_guided(thread))
 
     @contextlib.contextmanager
     def inside(self, name: str) -> Iterator[bool]:

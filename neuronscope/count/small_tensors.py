@@ -9,7 +9,7 @@ whatever the batch size. Larger tensors are counted directly. No tensor of the n
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -51,7 +51,8 @@ class SmallTensors:
 
     def __init__(self, quantities: int, most: int) -> None:
         self._quantities, self._most = quantities, min(most, _MOST)
-        self._facts: tuple[Any, ...] = ()  # of the tensors in the buffer, and so are the next two
+        self._shape: torch.Size | None = None  # of the tensors in the buffer, and so are the next three
+        self._dtype: torch.dtype | None = None
         self.axis = 0
         self.tolerance = 0.0
         with torch.inference_mode(False):
@@ -77,10 +78,10 @@ class SmallTensors:
         Returns:
             False if the tensor was not added; then the caller must count it.
         """
-        if type(tensor) is not Tensor:
+        if type(tensor) is not Tensor or tensor.layout is not torch.strided or not tensor.is_cpu:
             return False
-        facts = (tensor.shape, tensor.dtype, tensor.is_cpu, tensor.layout, axis, tolerance)
-        if facts != self._facts and not self._make_room(tensor, facts, axis, tolerance):
+        known = tensor.shape == self._shape and tensor.dtype is self._dtype and axis == self.axis
+        if not (known and tolerance == self.tolerance) and not self._make_room(tensor, axis, tolerance):
             return False
         steps = self.steps
         number = len(steps)
@@ -89,18 +90,15 @@ class SmallTensors:
         self.full = number == self._last
         return True
 
-    def _make_room(self, tensor: Tensor, facts: tuple[Any, ...], axis: int, tolerance: float) -> bool:
+    def _make_room(self, tensor: Tensor, axis: int, tolerance: float) -> bool:
         """Make the buffer anew, for tensors like this one, if it is empty; return whether it was made.
 
         Args:
             tensor: As of :meth:`try_add`, and so are the last two.
-            facts: What tensors in the buffer have in common.
             axis: Dimension of the neurons.
             tolerance: The tolerance.
         """
-        if self.steps or not tensor.is_cpu or tensor.layout is not torch.strided:
-            return False
-        if not tensor.is_floating_point() or not 0 < tensor.numel() <= SMALL:
+        if self.steps or not tensor.is_floating_point() or not 0 < tensor.numel() <= SMALL:
             return False
         with torch.inference_mode(False):
             shape = (math.prod(tensor.shape[:axis]), tensor.shape[axis], math.prod(tensor.shape[axis + 1 :]))
@@ -108,7 +106,7 @@ class SmallTensors:
             self._room = torch.empty(most, *shape, dtype=tensor.dtype, device="cpu")
             self._each = [each.view(tensor.shape) for each in self._room]
             self._full = None
-        self._facts, self.axis, self.tolerance = facts, axis, tolerance
+        self._shape, self._dtype, self.axis, self.tolerance = tensor.shape, tensor.dtype, axis, tolerance
         self._last = most - 1
         return True
 
