@@ -170,6 +170,12 @@ class NeuronFlow:
         layers: The layer of each call, in the order of the calls.
     """
 
+    #: What each call reads. Python finds attributes of an object slowly if it has more than 30 outside of slots.
+    __slots__ = (
+        *("_begin", "_changes", "_last", "_origins", "_weights", "layers", "names", "overwritten", "read", "row_masks"),
+        "__dict__",
+    )
+
     def __init__(self, names: LayerNames) -> None:
         self.names = names
         self._origins: TensorMap[Origin] = TensorMap()

@@ -100,6 +100,12 @@ class SiteRecorder:
         ignored_mask: Whether rows of several experts were counted in a forward with a mask, which does not reach them.
     """
 
+    #: What each call reads; see :class:`~neuronscope.attach.neuron_flow.NeuronFlow`.
+    __slots__ = (
+        *("_scratch", "_tolerance", "compiled", "forward", "got_gradients", "lock", "phase", "sampler", "sites"),
+        *("step", "unmeasured", "__dict__"),
+    )
+
     def __init__(
         self,
         *,
