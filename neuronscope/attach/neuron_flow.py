@@ -751,7 +751,7 @@ class NeuronFlow:
         """Note what the model returns: a site that it returns is read by whatever the caller does with it."""
         if values is None:  # it failed
             return
-        self._given_out.clear()
+        self._given_out.entries.clear()
         if type(values) is Tensor and not seen_by_modes():
             upstream = self._note_output(values)
         else:

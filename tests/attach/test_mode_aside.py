@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -118,3 +119,50 @@ def test_detaching_while_an_activation_runs_restores_the_stack_of_modes():
         net(torch.ones(2, 4))
         assert modes() == [theirs]
     assert modes() == []
+
+
+class Phases(nn.Module):
+    """An activation module and an activation function; a mode may be entered between the two."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.act, self.second = nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 3)
+        self.between: TorchFunctionMode | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(x)
+        if self.between is None:
+            return F.relu(self.second(self.act(h)))
+        with self.between:
+            return F.relu(self.second(self.act(h)))
+
+
+@pytest.mark.parametrize("place", ["forward", "between", "backward"])
+def test_a_mode_that_is_on_in_some_steps_only_sees_nothing_of_ours_in_any(place: str):
+    """Our arithmetic is hidden only where a mode would see it, and each step is asked anew."""
+
+    def run(watched: bool) -> tuple[list[list[str]], list[int]]:
+        torch.manual_seed(0)
+        net, x, seen = Phases(), torch.randn(5, 4), []
+        scope = ns.watch(net) if watched else None
+        for step in range(6):
+            mode = Names()
+            on = step % 3 > 0
+            net.between = mode if on and place == "between" else None
+            with mode if on and place == "forward" else contextlib.nullcontext():
+                loss = net(x).sum()
+            with mode if on and place == "backward" else contextlib.nullcontext():
+                loss.backward()
+            seen.append(mode.names)
+            if scope is not None:
+                scope.step()
+        if scope is None:
+            return seen, []
+        scope.detach()
+        assert all(tally.gradient_positions == 30 for tally in scope.census().values())
+        return seen, [tally.positions for tally in scope.census().values()]
+
+    seen, positions = run(watched=True)
+    assert positions == [30, 30]
+    assert seen == run(watched=False)[0]
+    assert any(seen)

@@ -245,3 +245,35 @@ def test_what_is_known_by_the_identity_of_a_weight_ends_with_it():
         assert flow._changes == before
         del net.first
         assert flow._changes > before
+
+
+def test_a_mask_may_be_given_in_some_steps_only():
+    net = Net(lambda x, step: x, nn.ReLU())
+    kept = torch.tensor([[True, False], [True, True]])
+
+    with ns.watch(net, mask=lambda *_: kept if net.step % 3 == 1 else None) as scope:
+        for net.step in range(6):
+            net(X.view(2, 2, 4)).sum().backward()
+            scope.step()
+    # Four positions a step, and three in steps 1 and 4.
+    tally = scope.census()["fc/relu"]
+    assert (tally.positions, tally.gradient_positions) == (22, 22)
+    assert tally.zero_outputs.tolist() == [22, 0, 0, 0]
+
+
+def test_the_activation_may_be_swapped_for_another_module_or_function_between_calls():
+    """The old one is put back later, and its hooks are still on it."""
+    net = Net(lambda x, step: x, nn.ReLU())
+    first, second = net.act, nn.Tanh()
+    with ns.watch(net) as scope:
+        for net.step in range(6):
+            net.act = second if net.step % 3 == 1 else first
+            if net.step % 3 == 2:
+                net(X)
+                with torch.no_grad():
+                    torch.tanh(net.fc(X))
+            else:
+                net(X).sum().backward()
+            scope.step()
+    counted = {name: (tally.positions, tally.gradient_positions) for name, tally in scope.census().items()}
+    assert counted == {"fc/relu": (16, 8), "fc/tanh": (8, 8)}

@@ -21,6 +21,7 @@ from neuronscope.count.counters import SiteCounters, add_gradients, add_outputs
 from neuronscope.count.cpu_kernels import ScratchBuffers, fits_float32
 from neuronscope.count.neuron_layout import NeuronLayout
 from neuronscope.count.pieces import TensorToCount
+from neuronscope.count.small_tensors import SmallTensors
 from neuronscope.sites import SiteInfo
 from neuronscope.tally.collect import read_tallies
 
@@ -524,3 +525,19 @@ def test_the_scratch_buffer_is_reused():
     for _ in range(10):
         count_outputs(tensor, 1, scratch)
     assert scratch.buffer.data_ptr() == first
+
+
+def test_small_tensors_that_differ_from_those_that_wait_are_not_added_to_them() -> None:
+    """Each has the same shape as they have, or the same number of elements."""
+    waiting = SmallTensors(2, most=8)
+    first = torch.ones(3, 3)
+    assert waiting.try_add(first, 1, step=0, tolerance=0.0)
+    for other in (first.to(torch.bfloat16), first.to_sparse(), first.to("meta"), first.view(1, 9), first[:, :1]):
+        assert not waiting.try_add(other, 1, step=0, tolerance=0.0), other
+    assert not waiting.try_add(first, 0, step=0, tolerance=0.0)
+    assert not waiting.try_add(first, 1, step=0, tolerance=0.5)
+    assert waiting.try_add(first.t(), 1, step=1, tolerance=0.0)
+    assert waiting.steps == [0, 1]
+    waiting.clear()
+    assert waiting.try_add(first, 0, step=2, tolerance=0.5)
+    assert (waiting.axis, waiting.tolerance) == (0, 0.5)
