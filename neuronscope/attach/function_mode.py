@@ -102,7 +102,7 @@ class ActivationFunctionMode(TorchFunctionMode):
         self._functions = frozenset(manager.registry.functions if manager.functional else ())  # quick to look through
         self._end_fused_while_tracing = while_tracing(manager.end_fused_while_tracing, "args", "output")
         self._follow_while_tracing = while_tracing(
-            self.follow_traced, "func", "args", "kwargs", "output", "mask", "inputs", listener=manager.recorder
+            self.follow_traced, "func", "args", "kwargs", "output", "mask", listener=manager.recorder
         )
         self.listener: GraphListener = manager.recorder
 
@@ -115,8 +115,7 @@ class ActivationFunctionMode(TorchFunctionMode):
         if is_tracing():
             if manager.running or not manager.observing:
                 return call_traced(self, func, args, kwargs)
-            forward = manager.recorder.forward
-            return call_traced(self, func, args, kwargs, forward.mask, forward.parts.inputs)
+            return call_traced(self, func, args, kwargs, manager.recorder.forward.mask)
         if func in _QUESTIONS:
             return func(*args, **kwargs)
         known = func in self._functions
@@ -216,8 +215,7 @@ class ActivationFunctionMode(TorchFunctionMode):
         self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> None:
         """Follow a function while ``torch.compile`` traces; `comptime` reads the arguments and variables."""
-        forward = self.manager.recorder.forward
-        inputs, mask = forward.parts.inputs, forward.mask  # noqa: F841, the graph is for these inputs
+        mask = self.manager.recorder.forward.mask  # noqa: F841
         comptime(self._follow_while_tracing)
         if self.manager.functional:
             self.manager.recorder.select(func, args, kwargs, output)
@@ -230,7 +228,7 @@ class ActivationFunctionMode(TorchFunctionMode):
             args: The positional arguments of its call.
             kwargs: The keyword arguments of its call.
             output: What it returned.
-            facts: The mask of positions, and what else the graph is made for.
+            facts: The mask of positions.
         """
         mask = facts[0]
         if not (isinstance(output, (Tensor, tuple, list)) or func is Tensor.__setitem__):
