@@ -85,8 +85,8 @@ The networks above under `torch.compile`, trained for two steps from the same se
 compiled unwatched, compiled watched, and watched in eager mode. *Equal* means: weights, buffers and
 gradients of the two compiled runs are the same bit for bit; the compiled run has the sites of the
 eager one, with the same names, and all integers are equal; and a network that is one graph
-unwatched is one graph watched. Sites of single experts are left out: a graph does not tell them
-apart, and the compiled run lists them as not measured. All in float32 on the CPU.
+unwatched is one graph watched. Sites that the compiled run lists as not measured are left out; a
+network of which no site is left is not equal. All in float32 on the CPU.
 `python -m tests.networks.compiled` tries them and keeps what came of it; a few run in CI
 (`tests/networks/test_compiled_networks.py`). Where there is more than one graph, torch's reason
 stands below. Torch's limit of recompilations is set so high that no run meets it. Behind the limit

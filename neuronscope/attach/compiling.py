@@ -12,7 +12,7 @@ import inspect
 import os
 import sys
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from pathlib import Path
 from types import CodeType, FrameType, FunctionType, ModuleType
 from typing import Any, NamedTuple, ParamSpec, Protocol, TypeVar
@@ -23,10 +23,12 @@ from torch._C._dynamo.eval_frame import reset_code, set_eval_frame
 from torch._dynamo import OptimizedModule, variables
 from torch._dynamo.comptime import ComptimeContext, comptime
 from torch._dynamo.eval_frame import skip_code
+from torch._dynamo.symbolic_convert import InstructionTranslator
 from torch._dynamo.variables import UserFunctionVariable
+from torch._ops import HigherOrderOperator
 from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode_stack
 
-from neuronscope.attach.tensor_map import TensorMap
+from neuronscope.attach.tensor_map import TensorMap, nested_tensors
 from neuronscope.count.compiled_graphs import handled_as
 
 Parameters = ParamSpec("Parameters")
@@ -34,6 +36,7 @@ Result = TypeVar("Result")
 
 __all__ = [
     "GraphListener",
+    "GraphRuns",
     "OptimizedModule",
     "TracedEnd",
     "ask_modes_about",
@@ -49,9 +52,11 @@ __all__ = [
     "hidden",
     "in_backward",
     "in_compiled_graph",
+    "in_operator",
     "is_compiled",
     "is_in_graph",
     "is_tracing",
+    "operator_around",
     "seen_by_modes",
     "set_integer",
     "set_variable",
@@ -62,7 +67,6 @@ __all__ = [
     "trace_attempt",
     "traced_call",
     "traced_modules",
-    "traced_variable",
     "unwatched",
     "while_tracing",
     "write_call",
@@ -156,7 +160,7 @@ def in_compiled_graph() -> bool:
         file = frame.f_code.co_filename
         if _is_graph(file):
             in_graph_code = True
-        elif file.startswith(_GRAPH_CALLERS) or (in_graph_code and file.startswith(_DYNAMO)):
+        elif file.startswith(_GRAPH_CALLERS) or (in_graph_code and file.startswith((_DYNAMO, __file__))):
             return True
         elif not file.startswith(_TORCH) and file != _COUNTING:  # the user's, or what Inductor has written
             return frame.f_back is not None and frame.f_back.f_code.co_filename.startswith(_INDUCTOR)
@@ -301,39 +305,70 @@ class GraphListener(Protocol):
 
     trace_error: Exception | None
 
-    def begin_graph(self, code: CodeType, owner: Any) -> Hashable:
+    def begin_graph(self, code: CodeType, owner: Any, given: Iterable[Tensor]) -> Hashable:
         """Note that a graph begins to be traced, and return for what of ours it is made, so that others need another.
 
         Args:
             code: Which function is traced, or a part of.
             owner: The ``self`` of that function; ``None`` if it has none, or does not need it any more.
+            given: The tensors among the arguments and variables of that function.
         """
 
-    def end_graph(self, end: TracedEnd | None) -> None:
-        """Note that a graph was traced.
+    def end_graph(self, end: TracedEnd | None) -> GraphRuns | None:
+        """Note that a graph was traced, and return what is to be done around each of its runs, if anything is.
 
         Args:
-            end: What the code has at its end; ``None`` if there is no graph, because the compiler dropped it and begins
-                again, or because nothing is called in it.
+            end: What was traced; ``None`` if there is no graph, because the compiler dropped it and begins again, or
+                because nothing is called in it.
+        """
+
+
+class GraphRuns(Protocol):
+    """Is told of each run of a graph.
+
+    Attributes:
+        guarded: Whether the graph may run only for inputs that it serves.
+    """
+
+    guarded: bool
+
+    def serves(self, inputs: Sequence[Tensor]) -> bool:
+        """Whether the graph may run for inputs.
+
+        Args:
+            inputs: The tensors among them.
+        """
+
+    def begin(self, inputs: Sequence[Any]) -> None:
+        """Note that the graph is about to run.
+
+        Args:
+            inputs: What it is given.
+        """
+
+    def end(self, inputs: Sequence[Any], outputs: Sequence[Any]) -> None:
+        """Note that the graph has run.
+
+        Args:
+            inputs: What it was given.
+            outputs: What it returned.
         """
 
 
 class TracedEnd(NamedTuple):
-    """What traced code has at its end, with a fake tensor for each tensor.
+    """What was traced.
 
     Attributes:
-        code: Which function it is, or a part of.
-        function: The name of this part of it.
-        ends: Whether the function ends; otherwise code of it follows that is not compiled.
-        left: What it returns; else the values that the next call needs, its arguments last.
-        variables: Its local variables that the code that follows needs, by name.
+        ends: Whether the function ends with the graph; otherwise code of it follows that is not compiled.
+        inputs: What the graph is given: the tensors, with ``None`` for numbers.
+        outputs: What it returns: fake tensors, with ``None`` for numbers.
+        used: Of each of these, whether the graph itself uses it, so that its gradient outside is a part of it.
     """
 
-    code: CodeType
-    function: str
     ends: bool
-    left: Any
-    variables: dict[str, Any]
+    inputs: tuple[Tensor | None, ...]
+    outputs: tuple[Tensor | None, ...]
+    used: tuple[bool, ...]
 
 
 class _GraphEnd(NamedTuple):
@@ -347,16 +382,110 @@ class _GraphEnd(NamedTuple):
         try:
             with torch._C.DisableTorchFunction(), _tracing(root):
                 # Of a graph without calls the compiler has forgotten the code by now.
-                end = None if reason is None or root is None else _traced_end(root, reason.graph_break)
-                self.listener.end_graph(end)
+                if reason is None or root is None:
+                    self.listener.end_graph(None)
+                else:
+                    _end_graph(self.graph, self.listener, ends=not reason.graph_break)
         except Exception as error:
             self.listener.trace_error = error
 
 
-def _traced_end(translator: Any, breaks: bool) -> TracedEnd:
-    left = [_value(each) for each in translator.stack] if breaks else _value(translator.stack[-1])
-    variables = {name: _value(variable) for name, variable in translator.symbolic_locals.items()} if breaks else {}
-    return TracedEnd(_original_code(translator.f_code), translator.f_code.co_name, not breaks, left, variables)
+def _end_graph(output: Any, listener: GraphListener, *, ends: bool) -> None:
+    """Tell the listener what was traced, and have it told of the runs of the graph."""
+    nodes = [node for node in output.graph.nodes if node.op == "placeholder"]
+    last = next(node for node in output.graph.nodes if node.op == "output")
+    (returned,) = last.args
+    inputs, outputs = (
+        tuple([found if isinstance(found := _tensor_of(node), Tensor) else None for node in each])
+        for each in (nodes, returned)
+    )
+    used = tuple([any(user is not last and not _is_count(user) for user in node.users) for node in returned])
+    runs = listener.end_graph(TracedEnd(ends, inputs, outputs, used))
+    if runs is None:
+        return
+    if runs.guarded:
+        sources = [node.meta["grapharg"].source for node, each in zip(nodes, inputs, strict=True) if each is not None]
+        _guard_inputs(runs, [_expression(source) for source in sources], listener)
+    output.compiler_fn = _told_of_runs(output.compiler_fn, runs, listener)
+
+
+def _is_count(node: Any) -> bool:
+    """Whether a node of a graph is a call that counts."""
+    return getattr(node.target, "__module__", "").startswith(f"{_OWN}.") or node.target in ("detach", torch.detach)
+
+
+def _expression(source: Any) -> str:
+    """Return the expression that gives an input of a graph, of variables ``L`` and ``G`` of the traced function."""
+    name: str | Callable[[], str] = source.name
+    return name() if callable(name) else name
+
+
+def _guard_inputs(runs: GraphRuns, expressions: Sequence[str], listener: GraphListener) -> None:
+    """Let the graph that is traced run only for inputs that it serves.
+
+    Args:
+        runs: The graph.
+        expressions: What gives its inputs.
+        listener: Is told of an error of our own.
+    """
+    from torch._dynamo import guards
+    from torch._dynamo.guards import install_guard
+    from torch._dynamo.source import GlobalStateSource
+
+    code = compile(f"({''.join(f'{each}, ' for each in expressions)})", "<inputs of a graph>", "eval")
+    known: dict[str, Any] = getattr(guards, "CLOSURE_VARS", None) or guards._get_closure_vars()  # in older torch
+
+    def guard_inputs(builder: Any, _: Any) -> None:
+        names = {**known, "G": builder.scope["G"]}
+
+        def is_served(local: Any) -> bool:
+            try:
+                with torch._C.DisableTorchFunction():
+                    return runs.serves(eval(code, names, {"L": local}))  # noqa: S307, the compiler's own expressions
+            except Exception as error:
+                listener.trace_error = error
+                return False
+
+        builder.guard_manager.root.add_epilogue_lambda_guard(is_served, [_OWN], *_no_stack())
+
+    install_guard(GlobalStateSource().make_guard(guard_inputs))
+
+
+def _no_stack() -> tuple[None, ...]:
+    """Return the last arguments of torch's methods that add guards: newer ones take the stack of the user, too."""
+    from torch._C._dynamo.guards import RootGuardManager
+
+    return (None,) if "arg2" in str(RootGuardManager.add_epilogue_lambda_guard.__doc__) else ()
+
+
+def _told_of_runs(backend: Callable[..., Any], runs: GraphRuns, listener: GraphListener) -> Callable[..., Any]:
+    """Return a back end that tells of the runs of the graph that it compiles.
+
+    Args:
+        backend: What compiles it.
+        runs: Is told.
+        listener: Is told of an error of our own.
+    """
+
+    @functools.wraps(backend)
+    def compile_graph(*args: Any, **kwargs: Any) -> Any:
+        compiled = backend(*args, **kwargs)
+
+        def run(*inputs: Any) -> Any:
+            try:
+                runs.begin(inputs)
+            except Exception as error:
+                listener.trace_error = error
+            outputs = compiled(*inputs)
+            try:
+                runs.end(inputs, outputs)
+            except Exception as error:
+                listener.trace_error = error
+            return outputs
+
+        return run
+
+    return compile_graph
 
 
 def _original_code(code: CodeType) -> CodeType:
@@ -403,7 +532,8 @@ def _running(translator: Any, listener: GraphListener | None) -> Iterator[None]:
         if listener is not None and (end := _GraphEnd(translator.output, listener)) not in end.graph.cleanup_hooks:
             end.graph.add_cleanup_hook(end)
             root = end.graph.root_tx
-            state = listener.begin_graph(_original_code(root.f_code), root.f_locals.get("self"))
+            given = nested_tensors(root.f_locals)
+            state = listener.begin_graph(_original_code(root.f_code), root.f_locals.get("self"), given)
             if _leave_uncounted(root.f_code, state):
                 listener.trace_error = RuntimeError(_CROWDED.format(root.f_code.co_qualname))
         with _tracing(translator):
@@ -484,7 +614,15 @@ class _CallTraced(UserFunctionVariable):
         if watcher.may_count(function):
             trace = build(getattr).call_function(tx, [mode, build("trace")], {})
             return trace.call_function(tx, [func, given, named], {})
-        output = func.call_function(tx, list(given.items), named.keys_as_python_constant())
+        if isinstance(function, HigherOrderOperator) and hasattr(func, "_call_function"):
+            state = tx.symbolic_torch_function_state
+            state.push_torch_function_mode(mode)  # it sees what the functions call that the operator is given
+            try:
+                output = func._call_function(tx, list(given.items), named.keys_as_python_constant())
+            finally:
+                state.pop_torch_function_mode()
+        else:
+            output = func.call_function(tx, list(given.items), named.keys_as_python_constant())
         if facts:
             with _running(tx, watcher.listener):
                 watcher.follow_traced(function, *map(_value, (given, named, output, *facts)))
@@ -549,7 +687,8 @@ def _leave_uncounted(code: CodeType, state: Hashable) -> bool:
         guards.id_matched_objs[_OWN] = made[-1]
 
     install_guard(GlobalStateSource().make_guard(leave_uncounted))
-    return len(made) > config.accumulated_recompile_limit - 2 * config.recompile_limit
+    most = config.accumulated_recompile_limit
+    return len(made) > max(most - 2 * config.recompile_limit, most // 2)  # `torch.cond` sets both as high as can be
 
 
 _translators: list[Any] = []  # what traces the code that called `comptime`
@@ -591,6 +730,37 @@ def _modules_of(translator: Any) -> Iterator[nn.Module]:
         translator = getattr(translator, "parent", None)
 
 
+#: Parts of the names of operators that run their function once and are followed as if they were not there.
+_ONCE = ("wrap", "autograd", "custom_function_call")
+
+
+def operator_around() -> str:
+    """Return the operator that is given the function that is traced, as ``torch.cond`` is; ``""`` if there is none.
+
+    It traces the function apart, and runs it any number of times: activation checkpointing runs it again.
+    """
+    tracer = InstructionTranslator.current_tx().output.current_tracer
+    while tracer is not None and tracer.parent is not None:
+        name = getattr(tracer.source_target, "_name", None) or str(tracer.source_target)
+        if _CHECKPOINT in name or not any(part in name for part in _ONCE):
+            return name.rpartition(".")[2]
+        tracer = tracer.parent
+    return ""
+
+
+_CHECKPOINT = "checkpoint"
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def in_operator() -> bool:
+    """Whether code that is traced belongs to such an operator, but for activation checkpointing.
+
+    A hook that changes anything in a checkpoint breaks the graph, so that eager code runs the checkpoint.
+    """
+    operator = operator_around()
+    return bool(operator) and _CHECKPOINT not in operator
+
+
 _nodes: TensorMap[Any] = TensorMap()  # of each fake tensor that was looked at: its node in the graph
 _variables: TensorMap[Any] = TensorMap()  # likewise: the variable that was last seen to have it
 
@@ -626,23 +796,6 @@ def enters_graph(tensor: Tensor) -> bool:
     """Whether a tensor that :func:`while_tracing` gave is an input of the graph, so that other code may use it too."""
     node = _nodes.get(tensor)
     return node is not None and node.op == "placeholder"
-
-
-def traced_variable(tensor: Tensor) -> tuple[CodeType, str] | None:
-    """Return the variable that holds an input of a graph, if code of the same function ran before the graph.
-
-    Args:
-        tensor: A tensor that :func:`while_tracing` gave.
-
-    Returns:
-        The function, as in :class:`TracedEnd`, and the variable as an expression; ``None`` if no function has it.
-    """
-    node, code = _nodes.get(tensor), _translators[-1].output.root_tx.f_code
-    argument, original = None if node is None else node.meta.get("grapharg"), _original_code(code)
-    if argument is None or original is code:
-        return None
-    name = argument.source.name
-    return original, name() if callable(name) else name
 
 
 def is_in_graph(tensor: Tensor) -> bool:

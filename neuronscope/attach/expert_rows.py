@@ -44,19 +44,16 @@ class ExpertRows:
         origin_of: Returns what a tensor is.
 
     Attributes:
-        last: The layer of experts that eager code called last; ``""`` if it had called it before in this forward. A
-            graph that uses ``last_owners`` reads it, so that it runs only for that layer.
         noted: Whether any rows may be known.
-        last_owners: The number of the expert of each row that this call gave, int64 ``(R,)``; ``None`` as long as no
-            graph uses it.
+        last_owners: The number of the expert of each row that the last call of eager code gave, int64 ``(R,)``;
+            ``None`` as long as no graph uses it.
     """
 
     def __init__(self, origin_of: Callable[[Tensor], Origin]) -> None:
         self.noted = False
-        self.last = ""
         self.last_owners: Owners | None = None
+        self._last: Place | None = None  # of the call that gave them
         self._origin_of = origin_of
-        self._called: set[str] = set()  # layers of experts that eager code has called in this forward
         self._gives_owners = False  # whether a graph uses `last_owners`
         self._weighed: TensorMap[Weighed | InGraph] = TensorMap()  # of weights that data picked
         self._rows: dict[Place, Rows] = {}  # of the calls of layers of experts, and of joined ones
@@ -64,8 +61,7 @@ class ExpertRows:
     def clear(self) -> None:
         """Forget all rows, because a forward begins or a step is over."""
         self.noted = False
-        self.last, self.last_owners = "", None
-        self._called.clear()
+        self._last = self.last_owners = None
         self._weighed.clear()
         self._rows.clear()
 
@@ -117,9 +113,8 @@ class ExpertRows:
         if rows is not None:
             self._rows[_place(units)] = rows
             if not isinstance(rows, InGraph):
-                self.last = "" if units.layer in self._called else units.layer
+                self._last = _place(units)
                 self.last_owners = rows.owners() if self._gives_owners else None
-                self._called.add(units.layer)
 
     def _rows_of_every_expert(self, values: tuple[Any, ...], tensors: Sequence[Tensor], output: Tensor) -> Rows | None:
         """Return what says which rows of a product with a whole stack are of which expert.
@@ -190,11 +185,19 @@ class ExpertRows:
         owners = [each.numbers for each in rows if isinstance(each, InGraph)]
         return _in_graph(write_call(join_owners, dim, *tensors, *owners)) if len(owners) == len(rows) else None
 
+    def are_last(self, units: Units) -> bool:
+        """Whether units are of the last call of eager code, so that ``last_owners`` says which expert each row is of.
+
+        Args:
+            units: The units, which have experts.
+        """
+        return self._last == _place(units)
+
     def owners(self, units: Units) -> Owners | None:
         """Return which expert each row of a tensor is of. It waits for no device.
 
         It is not known, and ``None``, where the rows were made in another graph, or before the graph that is traced by
-        a call that was not the last one of eager code, or not the layer's only one in the forward.
+        a call that was not the last one of eager code.
 
         Args:
             units: The units of the tensor, which have experts.
@@ -204,7 +207,7 @@ class ExpertRows:
             return None if found is None or isinstance(found, InGraph) else found.owners()
         if isinstance(found, InGraph):
             return found.numbers if is_in_graph(found.numbers) else None
-        if found is None or self.last != units.layer:
+        if found is None or not self.are_last(units):
             return None
         self._gives_owners = True
         self.last_owners = found.owners() if self.last_owners is None else self.last_owners

@@ -241,7 +241,6 @@ class ForwardContext:
         self.begun += 1
         if path != "" or not self.flow.gave(args, kwargs):
             self._set_number(self.begun)
-        self.parts.clear()
         again = self.restarts_at_parts and any(_overlap(path, each) for each in self._ran)
         if again or (path == "" and not self.explicit_step) or len(self.flow.layers) > _MOST_CALLS:
             self.forget()
@@ -300,7 +299,6 @@ class ForwardContext:
         self.recomputing = False
         self.exporting = False
         self.recomputation.clear()
-        self.parts.clear()
         self.forget()
 
 

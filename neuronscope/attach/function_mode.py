@@ -105,7 +105,7 @@ class ActivationFunctionMode(TorchFunctionMode):
         self._not_only_followed = self._functions | _QUESTIONS | SELECTING
         self._end_fused_while_tracing = while_tracing(manager.end_fused_while_tracing, "args", "output")
         self._follow_while_tracing = while_tracing(
-            self.follow_traced, "func", "args", "kwargs", "output", "mask", "inputs", listener=manager.recorder
+            self.follow_traced, "func", "args", "kwargs", "output", "mask", listener=manager.recorder
         )
         self.listener: GraphListener = manager.recorder
 
@@ -118,8 +118,7 @@ class ActivationFunctionMode(TorchFunctionMode):
         if is_tracing():
             if manager.running or not manager.observing:
                 return call_traced(self, func, args, kwargs)
-            forward = manager.recorder.forward
-            return call_traced(self, func, args, kwargs, forward.mask, forward.parts.inputs)
+            return call_traced(self, func, args, kwargs, manager.recorder.forward.mask)
         known = special = func in self._not_only_followed  # most often it is not
         if special:
             if func in _QUESTIONS:
@@ -228,8 +227,7 @@ class ActivationFunctionMode(TorchFunctionMode):
         self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> None:
         """Follow a function while ``torch.compile`` traces; `comptime` reads the arguments and variables."""
-        forward = self.manager.recorder.forward
-        inputs, mask = forward.parts.inputs, forward.mask  # noqa: F841, the graph is for these inputs
+        mask = self.manager.recorder.forward.mask  # noqa: F841
         comptime(self._follow_while_tracing)
         if self.manager.functional:
             self.manager.recorder.select(func, args, kwargs, output)
@@ -242,7 +240,7 @@ class ActivationFunctionMode(TorchFunctionMode):
             args: The positional arguments of its call.
             kwargs: The keyword arguments of its call.
             output: What it returned.
-            facts: The mask of positions, and what else the graph is made for.
+            facts: The mask of positions.
         """
         mask = facts[0]
         if not (isinstance(output, (Tensor, tuple, list)) or func is Tensor.__setitem__):

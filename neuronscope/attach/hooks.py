@@ -24,8 +24,8 @@ from neuronscope.attach.activations import Activation, Registry
 from neuronscope.attach.call_arguments import CallArguments
 from neuronscope.attach.compiling import (
     code_of_forward,
-    compiles_here,
     count_compilations,
+    in_operator,
     is_compiled,
     is_tracing,
     seen_by_modes,
@@ -45,7 +45,7 @@ from neuronscope.attach.fused_calls import (
     last_weight,
     runs_fused,
 )
-from neuronscope.attach.hook_handles import HookHandles, is_ours, looks_at_hooks
+from neuronscope.attach.hook_handles import HookHandles, is_ours
 from neuronscope.attach.interrupts import CallStack, is_on_stack
 from neuronscope.attach.layer_names import LayerNames
 from neuronscope.attach.masks import PositionMask
@@ -54,10 +54,8 @@ from neuronscope.attach.module_hooks import (
     BeforeActivation,
     EnterFusable,
     EnterModule,
-    EnterPart,
     LabelOutput,
     LeaveModule,
-    LeavePart,
     NoteLayout,
     ResumeInside,
     SuspendInside,
@@ -142,11 +140,11 @@ class HookManager:
         self._handles = HookHandles()
         self._hooked: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         self._skipped: list[CodeType] = []  # see `skip_when_hooked`
-        self._opened: set[int] = set()  # the `id` of each module that `_hook_parts_of` has seen
         self._model = weakref.ref(model)
         self.note_weights: Callable[[], None] | None = None  # called when the model's own forward begins
         self.recorder.own_code = code_of_forward([module for path, module in walk(model) if path == ""][-1])
         self.recorder.is_part = self._is_part
+        self.recorder.forward.parts.is_here = lambda: self.thread.in_forward in (None, get_ident())
         self.recorder.sites.is_tensor_parallel = lambda: is_tensor_parallel(self._model())
         self.recorder.sites.paths = self._paths
         self.named = NamedTensors(self)
@@ -188,37 +186,6 @@ class HookManager:
                 self.module_sites.append(path)
                 hidden.append(path)
 
-    def _attach_to_late_parts(self) -> None:
-        """Put hooks on parts of the model that got none, and that are compiled since."""
-        model = self._model()
-        self.recorder.forward.parts.met_unknown = False
-        for path, module in () if model is None else walk(model):
-            if path and is_compiled(module) and module not in self._hooked:
-                self._hook(module, path, None)
-
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def _hook_parts_of(self, module: nn.Module) -> None:
-        """Put hooks on what a module calls that has none: behind a graph break torch compiles each of these by itself.
-
-        Torch's own modules have no graph of their own then.
-
-        Args:
-            module: A module that runs in eager code while torch compiles what it calls.
-        """
-        self._opened.add(id(module))
-        for part in () if looks_at_hooks(module) else module.children():
-            if part in self._hooked or looks_at_hooks(part):
-                continue
-            if type(part).forward.__module__.startswith("torch."):
-                self._hook_parts_of(part)
-            else:
-                self._hook_part(part)
-
-    def _hook_part(self, module: nn.Module) -> None:
-        self._note_hooked(module)
-        self._handles.add_before(module, EnterPart(self))
-        self._handles.add_after(module, LeavePart(self))
-
     def _note_hooked(self, module: nn.Module) -> None:
         self._hooked.add(module)
         code = skip_when_hooked(module)
@@ -243,8 +210,6 @@ class HookManager:
         """Put hooks on a module, if it needs any."""
         is_root = path == ""
         if activation is None and not is_root and not _names_places(module):
-            if is_compiled(module):
-                self._hook_part(module)
             return
         self._note_hooked(module)
         if activation is None or is_root:
@@ -300,8 +265,6 @@ class HookManager:
         """Start or stop counting, and forget what is left of an interrupted forward."""
         if observing and self._handles.off:
             self.put_back()
-        if observing and self.recorder.forward.parts.met_unknown:
-            self._attach_to_late_parts()
         self.recorder.restart()
         if self._step_open:
             self.entered.leave(handling=self._mode.handling)
@@ -353,7 +316,10 @@ class HookManager:
             traced: Whether ``torch.compile`` traces it.
             begins: Whether a forward may begin here. Then this is noted, and the thread may become the counted one.
         """
-        if traced:  # a graph is traced in one thread
+        if traced:  # in one thread
+            return self.observing and not in_operator()
+        here, thread = get_ident(), self.thread
+        if thread.in_forward == here:
             return self.observing
         here, thread = get_ident(), self.thread
         if thread.in_forward == here:
@@ -367,7 +333,7 @@ class HookManager:
 
     def is_counted_here(self) -> bool:
         """Whether this thread is the counted one, in a forward or not."""
-        return self.observing and (is_tracing() or self.thread.here == get_ident())
+        return self.observing and (not in_operator() if is_tracing() else self.thread.here == get_ident())
 
     def is_attached(self) -> bool:
         """Return whether hooks are on the model, and no error of our own has ended the watch."""
@@ -456,31 +422,10 @@ class HookManager:
             if self.thread.in_forward != get_ident() and not self._turns.begin(caller):
                 return  # it ended an interrupted forward, and another thread was quicker
             self.callers.begin(len(module_stack), caller)
-        if path == "" and caller is not None:
-            if self.note_weights is not None:
-                self.note_weights()
-            if not self.recorder.forward.ran_root:
-                self._attach_to_late_parts()
+        if path == "" and caller is not None and self.note_weights is not None:
+            self.note_weights()
         if self.recorder.forward.enter(path, module, args, kwargs) and not self.recorder.forward.exporting:
             self.entered.enter(handling=self._mode.handling)
-        if caller is not None and (is_compiled(module) or compiles_here()):
-            self.enter_part(module, args, kwargs, is_root=path == "")
-
-    def enter_part(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, is_root: bool = False
-    ) -> None:
-        """Note that a module begins to run in eager code, and that it or what it calls may be compiled.
-
-        Args:
-            module: The module.
-            args: Positional arguments of its forward.
-            kwargs: Keyword arguments of its forward.
-            is_root: Whether it is the model.
-        """
-        if id(module) not in self._opened and compiles_here(may_break=True):
-            self._hook_parts_of(module)
-        if not is_root or is_compiled(module):
-            self.recorder.forward.parts.enter(module, args, kwargs, (self.recorder.running_phase,))
 
     def enter_fused_while_tracing(self, path: str, module: Any, args: Any, kwargs: Any) -> None:
         """Take the hooks off an encoder layer while ``torch.compile`` traces it, if it goes its fast path in the graph.
@@ -549,8 +494,8 @@ class HookManager:
         """
         if self._fused_calls:
             self._end_fused(output)
-        if self.recorder.compiled:
-            self.leave_part(module, output)
+        if self.recorder.trace_error is not None and not is_tracing():
+            raise self.recorder.trace_error
         forward = self.recorder.forward
         if forward.leave():
             self.end()
@@ -558,18 +503,6 @@ class HookManager:
             self.callers.cut(len(forward.module_stack))
         if path == "":
             forward.note_outputs(output)
-
-    def leave_part(self, module: nn.Module, output: Any) -> None:
-        """Note what the graphs of a module did, if it is compiled and has ended or failed.
-
-        Args:
-            module: The module.
-            output: What it returned; ``None`` if it failed.
-        """
-        if self.recorder.compiled and not is_tracing():
-            if self.recorder.trace_error is not None:
-                raise self.recorder.trace_error
-            self.recorder.forward.parts.leave(module, output, (self.recorder.running_phase,))
 
     def _end_fused(self, output: Any) -> None:
         """If the module that ends was run in a fused kernel, watch again, and note what it returned."""

@@ -12,11 +12,20 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from neuronscope.attach.activations import Activation
-from neuronscope.attach.compiling import compiles_here, comptime, is_compiled, is_tracing, while_tracing
+from neuronscope.attach.compiling import (
+    compiles_here,
+    comptime,
+    in_operator,
+    is_compiled,
+    is_tracing,
+    operator_around,
+    while_tracing,
+)
 from neuronscope.attach.examples import ExampleCounter
 from neuronscope.attach.function_mode import ActivationFunctionMode, first_input
 from neuronscope.attach.fused_calls import runs_fused
 from neuronscope.attach.gradient_hooks import InertHook
+from neuronscope.attach.unsupported import IN_OPERATOR
 
 if TYPE_CHECKING:
     from neuronscope.attach.hooks import HookManager
@@ -26,10 +35,8 @@ __all__ = [
     "BeforeActivation",
     "EnterFusable",
     "EnterModule",
-    "EnterPart",
     "LabelOutput",
     "LeaveModule",
-    "LeavePart",
     "NoteLayout",
     "ResumeInside",
     "SuspendInside",
@@ -117,36 +124,6 @@ class LeaveModule(InertHook):
             self.manager.detach_when_idle()
 
 
-class EnterPart(InertHook):
-    """A hook on a module whose path names no place, and that is compiled by itself, when it begins."""
-
-    def __init__(self, manager: HookManager) -> None:
-        self.manager = manager
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] = _NOTHING) -> None:
-        if not is_tracing() and self.manager.is_counted_here():
-            try:
-                if self.manager.runs(sys._getframe(1)):
-                    self.manager.enter_part(module, args, kwargs)
-            except Exception as error:
-                self.manager.fail(error)
-
-
-class LeavePart(InertHook):
-    """A hook on such a module when it has ended or failed."""
-
-    def __init__(self, manager: HookManager) -> None:
-        self.manager = manager
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if not is_tracing() and self.manager.is_counted_here():
-            try:
-                if self.manager.runs(sys._getframe(1)):
-                    self.manager.leave_part(module, output)
-            except Exception as error:
-                self.manager.fail(error)
-
-
 class NoteLayout(InertHook):
     """A hook on a module that takes its time dimension first."""
 
@@ -206,9 +183,18 @@ class BeforeActivation(InertHook):
         self.manager = manager
         self.path = path
         self.activation = activation
+        self._note_while_tracing = while_tracing(self._note_inside)
+
+    def _note_inside(self) -> None:
+        recorder = self.manager.recorder
+        recorder.unmeasured.note_ran(self.path, recorder.running_phase)
+        recorder.unmeasured.note(self.path or "(root)", IN_OPERATOR.format(operator_around()))
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] = _NOTHING) -> None:
         manager, traced = self.manager, is_tracing()
+        if traced and manager.observing and in_operator():
+            comptime(self._note_while_tracing)
+            return
         caller = None if traced else sys._getframe(1)
         if manager.watches_here(traced, begins=True):
             try:

@@ -17,10 +17,11 @@ from neuronscope.attach.compiling import (
     comptime,
     has_real_tensors,
     is_tracing,
+    operator_around,
     unwatched,
     while_tracing,
 )
-from neuronscope.attach.unsupported import IN_TRANSFORM, describe_input, in_transform
+from neuronscope.attach.unsupported import IN_OPERATOR, IN_TRANSFORM, describe_input, in_transform
 from neuronscope.errors import UsageError, warn_user
 from neuronscope.sites import NAMED_TENSOR
 
@@ -73,7 +74,7 @@ class NamedTensors:
         self._recorder = manager.recorder
         self._refused: set[str] = set()
         self._find_while_tracing = while_tracing(
-            self._find_traced, "phase", "named", "y", "pre", "inputs", listener=manager.recorder
+            self._find_traced, "phase", "named", "y", "pre", listener=manager.recorder
         )
 
     def count(self, named: NamedTensor, y: Any, pre: Any) -> None:
@@ -123,16 +124,17 @@ class NamedTensors:
         pre: Any,
     ) -> None:
         phase = self._recorder.running_phase  # noqa: F841
-        inputs = self._recorder.forward.parts.inputs  # noqa: F841
         comptime(self._find_while_tracing)
         self._recorder.count_named_in_graph(y, y if pre is None else pre)
 
-    def _find_traced(self, phase: str, named: Any, y: Any, pre: Any, _: Any) -> None:
+    def _find_traced(self, phase: str, named: Any, y: Any, pre: Any) -> None:
         named = NamedTensor(*named)
         pre = pre if isinstance(pre, Tensor) else None
         call = None
         if torch._C._functorch.maybe_current_level() is not None:
             self._recorder.unmeasured.note(named.name, IN_TRANSFORM)
+        elif operator := operator_around():
+            self._recorder.unmeasured.note(named.name, IN_OPERATOR.format(operator))
         elif not self._is_refused(named, y, pre):
             call = self._find(phase, named, y, traced=True)
         self._recorder.find_named_traced(call, y if pre is None else pre)

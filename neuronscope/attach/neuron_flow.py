@@ -13,13 +13,12 @@ import math
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from types import CodeType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from neuronscope.attach.compiling import seen_by_modes, traced_call, traced_modules, traced_variable, unwatched
+from neuronscope.attach.compiling import seen_by_modes, traced_call, traced_modules, unwatched
 from neuronscope.attach.dtensor import NeuronShard, is_distributed, is_later_shard, local_tensor, neuron_shard
 from neuronscope.attach.examples import all_tensors
 from neuronscope.attach.expert_rows import ExpertRows
@@ -179,14 +178,12 @@ class NeuronFlow:
     def __init__(self, names: LayerNames) -> None:
         self.names = names
         self._origins: TensorMap[Origin] = TensorMap()
-        self._hidden: TensorMap[Origin] | None = None
         self._weights: TensorMap[Origin] = TensorMap()
         self._calls: dict[tuple[Any, ...], _KnownCall] = {}  # by the facts that their outcomes follow from
         self._begin = self._last = _KnownCall(_Outcome((_UNKNOWN,)))  # stands for the begin of a forward; the last call
         self._changes = 0  # how often a stored tensor has ended or been overwritten
         self.expert_rows = ExpertRows(self._origin_in_call)
         self.row_masks = RowMasks()
-        self._variables: dict[tuple[Any, str], tuple[Origin, tuple[int, ...]]] = {}  # see `note_variables`
         self.layers: list[str] = []
         self.read = 0
         self._closed: tuple[int, list[str]] = 0, []  # what `_close_calls` noted last: most forwards are alike
@@ -213,7 +210,7 @@ class NeuronFlow:
     def clear(self) -> None:
         """Forget everything about tensors, because a forward begins or a step is over."""
         self._last = self._begin
-        if not (self._origins.entries or self.layers or self._variables):
+        if not (self._origins.entries or self.layers):
             return
         self._close_calls()
         self._origins.entries.clear()
@@ -221,7 +218,6 @@ class NeuronFlow:
             self.expert_rows.clear()
         if self.row_masks.known:
             self.row_masks.clear()
-        self._variables.clear()
         self.layers.clear()
         self.read = 0
 
@@ -282,6 +278,20 @@ class NeuronFlow:
         """Return what the flow has noted of a tensor, or ``None``."""
         return self._origins.get(tensor)
 
+    def all_known(self) -> dict[int, Any]:
+        """Return what is known of all tensors of this forward, for :meth:`given`."""
+        return dict(self._origins.entries)
+
+    def given(self, tensor: Tensor, known: Mapping[int, Any] | None = None) -> Origin:
+        """Return what a tensor is that a graph is given, as far as no search is needed.
+
+        Args:
+            tensor: The tensor.
+            known: What was known of all tensors when the graph began to be traced; ``None`` = what is known now.
+        """
+        entry = (self._origins.entries if known is None else known).get(id(tensor))
+        return self._unseen(tensor) if entry is None or entry[0]() is not tensor else entry[1]
+
     def _origin_in_graph(self, tensor: Tensor, unseen: Origin) -> Origin:
         """Return what a fake tensor is by the call in the graph that gives it, which no function mode has seen."""
         if traced_modules() is None:
@@ -290,41 +300,7 @@ class NeuronFlow:
         if call is not None:
             self.follow(*call, tensor)
             return self._origins.get(tensor) or unseen
-        variable = traced_variable(tensor)
-        found = None if variable is None else self._variables.get(variable)
-        if found is None or found[1] != plain_shape(tensor):
-            return unseen
-        self._origins.put(tensor, found[0])
-        return found[0]
-
-    def hide_units(self) -> None:
-        """Take it as not known of which layers the units are of all tensors so far, until :meth:`unhide_units`."""
-        self._hidden = self._origins
-        self._origins = TensorMap()
-        for key, (tensor, origin) in self._hidden.entries.items():
-            self._origins.entries[key] = tensor, origin.without_units(LOST)
-
-    @property
-    def hides_units(self) -> bool:
-        """Whether :meth:`hide_units` holds."""
-        return self._hidden is not None
-
-    def unhide_units(self) -> None:
-        """Take back what :meth:`hide_units` did; what was noted since stays."""
-        if self._hidden is not None:
-            self._origins.entries.update(self._hidden.entries)
-            self._hidden = None
-
-    def note_variables(self, code: CodeType, variables: Mapping[str, Any]) -> None:
-        """Note what the tensors are that a graph leaves in the variables of a function, for the graph that follows.
-
-        Args:
-            code: Which function.
-            variables: Its variables, with a fake tensor for each tensor.
-        """
-        for name, value in variables.items():
-            for expression, tensor in _named_tensors(f"L[{name!r}]", value):
-                self._variables[code, expression] = self.origin(tensor), plain_shape(tensor)
+        return unseen
 
     def _origin_by_autograd(self, tensor: Tensor, unseen: Origin) -> Origin:
         """Return what a tensor is that a function gave whose calls no function mode sees, by autograd's graph.
@@ -1029,15 +1005,6 @@ def _stays_weight(output: Tensor, origin: Origin) -> bool:
 def _is_nameless(origin: Origin) -> bool:
     """Whether a tensor may turn out to be a weight, because nothing else is known of it."""
     return not origin.layer and origin.state in _NAMELESS
-
-
-def _named_tensors(expression: str, value: Any) -> Iterable[tuple[str, Tensor]]:
-    """Yield the tensors in nested tuples, lists and mappings, each with the expression that is its value."""
-    if isinstance(value, Tensor):
-        yield expression, value
-    elif isinstance(value, (Mapping, tuple, list)):
-        for key, member in value.items() if isinstance(value, Mapping) else enumerate(value):
-            yield from _named_tensors(f"{expression}[{key!r}]", member)
 
 
 def _local(dims: Dims, shape: Sequence[int]) -> Dims:

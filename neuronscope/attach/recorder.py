@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import replace
 from types import CodeType
 from typing import Any, NamedTuple
@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from neuronscope.attach.activations import Activation
+from neuronscope.attach.compiled_parts import PartGraph
 from neuronscope.attach.compiling import (
     TracedEnd,
     comptime,
@@ -27,6 +28,7 @@ from neuronscope.attach.compiling import (
     in_backward,
     is_in_graph,
     is_tracing,
+    operator_around,
     set_integer,
     set_variable,
     trace_attempt,
@@ -44,7 +46,7 @@ from neuronscope.attach.row_owners import Owners
 from neuronscope.attach.selections import SELECTING
 from neuronscope.attach.site_finder import Call, CountersFactory, DeclaredAxis, SiteFinder, neurons_in
 from neuronscope.attach.unmeasured import place_of
-from neuronscope.attach.unsupported import BATCHED_GRADIENT, CAPTURED, describe_input, in_transform
+from neuronscope.attach.unsupported import BATCHED_GRADIENT, CAPTURED, IN_OPERATOR, describe_input, in_transform
 from neuronscope.count.backends import add_gradients_on_device, add_outputs_on_device
 from neuronscope.count.captured_graphs import StepClock, is_capturing
 from neuronscope.count.compiled_graphs import (
@@ -145,7 +147,7 @@ class SiteRecorder:
 
         # torch.compile runs these while it traces.
         self._find_while_tracing = while_tracing(
-            self._find_traced, "phase", "path", "function", "activation", "x", "glu_dim", "inputs", listener=self
+            self._find_traced, "phase", "path", "function", "activation", "x", "glu_dim", listener=self
         )
         self._end_while_tracing = while_tracing(self._end_traced, "call", "x", "y")
         self._load_mask_while_tracing = while_tracing(self._load_mask, "tensor", "experts")
@@ -327,7 +329,6 @@ class SiteRecorder:
         glu_dim: int | None,
     ) -> Any:
         phase = self.running_phase  # noqa: F841
-        inputs = self.forward.parts.inputs  # noqa: F841
         comptime(self._find_while_tracing)
         call = self._last_found()
         if call is None:
@@ -361,8 +362,7 @@ class SiteRecorder:
         owners = None
         comptime(self._load_owners_while_tracing)
         if owners is None:  # eager code made the rows
-            rows = self.forward.flow.expert_rows
-            owners = rows.last_owners if rows.last else None
+            owners = self.forward.flow.expert_rows.last_owners
         return owners
 
     def _load_owners(self, call: int) -> None:
@@ -371,12 +371,13 @@ class SiteRecorder:
         if owners is not None and is_in_graph(owners):
             set_variable("owners", owners)
 
-    def begin_graph(self, code: CodeType, owner: Any) -> Hashable:
+    def begin_graph(self, code: CodeType, owner: Any, given: Iterable[Tensor]) -> Hashable:
         """Note that a graph begins to be traced, and return for what of ours it is made.
 
         Args:
             code: See :class:`~neuronscope.attach.compiling.GraphListener`.
             owner: See there.
+            given: See there.
         """
         if not self.compiled:
             self.compiled = True
@@ -387,25 +388,28 @@ class SiteRecorder:
         if running:
             is_model = running[-1] == "" and code == self.own_code and not self.is_part(owner)
         else:
-            is_model = not forward.parts.inputs and not (forward.explicit_step and self.is_part(owner))
-        forward.parts.begin_graph(is_model, code, owner)
-        return id(self), self.running_phase, forward.parts.inputs, *running
+            is_model = not (forward.explicit_step and self.is_part(owner))
+        facts = forward.parts.begin_graph(given, is_model=is_model, guarded=bool(running) or not is_model)
+        return id(self), self.running_phase, facts, *running
 
-    def end_graph(self, end: TracedEnd | None) -> None:
-        """Note that a graph was traced.
+    def end_graph(self, end: TracedEnd | None) -> PartGraph | None:
+        """Note that a graph was traced, and return what is to be done around each of its runs.
 
         Args:
             end: See :class:`~neuronscope.attach.compiling.GraphListener`.
         """
-        self.forward.parts.end_graph(end)
+        return self.forward.parts.end_graph(end)
 
     def _find_traced(
-        self, phase: str, path: str, function: str, activation: Activation, x: Tensor, glu_dim: int | None, _: str
+        self, phase: str, path: str, function: str, activation: Activation, x: Tensor, glu_dim: int | None
     ) -> None:
         """Find a call while ``torch.compile`` traces, and note its number."""
         self._found.clear()
         if torch._C._functorch.maybe_current_level() is not None:
             self.unmeasured.note_transformed(phase, path, function, x)
+            return
+        if operator := operator_around():
+            self.unmeasured.note_inside(operator, phase, path, function, x)
             return
         call = self.sites.find(phase, path, function, activation, x, glu_dim, traced=True)
         if call is not None:
@@ -582,6 +586,13 @@ class SiteRecorder:
     def _select_traced(self, phase: str, function: Any, args: Any, kwargs: Any, y: Any) -> None:
         self._found.clear()
         if function not in SELECTING:
+            return
+        if operator := operator_around():
+            data = [each for each in args if isinstance(each, Tensor)]
+            origins = [self.forward.flow.origin(each) for each in data]
+            if len(data) != 1 and any(origin.site is not None for origin in origins):  # it may be a gated product
+                place = place_of(self.forward.current_path, function.__name__)
+                self.unmeasured.note(place, IN_OPERATOR.format(operator))
             return
         selected = self.sites.selections.find(phase, function, args, kwargs, y, traced=True)
         if selected is not None:
@@ -884,7 +895,8 @@ class _PreActivationOfCall(NamedTuple):
 
     def register(self, x: Tensor) -> None:
         if x.requires_grad:
-            self.recorder.hook_call(x, self.call)
+            call, units = self.call, self.recorder.forward.flow.given(x).units
+            self.recorder.hook_call(x, call if units is None else self.recorder.sites.with_owners(call, units))
 
     def give_up(self) -> None:
         if self.call.counters is not None:

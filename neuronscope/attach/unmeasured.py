@@ -6,7 +6,7 @@ from torch import Tensor
 
 from neuronscope.attach.neuron_flow import UNSEEN, NeuronFlow
 from neuronscope.attach.origins import CONSTANT, ENDED, RAW, ROWS, WEIGHT, Origin
-from neuronscope.attach.unsupported import IN_TRANSFORM
+from neuronscope.attach.unsupported import IN_OPERATOR, IN_TRANSFORM
 
 __all__ = ["PICKED", "Unmeasured", "place_of"]
 
@@ -90,9 +90,24 @@ class Unmeasured:
             function: Name of the function, or ``""``.
             x: The pre-activation.
         """
+        self._note_inside(IN_TRANSFORM, phase, path, function, x)
+
+    def note_inside(self, operator: str, phase: str, path: str, function: str, x: Tensor) -> None:
+        """Note that an activation ran inside an operator that runs functions as often as data says.
+
+        Args:
+            operator: The operator.
+            phase: As in :meth:`note_transformed`, and so are the others.
+            path: Path of a module.
+            function: Name of the function, or ``""``.
+            x: The pre-activation.
+        """
+        self._note_inside(IN_OPERATOR.format(operator), phase, path, function, x)
+
+    def _note_inside(self, reason: str, phase: str, path: str, function: str, x: Tensor) -> None:
         if not function:
             self.note_ran(path, phase)
-        self.note(place_of(path, function), IN_TRANSFORM)
+        self.note(place_of(path, function), reason)
         units = self._flow.origin(x).units
         if units is not None:
             self._transformed.add(units.layer)
@@ -123,14 +138,6 @@ class Unmeasured:
         if state in (ENDED, WEIGHT):
             what = "parameters alone" if state == WEIGHT else "several units together"
             self.not_neurons.setdefault(place, f"its input was computed from {what}")
-            return False
-        if self._flow.hides_units:
-            self.note(
-                place,
-                "torch.compile traced it by itself, behind a graph break or as a function of its own, so that its "
-                "graph serves inputs of any layer: have no graph break around it, or declare the axis of its neurons, "
-                f"as in `axes={{{place!r}: 1}}`",
-            )
             return False
         if is_module:
             return True

@@ -8,7 +8,15 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-__all__ = ["BATCHED_GRADIENT", "CAPTURED", "IN_TRANSFORM", "describe_input", "in_transform", "unsupported_reason"]
+__all__ = [
+    "BATCHED_GRADIENT",
+    "CAPTURED",
+    "IN_OPERATOR",
+    "IN_TRANSFORM",
+    "describe_input",
+    "in_transform",
+    "unsupported_reason",
+]
 
 # Under names that are quick to find.
 _count_transforms = torch._C._functorch.get_dynamic_layer_stack_depth
@@ -18,6 +26,11 @@ _is_batched = torch._C._functorch.is_legacy_batchedtensor
 IN_TRANSFORM = (
     "it ran inside a function transform (`torch.vmap`, `torch.func`), whose tensors cannot be read: these calls were "
     "not counted, and any others were. Call the model outside of the transform to have it counted"
+)
+#: Why calls inside an operator of higher order are not measured.
+IN_OPERATOR = (
+    "it ran inside an operator that is given functions, traces them and runs them itself (`{}`): these calls were not "
+    "counted, and any others were. Call the functions without it to have it counted"
 )
 #: Why gradients that are batched tensors are not measured.
 BATCHED_GRADIENT = (

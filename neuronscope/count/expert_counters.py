@@ -339,8 +339,13 @@ def leave_out_rows(rows: Tensor, owners: Tensor, kept: Tensor | None, experts: i
 
 
 def _positions(rows: Tensor, owners: Tensor, count: int) -> Tensor:
-    """Return the number of positions of each expert, int64 ``(count,)``."""
-    each = torch.full_like(owners, rows.shape[1])
+    """Return the number of positions of each expert, int64 ``(count,)``.
+
+    It is counted in the tensor itself: what depends on no gradient, AOTAutograd adds in the forward graph. If that runs
+    twice before the backward graphs, these would both begin with the same sum.
+    """
+    first = rows[:, :, 0]
+    each = (first == 0).sum(1) + (first != 0).sum(1)
     return torch.zeros(count, dtype=torch.int64, device=owners.device).index_add_(0, owners, each)
 
 

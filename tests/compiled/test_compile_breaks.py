@@ -137,7 +137,7 @@ def test_behind_a_break_in_a_submodule_sites_and_counts_are_those_of_eager(name)
 
 
 class Point(nn.Module):
-    """Looks at its own hooks, as a library's hook points do."""
+    """Looks at its own hooks, as a library's hook points do, so that it gets none."""
 
     def forward(self, x: Tensor) -> Tensor:
         return F.relu(x).round() if self._forward_hooks or self._forward_pre_hooks else F.relu(x)
@@ -153,33 +153,176 @@ def rectify(relu: nn.Module, x: Tensor) -> Tensor:
     return relu(x * 2)
 
 
-class FunctionInLoop(InLoop):
-    """Calls a function that torch compiles by itself; its graph serves inputs of any layer."""
+class Helped(nn.Module):
+    """Calls layers between breaks, so that torch compiles the methods and functions that it calls each by itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(8, 8) for _ in range(3)])
+        self.relu, self.scale = nn.ReLU(), nn.Parameter(torch.ones(8))
+
+    def act(self, x: Tensor) -> Tensor:
+        return (x + 0).relu()
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.first(x)
-        for layer in (self.second, self.last):
+        for layer in self.layers:
             torch._dynamo.graph_break()
-            x = layer(rectify(self.relu, x))
+            x = self.step(layer, x)
         return x
 
 
-@pytest.mark.parametrize(("build", "place"), [(PointInLoop, "relu()"), (FunctionInLoop, "relu")])
-@pytest.mark.filterwarnings("ignore:No activation of .* was seen in the first observed step")
-def test_behind_a_break_what_can_have_no_hook_is_listed_and_not_counted(build, place):
-    states = []
-    for watcher in (Nobody(), Watched()):
+class AMethod(Helped):
+    def step(self, layer: nn.Module, x: Tensor) -> Tensor:
+        torch._dynamo.graph_break()
+        return self.act(layer(x))
+
+
+class AFunction(Helped):
+    def step(self, layer: nn.Module, x: Tensor) -> Tensor:
+        torch._dynamo.graph_break()
+        return rectify(self.relu, layer(x))
+
+
+class TwoMethods(Helped):
+    """The second one applies another activation to what the layer gave when it was called again."""
+
+    def soft(self, x: Tensor) -> Tensor:
+        return F.gelu(x * 2) * self.scale
+
+    def step(self, layer: nn.Module, x: Tensor) -> Tensor:
+        torch._dynamo.graph_break()
+        return self.soft(layer(self.act(layer(x))))
+
+
+class TwoLayers(Helped):
+    """A method that is given what two layers gave, in both orders; the first tensor is not of the last layer."""
+
+    def both(self, x: Tensor, y: Tensor) -> Tensor:
+        return x.relu() * 2 + F.gelu(y + 1)
+
+    def step(self, layer: nn.Module, x: Tensor) -> Tensor:
+        torch._dynamo.graph_break()
+        first, other = layer(x), self.layers[0](x)
+        torch._dynamo.graph_break()
+        return self.both(first, other) + self.both(other, first)
+
+
+class Halves(Helped):
+    """A method that is called twice with the units of one call: two activations, as in CReLU."""
+
+    def step(self, layer: nn.Module, x: Tensor) -> Tensor:
+        torch._dynamo.graph_break()
+        x = layer(x)
+        return self.act(x) + self.act(-x)
+
+
+class Inner(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(8, 8)
+
+    def act(self, x: Tensor) -> Tensor:
+        return x.relu_()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x)
+
+
+class MethodOfAPart(Helped):
+    """A method of another module, which works in place; and one that calls a layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.part, self.between = Inner(), nn.Linear(8, 8)
+
+    def call(self, x: Tensor) -> Tensor:
+        return self.between(F.silu(x)) * 2
+
+    def step(self, layer: nn.Module, x: Tensor) -> Tensor:
+        torch._dynamo.graph_break()
+        return F.elu(self.call(self.part.act(layer(self.part(x)))))
+
+
+class SameLayerAgain(Helped):
+    def __init__(self) -> None:
+        super().__init__()
+        first, second, _ = self.layers
+        self.layers = nn.ModuleList([first, second, first, first])
+
+    step = AMethod.step
+
+
+class Weights(Helped):
+    """A function that is given weights: the layer is known from them."""
+
+    def step(self, layer: nn.Module, x: Tensor) -> Tensor:
+        torch._dynamo.graph_break()
+        return linear(x, layer.weight)
+
+
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    return F.linear(x, weight).relu()
+
+
+class OtherPath(Helped):
+    """A part of the model's own forward that comes behind another layer each time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.choose(x)
+        torch._dynamo.graph_break()
+        return F.relu(x * 2)
+
+    @torch._dynamo.disable
+    def choose(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return self.layers[self.calls % 2](x)
+
+
+class Tail(Helped):
+    """What it returns is of its last layer, which no graph calls, and has the shape of what the last graph returned."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.last = AMethod(), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.last(self.body(x))) + F.gelu(self.last(x))
+
+
+HELPED = (
+    *(AMethod, AFunction, TwoMethods, TwoLayers, Halves, MethodOfAPart, SameLayerAgain, Weights, OtherPath, Tail),
+    PointInLoop,
+)
+
+
+@pytest.mark.parametrize("in_place", [True, False], ids=["compile()", "torch.compile"])
+@pytest.mark.parametrize("build", HELPED)
+def test_a_function_that_is_compiled_by_itself_counts_at_the_layer_that_it_is_given(build, in_place):
+    runs = []
+    for watcher, compiles in ((Watched(), False), (Watched(), True), (Nobody(), True)):
         torch._dynamo.reset()
         torch.manual_seed(0)
-        model = build()
+        model = run = build()
+        if compiles and in_place:
+            model.compile(backend="eager")
+        elif compiles:
+            run = torch.compile(model, backend="eager")
         with watcher.attach(model):
-            train(model, torch.compile(model, backend="aot_eager"), watcher, (4, 5), 2)
-        states.append(state_of(model))
-    assert_bits(*states)
-    assert watcher.scope._hooks.failure is None
-    not_measured = {place.name: place.reason for place in watcher.scope.report().not_measured}
-    assert "traced it by itself" in not_measured[place]
-    assert all(tally.axis_source != "assumed (rank)" for tally in watcher.scope.census().values())
+            train(model, run, watcher, (4, 5 if isinstance(model, Outer) else 8), 3)
+            with watcher.phase("val"), torch.no_grad():
+                run(torch.ones(3, 5 if isinstance(model, Outer) else 8))
+        runs.append((getattr(watcher, "scope", None), state_of(model)))
+    (eager, _), (compiled, weights), (_, plain) = runs
+    assert_bits(weights, plain)
+    assert compiled._hooks.failure is None
+    for phase in ("train", "val"):
+        assert compiled.census(phase)
+        assert_same_census(compiled.census(phase), eager.census(phase))
+    assert compiled.report().not_measured == eager.report().not_measured
 
 
 class Tied(nn.Module):

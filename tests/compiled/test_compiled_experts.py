@@ -152,11 +152,43 @@ def test_rows_that_eager_code_made_are_counted_where_a_graph_applies_the_activat
 
 def test_they_are_not_taken_for_those_of_another_call_of_the_same_layer() -> None:
     way = torch._dynamo.disable(functools.partial(gated_by_a_graph, times=2), recursive=False)
-    _, scope = run_both(way, fullgraph=False)
+    model = Mixture(way)
+    run, _ = compiled(model, fullgraph=False)
+    scope = watched(model, run)
     assert not scope.census()
     (item,) = scope.report().not_measured
     assert item.name == "experts.w1/relu"
     assert "compiled graph" in item.reason
+
+
+def one_expert_after_another(self: Stack, x: Tensor, chosen: Tensor) -> Tensor:
+    """As transformers runs GPT-OSS in a loop over experts."""
+    result = torch.zeros_like(x)
+    for expert in chosen.unique():
+        token, _ = torch.where(chosen == expert)
+        result = result.index_add(0, token, gate(self, x[token] @ self.w1[expert]) @ self.w2[expert])
+    return result
+
+
+def test_rows_of_one_expert_after_another_are_counted_where_a_graph_applies_the_activation() -> None:
+    model = Mixture(torch._dynamo.disable(one_expert_after_another, recursive=False))
+    run, _ = compiled(model, fullgraph=False)
+    scope = watched(model, run)
+    assert_counts(scope.census("train"), truth(model))
+    assert not scope.report().not_measured
+
+
+def test_two_forwards_before_a_backward_pass_count_the_gradients_of_both() -> None:
+    model = Mixture(WAYS["bmm"])
+    run, _ = compiled(model)
+    with ns.watch(model) as scope:
+        for x in batches():
+            (loss_of(run(x)) + loss_of(run(x))).backward()
+            scope.step()
+    for number, tally in truth(model).items():
+        found = scope.census()[f"experts.w1.{number}/relu"]
+        assert found.positions == found.gradient_positions == 2 * tally["positions"]
+        assert found.zero_gradients.tolist() == (2 * tally["zero_gradients"]).tolist()
 
 
 @pytest.mark.parametrize("way", ["bmm", "bmm of all"])

@@ -54,14 +54,16 @@ class CompiledRuns:
         states: Weights, buffers and gradients of the compiled runs: unwatched, watched.
         graphs: How many graphs each of them had, and how many tensors these returned.
         compiled: Census of the compiled run.
-        eager: Census of the same run in eager mode, without what the compiled run's report lists as not measured:
-            sites of experts, where a graph cannot know which expert each row is of.
+        eager: Census of the same run in eager mode, without what is left out.
+        left_out: Sites of the eager run that the compiled run's report lists as not measured: those of experts, where a
+            graph cannot know which expert each row is of.
     """
 
     states: tuple[dict[str, Tensor], dict[str, Tensor]]
     graphs: tuple[tuple[int, int], tuple[int, int]]
     compiled: ns.Census
     eager: Mapping[str, ns.Tally]
+    left_out: tuple[str, ...]
 
 
 def run(network: Network, backend: str = "aot_eager", *, fullgraph: bool = True) -> CompiledRuns:
@@ -106,8 +108,9 @@ def run(network: Network, backend: str = "aot_eager", *, fullgraph: bool = True)
     if fullgraph:
         assert graphs[0] == graphs[1], f"{graphs[0]} graphs and outputs unwatched, {graphs[1]} watched"
     compiled, eager = censuses
-    eager = {site: tally for site, tally in eager.items() if _EXPERT.sub("", site) not in listed[0]}
-    return CompiledRuns((states[0], states[1]), (graphs[0], graphs[1]), compiled, eager)
+    left_out = tuple([site for site in eager if _EXPERT.sub("", site) in listed[0]])
+    eager = {site: tally for site, tally in eager.items() if site not in left_out}
+    return CompiledRuns((states[0], states[1]), (graphs[0], graphs[1]), compiled, eager, left_out)
 
 
 def describe(network: Network, backend: str) -> dict[str, Any]:
@@ -131,6 +134,8 @@ def describe(network: Network, backend: str) -> dict[str, Any]:
         return {**row, "failed": f"{type(error).__name__}: {_first_line(error)}"}
     (unwatched, _), (watched, _) = runs.graphs
     row |= {"graphs": [unwatched, watched], "weights": _weights(*runs.states), "counts": _counts(runs)}
+    if runs.left_out:
+        row["left out"] = len(runs.left_out)
     return {**row, "sites": len(runs.eager), "seconds": round(time.monotonic() - began)}
 
 
@@ -149,6 +154,8 @@ def _weights(unwatched: dict[str, Tensor], watched: dict[str, Tensor]) -> str:
 
 
 def _counts(runs: CompiledRuns) -> str:
+    if not runs.eager:
+        return "no site compared"
     try:
         assert_same_census(runs.compiled, runs.eager)
     except AssertionError as error:
