@@ -156,12 +156,7 @@ def example_count(examples: int) -> str:
 def _basis_of_zeros(examples: int, policy: Policy, observed: str) -> tuple[str, str]:
     """Return the basis of a claim that rests on zeros alone, and a sentence if there are too few examples.
 
-    One example shows that a neuron fires; only many show that it does not.
-
-    Args:
-        examples: Number of independent examples.
-        policy: Says how many are enough.
-        observed: What was observed in all of them; the sentence begins with it.
+    One example shows that a neuron fires; only many show that it does not. ``observed`` begins the sentence.
     """
     if examples >= policy.min_examples:
         return "measured", ""
@@ -175,11 +170,7 @@ def _basis_of_zeros(examples: int, policy: Policy, observed: str) -> tuple[str, 
 
 
 def contradictions(evidence: Sequence[Evidence]) -> tuple[str, ...]:
-    """Report proofs of death that the measurement refutes: a fault of Neuronscope, or data outside the box.
-
-    Returns:
-        One sentence for each source and layer; none if all proofs hold.
-    """
+    """Return a sentence for each proof of death that data refutes: a fault of Neuronscope, or data outside the box."""
     fired: dict[str, set[int]] = {}
     for one in evidence:
         # What a monitor recorded is older: a neuron that fired then may have died in the last steps.

@@ -119,18 +119,15 @@ def _layer_states(layers: Sequence[Layer], clocks: Mapping[str, LayerClock]) -> 
         input_is_zero = _input_is_zero(parts)
         silent = [_without_gradient(part, part.reading) for part in parts]
         no_gradient = not input_is_zero and all(bool(rows.all()) for rows in silent)
-        shown = [_is_readable(part.reading) & ~rows for part, rows in zip(parts, silent, strict=True)]
+        shown = [part.reading.readable & ~rows for part, rows in zip(parts, silent, strict=True)]
         is_open = not no_gradient and not input_is_zero and not any(bool(rows.any()) for rows in shown)
         still_updated = all(part.lag == 0 and (part.taken is not None or part.rule.is_momentum) for part in parts)
         yield _LayerState(layer, has_bias, no_gradient, is_open, input_is_zero, still_updated)
 
 
 def _input_is_zero(parts: Sequence[LayerClock]) -> bool:
-    """Whether the parameters that multiply the input had no gradient for long when the bias got its last one.
-
-    The bias may have stopped since. Then nothing gets a gradient now, but the weights stopped well before the bias.
-    """
-    last = min(float(torch.where(_is_readable(part.reading), part.reading.steps, torch.inf).min()) for part in parts)
+    """Whether the weights had no gradient for long when the bias got its last one; the bias may have stopped since."""
+    last = min(float(torch.where(part.reading.readable, part.reading.steps, torch.inf).min()) for part in parts)
     return math.isfinite(last) and all(bool(_without_gradient(part, part.weights, last).all()) for part in parts)
 
 
@@ -140,11 +137,7 @@ def _without_gradient(read: LayerClock, reading: ClockReading, steps_ago: float 
     stopped = reading.never
     if read.taken is None or read.taken - 1 > limit:
         stopped = stopped | (reading.steps - steps_ago > limit)
-    return stopped & _is_readable(reading)
-
-
-def _is_readable(reading: ClockReading) -> Tensor:
-    return ~reading.not_finite & ~reading.unknown
+    return stopped & reading.readable
 
 
 def _input_layer(states: Sequence[_LayerState], index: int) -> Layer | None:
@@ -159,11 +152,7 @@ def _input_layer(states: Sequence[_LayerState], index: int) -> Layer | None:
 
 
 def _unsure(states: Sequence[_LayerState]) -> Iterator[tuple[Layer, str]]:
-    """Yield layers that have collapsed or were frozen, with the reason.
-
-    That is open if consecutive layers without gradient end in one without a bias that could show which it is, or if
-    no layer of the network gets a gradient.
-    """
+    """Yield layers that have collapsed or were frozen: nothing gets a gradient, or no bias tells which of the two."""
     begin = 0
     while begin < len(states):
         end = begin

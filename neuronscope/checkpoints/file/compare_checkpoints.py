@@ -161,9 +161,7 @@ class _Pair:
         """Return which rows got a gradient, without those of which a clock shows nothing."""
         end = self.clocks[1]
         no_gradient, touched = self._decayed_tests() if end.is_decayed else self._tests()
-        readable = torch.ones_like(touched)
-        for clock in self.clocks:
-            readable &= ~(clock.reading.not_finite | clock.reading.unknown)
+        readable = self.clocks[0].reading.readable & end.reading.readable
         none, some = no_gradient & readable, touched & readable & ~no_gradient
         whole = bool((none | end.reading.never).all())
         return GradientsBetween(end.layer.path, self.steps, none, some, whole, self.steps <= end.clock.silent_steps)
@@ -204,11 +202,9 @@ class _Pair:
         return self._layer.rows(tensor).double()
 
     def _means(self, name: str, touched: Tensor) -> Tensor:
-        """Mark rows whose means grew, and return how far each weight can move without a gradient, ``(N, F)``.
+        """Mark rows of ``touched`` ``(N,)`` whose means grew.
 
-        Args:
-            name: The parameter.
-            touched: Rows that certainly got a gradient, bool ``(N,)``; changed in place.
+        Return how far each weight can move without a gradient, ``(N, F)``.
         """
         rule = self.clocks[0].rule
         first, last = (states[name].slots for states in self.states)
@@ -232,13 +228,7 @@ class _Pair:
         return rate * ratio * shrink / (1.0 - shrink) / (1.0 - beta)
 
     def _weights(self, name: str, room: Tensor, kept: Tensor) -> None:
-        """Unmark rows whose weights moved farther than they can without a gradient.
-
-        Args:
-            name: The parameter.
-            room: How far each weight can move without a gradient, ``(N, F)``.
-            kept: Rows that may have got no gradient, bool ``(N,)``; changed in place.
-        """
+        """Unmark rows of ``kept`` ``(N,)`` whose weights moved farther than the ``room`` ``(N, F)`` that they have."""
         w1, w2 = (self._rows(one.tensors[name]) for one in self.checkpoints)
         if self.states[1][name].group.get("weight_decay"):
             # Decay shrinks the whole row by one factor: that of its largest weight.

@@ -51,13 +51,7 @@ def as_initialised(layer: Layer, tensors: Mapping[str, StoredTensor], rows: Tens
 
 
 def _in_default_range(weight: Tensor, largest: Tensor, bias: Tensor) -> Tensor:
-    """Return which rows torch's default initialisation may have given, bool ``(K,)``.
-
-    Args:
-        weight: The weights, float64 ``(K, F)``.
-        largest: The largest absolute weight of each row, float64 ``(K,)``.
-        bias: The biases, float64 ``(K,)``.
-    """
+    """Return which rows torch's default initialisation may have given, bool ``(K,)``, by weights ``(K, F)``."""
     count = weight.shape[1]
     if count < _MANY:
         return torch.zeros_like(largest, dtype=torch.bool)

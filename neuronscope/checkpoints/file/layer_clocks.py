@@ -250,20 +250,18 @@ class _ClockReader:
 
         Norms are left out of the comparison because their buffers are larger.
         """
-        whole = [self._peaks(layer, rules, clock) for layer, rules in found]
-        largest = clock.largest(
-            peaks for peaks, (layer, _) in zip(whole, found, strict=True) if layer.kind in NEURON_KINDS
-        )
-        for peaks, (layer, rules) in zip(whole, found, strict=True):
+        whole = [(layer, rules, self._peaks(layer, rules, clock)) for layer, rules in found]
+        largest = max((peaks.largest for layer, _, peaks in whole if layer.kind in NEURON_KINDS), default=0.0)
+        for layer, rules, peaks in whole:
             weights = self._peaks(layer, _without_bias(layer, rules), clock, as_one=layer.kind == "norm")
             reading = clock.read_layer(peaks, largest)
             yield LayerClock(
-                layer=layer,
-                rule=rules[layer.weight],
-                clock=clock,
-                reading=reading,
-                weights=clock.read_layer(weights, largest),
-                parameters=tuple(rules),
+                layer,
+                rules[layer.weight],
+                clock,
+                reading,
+                clock.read_layer(weights, largest),
+                tuple(rules),
                 untrained=as_initialised(layer, self._checkpoint.tensors, reading.never),
                 step=self._checkpoint.step,
             )
@@ -293,16 +291,15 @@ class _ClockReader:
             taken, newest = steps_taken(weight.slots, weight.group), self._newest.get(weight.optimizer)
             each = {name: next(readings) for name in rules}
             reading = reduce(ClockReading.join, each.values())
-            step, began = self._training_steps(newest)
-            never = reading.never & self._may_be_first(newest)
+            step, began, may_be_first = self._training_steps(newest)
             yield LayerClock(
-                layer=layer,
-                rule=rule,
-                clock=_clock(rule, taken),
-                reading=reading,
-                weights=reduce(ClockReading.join, (each[name] for name in _without_bias(layer, rules))),
-                parameters=tuple(rules),
-                untrained=as_initialised(layer, self._checkpoint.tensors, never),
+                layer,
+                rule,
+                _clock(rule, taken),
+                reading,
+                reduce(ClockReading.join, (each[name] for name in _without_bias(layer, rules))),
+                tuple(rules),
+                untrained=as_initialised(layer, self._checkpoint.tensors, reading.never & may_be_first),
                 step=step,
                 taken=taken,
                 lag=0 if taken is None or newest is None else newest - taken,
@@ -327,24 +324,19 @@ class _ClockReader:
             found.update(zip(numbers, parts, strict=True))
         return [found[at] for at in range(len(tensors))]
 
-    def _may_be_first(self, newest: int | None) -> bool:
-        """Whether an optimizer may have begun with the training: the file counts no more steps than the optimizer."""
-        step = self._checkpoint.step
-        return step is None or newest is None or len(self._checkpoint.optimizers) != 1 or step <= newest
-
-    def _training_steps(self, newest: int | None) -> tuple[int | None, int | None]:
-        """Return the training step of the checkpoint and that at which its optimizer began, as far as they are known.
+    def _training_steps(self, newest: int | None) -> tuple[int | None, int | None, bool]:
+        """Return the checkpoint's training step, that at which its optimizer began, and whether this may be the first.
 
         A file may count other steps than the optimizer's: batches of which several make a step, or the steps of several
-        optimizers together.
+        optimizers together. The steps are ``None`` then.
         """
         step = self._checkpoint.step
         if step is None or newest is None or len(self._checkpoint.optimizers) != 1:
-            return newest, None
+            return newest, None, True
         batches = step // newest
         if step < newest or (batches > 1 and step % newest < batches):
-            return None, None
-        return step, step - newest
+            return None, None, step < newest
+        return step, step - newest, step == newest
 
 
 def _without_bias(layer: Layer, rules: Mapping[str, OptimizerRule]) -> dict[str, OptimizerRule]:

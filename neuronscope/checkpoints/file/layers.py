@@ -119,11 +119,8 @@ def is_parameter(name: str, tensor: StoredTensor) -> bool:
 def find_layers(tensors: Mapping[str, StoredTensor]) -> tuple[Layer, ...]:
     """Return the layers of a network in the order of the file.
 
-    Weights that do not have the name of a layer's weight are left out: the stacked gates of a recurrent layer,
-    attention's ``in_proj_weight``, adapters.
-
-    Args:
-        tensors: The network's tensors by name; see :class:`neuronscope.checkpoints.checkpoint.Checkpoint`.
+    Weights without the name of a layer's weight are left out: the stacked gates of a recurrent layer, attention's
+    ``in_proj_weight``, adapters.
     """
     found = []
     transposed = _Transposed(tensors)
@@ -169,14 +166,13 @@ def find_projections(
 ) -> dict[str, str]:
     """Return the layers whose rows most likely go through no activation, as far as order, names and sizes show it.
 
+    Each is a ``projection``, or the ``output``: the last layer of a network, unless a norm follows it or a later
+    layer has as many inputs as it has rows; in no known order see :func:`_last_unread`.
+
     Args:
         layers: The checkpoint's layers, in the order of the file.
         networks: With several networks, what the paths of each one's layers begin with.
         is_ordered: Whether that is the order of the network; else the file holds one network.
-
-    Returns:
-        What each layer is, by its path: ``output`` (the last layer of a network, unless a norm follows it or a later
-        layer has as many inputs as it has rows; in no known order see :func:`_last_unread`) or ``projection``.
     """
     found = {
         layer.path: "projection" for layer in layers if layer.kind in NEURON_KINDS and _PROJECTION.search(layer.path)
@@ -197,15 +193,11 @@ def find_projections(
 
 
 def _last_unread(layers: Sequence[Layer], projections: Container[str]) -> Layer | None:
-    """Return the last layer that no other one reads, as far as sizes show it.
+    """Return the last layer that no other one reads, as far as sizes show it; projections are not looked at.
 
     A layer may read several outputs of each row (a flattened picture, a concatenation) or a part of the rows (a gate).
     Small numbers divide others by chance: so a layer whose width fits no other one's inputs in this way is taken first,
     and then one whose width, or half of it, is not another one's inputs.
-
-    Args:
-        layers: The layers.
-        projections: Paths of the layers that are not looked at.
     """
     inputs = Counter(layer.inputs for layer in layers if layer.inputs > 1)
     candidates = [layer for layer in layers[::-1] if layer.kind in NEURON_KINDS and layer.path not in projections]
@@ -275,13 +267,7 @@ class _Transposed:
                     self._by_rank[len(shape), axis] += 1
 
     def axis(self, path: str, shape: tuple[int, ...], bias: int | None) -> tuple[int | None, bool]:
-        """Return the dimension of the rows and whether it is certain; ``None`` if the bias fits neither dimension.
-
-        Args:
-            path: Path of the layer.
-            shape: Shape of its weight.
-            bias: Size of its bias; ``None`` without one.
-        """
+        """Return the dimension of the rows and whether it is certain; ``None`` if the bias fits neither dimension."""
         if bias is not None and bias not in shape[:2]:
             return None, False
         known = None if bias is None else _axis(shape, bias)

@@ -166,8 +166,7 @@ def _adam(group: Mapping[str, Any], slots: Mapping[str, Any], means: tuple[str, 
             "no clock for its optimizer, which keeps exp_avg and exp_avg_sq, but its groups are not those of Adam, "
             f"AdamW, NAdam or RAdam: they hold {', '.join(map(str, sorted(map(str, group)))) or 'nothing'}"
         )
-    types = _dtypes(slots, means)
-    if not types <= _EXACT_TYPES:
+    if not (types := _dtypes(slots, means)) <= _EXACT_TYPES:
         return _only_zeros(name, group, slots, means, ("betas", 1), _inexact(name, types))
     betas, amount = _numbers(group.get("betas")), _number(group.get("weight_decay"))
     if betas is None or len(betas) != 2 or amount is None:
@@ -177,22 +176,12 @@ def _adam(group: Mapping[str, Any], slots: Mapping[str, Any], means: tuple[str, 
         beta1 = f"{betas[0]:g}" if least == largest else f"{least:g} to {largest:g}"
         return f"with betas of {beta1} and {betas[1]:g} its clock cannot be read: 0 < β1 < √β2 < 1 is needed"
     decoupled = always_decoupled or group.get("decoupled_weight_decay")
-    return OptimizerRule(
-        name,
-        means,
-        (largest, betas[1]),
-        least,
-        WeightDecay(amount, decoupled if isinstance(decoupled, bool) else None),
-        0.0,
-        _rate(group),
-    )
+    decay = WeightDecay(amount, decoupled if isinstance(decoupled, bool) else None)
+    return OptimizerRule(name, means, (largest, betas[1]), least, decay, 0.0, _rate(group))
 
 
 def _momentum(name: str, group: Mapping[str, Any], slots: Mapping[str, Any]) -> OptimizerRule | str:
-    """Return the rule of SGD, or of Muon, which keeps the same buffer before it makes it orthogonal.
-
-    Muon's weight decay acts on the weights only.
-    """
+    """Return the rule of SGD, or of Muon, which keeps the same buffer and whose decay acts on the weights only."""
     momentum, amount = _number(group.get("momentum")), _number(group.get("weight_decay"))
     dampening = _number(group.get("dampening", 0.0))
     if momentum is None or amount is None or dampening is None or not 0 <= momentum < 1:
@@ -204,11 +193,11 @@ def _momentum(name: str, group: Mapping[str, Any], slots: Mapping[str, Any]) -> 
         return _NEVER_UPDATED
     if not (least > 0 and largest < 1):
         return f"with a momentum of {least:g} to {largest:g} its clock cannot be read"
-    types = _dtypes(slots, ("momentum_buffer",))
-    if not types <= _EXACT_TYPES:
-        return _only_zeros(name, group, slots, ("momentum_buffer",), ("momentum", 0), _inexact(name, types))
+    buffer = ("momentum_buffer",)
+    if not (types := _dtypes(slots, buffer)) <= _EXACT_TYPES:
+        return _only_zeros(name, group, slots, buffer, ("momentum", 0), _inexact(name, types))
     decay = WeightDecay(amount, name == "Muon")
-    return OptimizerRule(name, ("momentum_buffer",), (largest,), least, decay, dampening, _rate(group))
+    return OptimizerRule(name, buffer, (largest,), least, decay, dampening, _rate(group))
 
 
 def _only_zeros(
@@ -234,10 +223,7 @@ def _only_zeros(
 def _least_decay(group: Mapping[str, Any], name: str, place: int) -> float:
     """Return the decay of a running mean, the least one if a schedule cycles it; NaN if the group has none.
 
-    Args:
-        group: The hyperparameters.
-        name: The one that holds the decay: a number, or several.
-        place: Which of several.
+    It is the hyperparameter ``name``, or the number at ``place`` in it.
     """
     values = _numbers(group.get(name)) or (_number(group.get(name)),)
     value = values[place] if place < len(values) else None
@@ -245,10 +231,7 @@ def _least_decay(group: Mapping[str, Any], name: str, place: int) -> float:
 
 
 def _cycled(group: Mapping[str, Any], value: float) -> tuple[float, float]:
-    """Return the least and the largest momentum or β1 of a group, which a schedule may cycle.
-
-    ``OneCycleLR`` and ``CyclicLR`` keep the two ends of the cycle in the group.
-    """
+    """Return the least and the largest momentum or β1: a group keeps the ends between which a schedule cycles it."""
     ends = [_number(group.get(name)) for name in ("base_momentum", "max_momentum")]
     values = [value, *(end for end in ends if end is not None and 0 <= end < 1)]
     return min(values), max(values)

@@ -40,14 +40,11 @@ class _Module:
 
 
 def possible_places(shapes: Mapping[str, Shape], wanted: Sequence[Shape | None]) -> dict[str, set[int]]:
-    """Return the places that each parameter has in the orders that are possible.
+    """Return the places that each parameter has in all possible orders; none if no order fits, or there are too many.
 
     Args:
         shapes: The shape of each parameter by its name, in any order.
         wanted: The shapes in the model's order; ``None`` fits any parameter.
-
-    Returns:
-        The places by name; empty if no order fits, or if there are too many orders to look at.
 
     >>> sorted(possible_places({"0.bias": (2,), "0.weight": (2, 3), "b.bias": (2,)}, [(2, 3), (2,), (2,)]).items())
     [('0.bias', {1}), ('0.weight', {0}), ('b.bias', {2})]

@@ -160,7 +160,7 @@ def _decay(per_step: float) -> tuple[float, int]:
 
 
 def _uneven(weight: Tensor, steps: int, keeps: float) -> Tensor:
-    """Return how much less, or more, rounding may make each element shrink than the others, relative to their decay."""
+    """Return by how much more or less than the others' rounding may shrink each element."""
     if keeps == 1.0:
         return torch.zeros_like(weight, dtype=torch.float64)
     own = weight.double().abs()

@@ -69,9 +69,7 @@ HINTS = (
 
 
 def hint_scores(layer: Layer, tensors: Mapping[str, StoredTensor], reader: Layer | None) -> dict[str, Tensor]:
-    """Return the score of each of a layer's ``N`` rows for each hint, float64 ``(N,)`` by the hint's name.
-
-    A score that cannot be known is NaN.
+    """Return the scores of a layer's ``N`` rows by the hint's name, float64 ``(N,)``; NaN where one cannot be known.
 
     Args:
         layer: The layer.

@@ -19,10 +19,9 @@ _SOURCE = "weights"
 
 
 def examine_weights(tensors: Mapping[str, StoredTensor], layers: Sequence[Layer]) -> Iterator[Evidence]:
-    """Yield what the weights show of neurons.
+    """Yield rows of zeros or not finite, neurons that are not read, and neurons that a norm makes constant.
 
-    That is: zero rows, rows that are not finite, neurons that the next layer of their ``Sequential`` does not read, and
-    neurons that the norm behind them makes constant. Each tensor is read once and then released.
+    Each tensor is read once and then released.
 
     Args:
         tensors: The network's tensors by name.

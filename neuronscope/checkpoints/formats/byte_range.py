@@ -135,19 +135,12 @@ class ByteRange:
         return bytes(data)
 
     def read_into(self, buffer: memoryview) -> None:
-        """Fill a buffer with the first bytes of the range.
-
-        Raises:
-            CheckpointError: The file has become shorter, or may no longer be read.
-        """
+        """Fill a buffer with the first bytes of the range; raises as :meth:`read` does."""
         with _opened(self.path) as file:
             _read_exactly(file, self.start, buffer, self.path)
 
     def open(self) -> BinaryIO:
-        """Open the range as a file of its own, which returns at most a bounded number of bytes per read.
-
-        It serves to read the lengths and indices that a file declares, not tensors.
-        """
+        """Open the range as a file whose reads are bounded: for lengths and indices in a file, not for tensors."""
         return _Bounded(_Window(self), buffer_size=1 << 16)
 
 
@@ -223,11 +216,7 @@ def _opened(path: Path) -> io.FileIO:
 
 
 def _read_exactly(file: io.FileIO, position: int, buffer: memoryview, path: Path) -> None:
-    """Fill a buffer with the bytes of an open file from a position on.
-
-    Raises:
-        CheckpointError: The file ends before the buffer is full, or cannot be read.
-    """
+    """Fill a buffer with the bytes of an open file from a position on, or raise a CheckpointError."""
     try:
         file.seek(position)
         while buffer:

@@ -49,11 +49,7 @@ class _NotPlainError(Exception):
 
 
 def _copied(value: Any, left: int, depth: int) -> tuple[Any, int]:
-    """Copy a value with Python's own types; return the copy, and how many of ``left`` parts are left.
-
-    Raises:
-        _NotPlainError: A part is not plain data, or there are more than ``left``.
-    """
+    """Copy a value with Python's own types; return the copy, and how many of ``left`` parts are left."""
     if left < 1 or depth > _DEEPEST:
         raise _NotPlainError
     value, left = _content(value), left - 1

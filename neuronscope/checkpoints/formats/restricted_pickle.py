@@ -128,7 +128,7 @@ def read_pickle(file: BinaryIO, find: Callable[[str, str], Any], persistent: Cal
 
 @contextmanager
 def _garbage_collection_paused() -> Iterator[None]:
-    """Pause the search for circular garbage. Plain data has none, and a search takes the longer the more there is."""
+    """Pause the search for circular garbage: plain data has none, and it takes longer the more data there is."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:
@@ -178,7 +178,7 @@ _CONTAINERS = {pickle.EMPTY_LIST, pickle.EMPTY_DICT, pickle.EMPTY_SET, pickle.MA
 def _check_opcodes(file: BinaryIO) -> None:
     """Read a pickle's opcodes without acting on them, and go back to its first byte.
 
-    An argument that claims to be longer than the rest of the file is found here, before any memory is set aside for it.
+    Arguments that claim to be longer than the rest of the file are found before any memory is set aside for them.
 
     Raises:
         ValueError: An opcode may not occur, an argument is cut short, or there are too many of them.
@@ -201,14 +201,9 @@ def _check_opcodes(file: BinaryIO) -> None:
 
 
 class _RestrictedUnpickler(pickle._Unpickler):
-    """Builds plain data, and calls nothing but the functions of :class:`SafeGlobal`.
+    """Builds plain data from a pickle that was checked, and calls nothing but the functions of :class:`SafeGlobal`.
 
     The opcodes that hash, call, or set attributes are replaced; the others only move plain data.
-
-    Args:
-        file: A pickle that :func:`_check_opcodes` has passed.
-        find: As in :func:`read_pickle`.
-        persistent: As in :func:`read_pickle`.
     """
 
     # Attributes of the standard library's class

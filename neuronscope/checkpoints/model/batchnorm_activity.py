@@ -51,8 +51,7 @@ def batch_norm_activity(graph: Graph, intervals: Sequence[Interval | None]) -> I
 
     Args:
         graph: A traced forward in evaluation mode.
-        intervals: The interval of each tensor; see
-            :func:`~neuronscope.checkpoints.model.bounds.propagate.propagate_bounds`.
+        intervals: What :func:`~neuronscope.checkpoints.model.bounds.propagate.propagate_bounds` gave for it.
     """
     for site, *others in graph.calls.values():
         step = step_before_copies(graph, site.before)

@@ -49,8 +49,7 @@ def running_statistics_evidence(
 
     Args:
         graph: A traced forward in evaluation mode.
-        intervals: The interval of each tensor; see
-            :func:`~neuronscope.checkpoints.model.bounds.propagate.propagate_bounds`.
+        intervals: What :func:`~neuronscope.checkpoints.model.bounds.propagate.propagate_bounds` gave for it.
         batches: Number of training batches that each batch norm has counted, by its path.
         training_step: The checkpoint's number of optimizer steps; ``None`` = not known, so that a batch counts as one.
     """
@@ -66,12 +65,7 @@ def running_statistics_evidence(
 
 
 def _evidence(found: NormBehindSite, batches: int | None) -> Iterator[Evidence]:
-    """Yield the evidence on one site.
-
-    Args:
-        found: The batch norm behind the site.
-        batches: Number of training batches that the norm has counted, if each was an optimizer step; else ``None``.
-    """
+    """Yield evidence on one site; ``batches`` are those that the norm has counted, if each was an optimizer step."""
     norm, mean = found.norm, found.mean
     evidence = partial(evidence_on_site, found.site.name, source=_SOURCE)
     never = (mean == 0).numpy()
@@ -121,9 +115,5 @@ def _evidence(found: NormBehindSite, batches: int | None) -> Iterator[Evidence]:
 
 
 def _gain(weight: Tensor) -> Tensor:
-    """Return by how much R may be smaller behind a depthwise convolution than before it, float64 ``(C,)``: 0 to 1.
-
-    Args:
-        weight: The weights of each channel, float64 ``(C, F)``.
-    """
+    """Return R behind depthwise weights ``(C, F)`` over R before them, at least; float64 ``(C,)``, 0 to 1."""
     return (weight.sum(1).square() / weight.square().sum(1).clamp(min=_TINY)).clamp(max=1.0)

@@ -62,13 +62,9 @@ class BatchNormStep(NamedTuple):
         return self.momentum is not None and 0.0 < self.momentum < 0.5
 
     def steps_of_decay(self, factor: Tensor) -> Tensor:
-        """Return in how many training steps without anything new the running statistics fall by a factor.
+        """Return in how many steps without anything new running statistics fall by a factor, both ``(C,)``.
 
-        Args:
-            factor: How many times smaller they are, ``(C,)``.
-
-        Returns:
-            Steps, ``(C,)``, of torch's default momentum of 0.1 if there is no clock.
+        Without a clock these are steps of torch's default momentum of 0.1.
         """
         return torch.log(factor) / -math.log1p(-(self.momentum if self.has_clock and self.momentum else 0.1))
 

@@ -29,7 +29,8 @@ def _is_normalised(graph: Graph, site: Site) -> bool:
         if kind == "norm":
             return True
         layers += kind == "mixes"
-        number = None if kind == "other" else _only_input(graph, graph.producers[number])
+        inputs = [] if kind == "other" else graph.variable_inputs(graph.producers[number])
+        number = inputs[0] if len(inputs) == 1 else None
     return False
 
 
@@ -37,12 +38,6 @@ def _kind(step: Step | None) -> str:
     """Return what a step does to neurons: the ``kind`` of its operator's rule, or ``other``."""
     rule = OPERATORS.get(step.function) if step is not None else None
     return "other" if rule is None else rule.kind
-
-
-def _only_input(graph: Graph, step: Step) -> int | None:
-    """Return the number of the one tensor that a step reads and that depends on the input, if there is just one."""
-    inputs = {number for number in step.reads if graph.values[number].constant is None}
-    return inputs.pop() if len(inputs) == 1 else None
 
 
 def step_before_copies(graph: Graph, number: int) -> Step | None:

@@ -161,7 +161,7 @@ def examine_model(
 
 
 def _trace_example(model: nn.Module, given: Any, batch: Any) -> tuple[Graph | None, Example | None, list[str]]:
-    """Trace the first example that the network runs on. Return its graph, the example, and why others failed."""
+    """Trace the first example that the network runs on; return its graph, the example, and why others failed."""
     failures = []
     for example in examples_for(model, given, batch):
         try:
@@ -189,10 +189,7 @@ def _no_forward(failures: list[str]) -> Abstention:
 
 
 def _batches_counted(model: nn.Module) -> dict[str, int]:
-    """Return how many training batches each batch norm has counted, by its path; those that counted none are left out.
-
-    Files of torch before 0.4.1 and converted ones have statistics and a count of zero.
-    """
+    """Return how many training batches each batch norm has counted, by path; converted files may have counted none."""
     end = ".num_batches_tracked"
     counters = ((name, int(buffer)) for name, buffer in model.named_buffers() if name.endswith(end))
     return {name.removesuffix(end): count for name, count in counters if count > 0}

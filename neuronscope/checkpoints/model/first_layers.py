@@ -90,12 +90,7 @@ def find_first_layers(model: nn.Module, example: Example) -> list[FirstLayer] | 
 
 
 class _FirstLayers:
-    """Finds the first layers of a traced forward.
-
-    Args:
-        graph: A forward in training mode on two examples.
-        learned: Names of the parameters.
-    """
+    """Finds the first layers of a traced forward in training mode on two examples."""
 
     def __init__(self, graph: Graph, learned: set[str]) -> None:
         self._graph = graph
@@ -163,17 +158,14 @@ class _FirstLayers:
         return True
 
     def _preprocessed(self, step: Step) -> int | None:
-        """Return the number of the tensor that a step applies a fixed function to, each example for itself.
-
-        ``None`` for any other step: one that reads parameters, mixes examples, draws numbers or has several inputs.
-        """
-        inputs = {number for number in step.reads if self._values[number].constant is None}
+        """Return the tensor that a step applies a fixed function to, each example for itself; else ``None``."""
+        inputs = self._graph.variable_inputs(step)
         sources = {name for number in step.reads for name in self._values[number].sources}
         rule = OPERATORS.get(step.function)
         if len(inputs) != 1 or len(step.outputs) != 1 or rule is None or step.function in DROPOUT:
             return None
         (number,) = inputs
-        constants = [self._values[other].shape for other in step.reads if other not in inputs]
+        constants = [self._values[other].shape for other in step.reads if other != number]
         shapes = self._values[number].shape, self._values[step.outputs[0]].shape
         if not sources.isdisjoint(self._may_change) or any(shape[:1] != (_EXAMPLES,) for shape in shapes):
             return None

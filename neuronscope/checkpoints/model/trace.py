@@ -178,13 +178,7 @@ class _GraphBuilder:
         return number
 
     def add_site(self, call: Call, before: int | None, y: Tensor) -> None:
-        """Add one call of a site.
-
-        Args:
-            call: The call.
-            before: Number of its input; ``None`` for a gated product, which follows the output of its gate.
-            y: Its output ``(…, N, …)``.
-        """
+        """Add one call of a site with its output ``(…, N, …)``; a gated product follows its gate's output."""
         if before is None:
             before = next(
                 site.after for site in reversed(self.graph.sites) if call.gate and site.name == call.gate.name

@@ -73,6 +73,13 @@ class Step:
         """
         return self.args[place] if len(self.args) > place else self.kwargs.get(name, default)
 
+    def arguments(self, change: Callable[[int], Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Return the arguments with what ``change`` gives for its number in place of each tensor."""
+        found: tuple[tuple[Any, ...], dict[str, Any]] = substitute(
+            (self.args, dict(self.kwargs)), lambda leaf: change(leaf.value) if isinstance(leaf, TensorRef) else leaf
+        )
+        return found
+
 
 @dataclass(frozen=True)
 class Site:
@@ -147,6 +154,10 @@ class Graph:
     def constant(self, argument: Any) -> Tensor | None:
         """Return the tensor that an argument of a step stands for, if it does not depend on the input."""
         return self.values[argument.value].constant if isinstance(argument, TensorRef) else None
+
+    def variable_inputs(self, step: Step) -> list[int]:
+        """Return the numbers of the tensors that a step reads and that depend on the input, each once."""
+        return [number for number in dict.fromkeys(step.reads) if self.values[number].constant is None]
 
     def first_calls(self) -> tuple[Site, ...]:
         """Return the first call of each site."""

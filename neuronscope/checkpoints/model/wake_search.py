@@ -135,15 +135,7 @@ class _TimeUp(Exception):  # noqa: N818
 
 
 class _NeuronWaker:
-    """Looks for inputs that wake neurons, and notes those that do.
-
-    Args:
-        network: The network.
-        inputs: Makes inputs of the box.
-        left: The neurons that no input has woken so far, bool ``(N,)`` by site.
-        result: Where to note what was found.
-        deadline: When to stop, by :func:`time.monotonic`.
-    """
+    """Notes in ``result`` which inputs wake the neurons that are ``left``, bool ``(N,)`` by site."""
 
     def __init__(
         self,
@@ -164,13 +156,7 @@ class _NeuronWaker:
         self._most_rows = max(1, min(_ROWS, _NUMBERS // self._numbers)) if network.batched else 1
 
     def run(self, targets: Mapping[str, BoolArray], data: Example | None, progress: Progress | None) -> bool:
-        """Search until every target was woken or had all its starts; return whether that came before the deadline.
-
-        Args:
-            targets: The neurons to wake, by site, bool ``(N,)`` each.
-            data: Inputs of the user's data to begin from; ``None`` = random ones only.
-            progress: Called with the number of neurons that are done, and of all.
-        """
+        """Search until every target was woken or had all its starts; return whether that came before the deadline."""
         pairs = [(name, neuron) for name, mask in targets.items() for neuron in np.flatnonzero(mask).tolist()]
         try:
             sample, best = self._sample(pairs, data)
@@ -214,12 +200,7 @@ class _NeuronWaker:
     def _sample(self, pairs: Sequence[Pair], data: Example | None) -> tuple[list[list[Tensor]], IntArray]:
         """Run the network on inputs of the data and on random ones.
 
-        Args:
-            pairs: The neurons to wake, as site and index.
-            data: A batch of the data.
-
-        Returns:
-            The inputs, and the places of the best ones for each neuron, int64 ``(starts, neurons)``, best first.
+        Return the inputs, and the places of the best for each neuron, int64 ``(starts, neurons)``, best first.
         """
         rows = min(_SAMPLE, _NUMBERS // (len(pairs) + self._inputs.numbers) + 1)
         chunks = self._inputs.of_data(data, min(_REAL, rows), self._most_rows)
@@ -243,13 +224,7 @@ class _NeuronWaker:
         return sample, every.topk(min(_BEST, len(every)), dim=0).indices.numpy()
 
     def _climb(self, pairs: list[Pair], tensors: list[Tensor], starts: list[int]) -> None:
-        """Raise the pre-activation of one neuron by each of several inputs, step by step.
-
-        Args:
-            pairs: The neuron of each input.
-            tensors: The inputs.
-            starts: Number of the start of each input.
-        """
+        """Raise the pre-activation of one neuron, ``pairs[i]``, by the ``i``-th of several inputs, step by step."""
         for step in range(_STEPS + 1):
             with torch.enable_grad():
                 tensors = [tensor.detach().requires_grad_(tensor.is_floating_point()) for tensor in tensors]

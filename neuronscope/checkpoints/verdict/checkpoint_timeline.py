@@ -308,13 +308,7 @@ class TimelineBuilder:
 
 
 def _layer_timeline(layer: LayerReport, found: list[_State | None], steps: list[int]) -> LayerTimeline:
-    """Return the timeline of one layer.
-
-    Args:
-        layer: The layer in the last checkpoint.
-        found: What each checkpoint shows; ``None`` = the layer is not in it.
-        steps: The step of each checkpoint.
-    """
+    """Return the timeline of a layer, from what each checkpoint shows of it (``None``: nothing) and their steps."""
     neurons = layer.neurons
     parts = [one if one is not None and one.state.size == neurons else None for one in found]
     states = np.array([np.zeros(neurons, np.uint8) if one is None else one.state for one in parts])
@@ -384,11 +378,7 @@ def _layer_timeline(layer: LayerReport, found: list[_State | None], steps: list[
 
 
 class _Events:
-    """Collects the events of a layer.
-
-    Attributes:
-        table: Neuron, kind, checkpoint, earliest and latest step, and basis of each, int64 ``(6, E)``.
-    """
+    """Events of a layer, int64 ``(6, E)``: neuron, kind, checkpoint, earliest and latest step, and basis of each."""
 
     def __init__(self) -> None:
         self.table: IntArray = np.zeros((6, 0), dtype=np.int64)
@@ -396,16 +386,7 @@ class _Events:
     def add(
         self, mask: BoolArray, kind: int, checkpoint: int, earliest: IntArray, latest: IntArray, basis: ByteArray
     ) -> IntArray:
-        """Add an event for each of some neurons, and return the events' indices.
-
-        Args:
-            mask: The neurons, bool ``(N,)``.
-            kind: :data:`DIED` or :data:`REVIVED`.
-            checkpoint: Index of the first checkpoint that shows the events.
-            earliest: The earliest step of each neuron's event, int64 ``(N,)``.
-            latest: The latest step, int64 ``(N,)``.
-            basis: Basis of the verdicts at that checkpoint, uint8 ``(N,)``.
-        """
+        """Add an event for each neuron of a mask ``(N,)``, by steps and bases ``(N,)``; return the events' indices."""
         neurons, start = np.flatnonzero(mask), self.table.shape[1]
         same, late = np.ones_like(neurons), np.maximum(latest, earliest)
         added = neurons, same * kind, same * checkpoint, earliest[mask], late[mask], basis[mask]
@@ -413,14 +394,9 @@ class _Events:
         return np.arange(start, start + neurons.size)
 
     def narrow(self, events: IntArray, mask: BoolArray, steps: IntArray, exact: BoolArray, basis: ByteArray) -> None:
-        """Narrow the dates of deaths by what a later checkpoint shows.
+        """Narrow the dates of deaths by what a later checkpoint shows; all arrays are ``(N,)``.
 
-        Args:
-            events: The event of each neuron, int64 ``(N,)``.
-            mask: The neurons of which it shows something, bool ``(N,)``.
-            steps: The exact step or the earliest one, int64 ``(N,)``; ``UNDATED`` = not known.
-            exact: Which of them are exact, bool ``(N,)``.
-            basis: The basis of the exact ones, uint8 ``(N,)``.
+        ``steps`` are exact where ``exact``, with their ``basis``, and else the earliest; ``UNDATED`` = not known.
         """
         *_, earliest, latest, bases = self.table
         mask = mask & (steps != UNDATED)

@@ -102,10 +102,7 @@ def confirmations(layers: Sequence[LayerReport]) -> tuple[Confirmation, ...]:
 
 
 def _measured(layer: LayerReport) -> ByteArray | None:
-    """Return the most serious measured claim on each neuron as an index into :data:`CLAIMS`, uint8 ``(N,)``.
-
-    ``None`` if the layer was not measured.
-    """
+    """Return the most serious measured claim on each neuron, as an index, uint8 ``(N,)``; ``None`` without any."""
     evidence = [one for one in layer.evidence if one.basis == "measured"]
     if not evidence:
         return None
@@ -163,7 +160,7 @@ def _most_serious(valid: BoolArray) -> ByteArray:
 
 
 def _since(labels: ByteArray, evidence: list[Evidence]) -> tuple[IntArray, IntArray]:
-    """Return the step from which each verdict holds, by the surest evidence that has one, and the evidence's index.
+    """Return the step from which each verdict holds, and the index of the surest evidence that has one.
 
     Both are int64 ``(N,)``; the index is −1 if no evidence has a step.
     """

@@ -239,14 +239,7 @@ def _norms(sites: Sequence[NamedSite], widths: Mapping[str, int], found: Mapping
 
 
 def _place(one: Evidence, layer: str, units: IntArray, width: int) -> Evidence:
-    """Return the part of a site's evidence that is about one layer.
-
-    Args:
-        one: The evidence.
-        layer: Name of the layer.
-        units: Which of the layer's units each neuron of the site is, int64 ``(N,)``; −1 = none.
-        width: Number of the layer's units.
-    """
+    """Return the part of a site's evidence that is about one layer, by the unit of each of its neurons; −1 = none."""
     places = np.flatnonzero(units[one.neurons] >= 0)
     places = places[np.argsort(units[one.neurons[places]])]
     since = None if one.since is None else one.since[places]

@@ -426,12 +426,7 @@ def _contest(one: Disagreement, most: int) -> str:
 
 
 def _measured(measure: str, numbers: FloatArray) -> str:
-    """Say what ``numbers`` are, and the smallest and the largest that is known; empty if none is known.
-
-    Args:
-        measure: What they are.
-        numbers: float64 ``(K,)``; NaN = not known.
-    """
+    """Say what numbers are, and the smallest and the largest that is known, not NaN; empty if none is known."""
     known = numbers[np.isfinite(numbers)]
     if not known.size or not measure:
         return ""

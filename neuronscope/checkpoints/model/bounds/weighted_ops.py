@@ -43,10 +43,9 @@ _CHUNK = 500_000
 
 
 def _norm_error(dtype: torch.dtype) -> float:
-    """Return the largest relative rounding error of a normalised value: 2e-4 in float32.
+    """Return the largest relative rounding error of a normalised value, 2e-4 in float32.
 
-    This covers rows whose mean is up to a hundred times their standard deviation; beyond that, torch's layer norm
-    itself is not accurate.
+    It covers means of up to a hundred standard deviations; beyond, torch's layer norm itself is not accurate.
     """
     return 3500 * unit_roundoff(dtype)
 
@@ -65,18 +64,9 @@ def _underflow(bound: Tensor, terms: int, dtype: torch.dtype) -> Tensor:
 def _combined(
     low: Tensor, high: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, terms: int
 ) -> tuple[Tensor, Tensor]:
-    """Bound ``x @ weight.mT + bias`` for ``x`` in ``[low, high]``, with each product rounded.
+    """Bound ``x @ weight.mT + bias`` by float64 ``(…, N)``, for ``x`` in ``[low, high]``, with each product rounded.
 
-    Args:
-        low: ``(…, d)``.
-        high: ``(…, d)``.
-        weight: ``(N, d)``, or a stack ``(G, N, d)``.
-        bias: ``(N,)``.
-        dtype: The type that the network computes in.
-        terms: How many terms each sum has; its rounding error depends on it.
-
-    Returns:
-        Lower and upper bounds, both float64 ``(…, N)``.
+    The weight is ``(N, d)`` or a stack ``(G, N, d)``, the ends are ``(…, d)``. Each sum has so many ``terms``.
     """
     ends = torch.stack(widened(low, high, gamma(terms, dtype)))
     lows, highs = [], []
@@ -229,10 +219,7 @@ def batch_norm(
 def _normalised(
     dtype: torch.dtype, x: Interval, elements: int, scale: Tensor, shift: Tensor, *, centred: bool
 ) -> Interval:
-    """Bound ``z·scale + shift`` for values that were normalised over ``n`` elements.
-
-    ``|z| ≤ √(n − 1)`` if the mean was removed (``centred``), else ``|z| ≤ √n``. The norm's ε only makes them smaller.
-    """
+    """Bound ``z·scale + shift``: ``|z| ≤ √(n − 1)`` if the mean was removed, else ``√n``; ε makes it smaller."""
     reach = scale.abs() * max(elements - centred, 0) ** 0.5
     slack = _norm_error(dtype) * (scale.abs() * elements**0.5 + shift.abs())
     return Interval(shift - reach - slack, shift + reach + slack, x.shape)
