@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from neuronscope.arrays import BoolArray
-from neuronscope.checkpoints.model.batchnorm_step import read_batch_norm
-from neuronscope.checkpoints.model.before_site import step_before_copies
+from neuronscope.checkpoints.model.batchnorm_step import read_batch_norm, step_before_copies
 from neuronscope.checkpoints.model.bounds.batchnorm import (
     firing_share_bound,
     normal_firing_share,

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from neuronscope.checkpoints.model.before_site import step_before_copies
+from neuronscope.checkpoints.model.function_rules import OPERATORS
 from neuronscope.checkpoints.model.traced_graph import Graph, Site, Step, TensorRef
 
 __all__ = [
@@ -21,6 +21,8 @@ __all__ = [
     "WeightedStep",
     "norms_behind_sites",
     "read_batch_norm",
+    "step_before_copies",
+    "step_kind",
     "weighted_step",
 ]
 
@@ -67,6 +69,25 @@ class BatchNormStep(NamedTuple):
         Without a clock these are steps of torch's default momentum of 0.1.
         """
         return torch.log(factor) / -math.log1p(-(self.momentum if self.has_clock and self.momentum else 0.1))
+
+
+def step_kind(step: Step | None) -> str:
+    """Return what a step does to neurons: the ``kind`` of its operator's rule, or ``other``."""
+    rule = OPERATORS.get(step.function) if step is not None else None
+    return "other" if rule is None else rule.kind
+
+
+def step_before_copies(graph: Graph, number: int) -> Step | None:
+    """Return the step that computed a tensor, before copies, casts and dropout.
+
+    Args:
+        graph: A traced forward.
+        number: The tensor's number.
+    """
+    step = graph.producers.get(number)
+    while step is not None and step_kind(step) == "same" and step.reads:
+        step = graph.producers.get(step.reads[0])
+    return step
 
 
 def read_batch_norm(graph: Graph, step: Step | None) -> BatchNormStep | None:

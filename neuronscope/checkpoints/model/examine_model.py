@@ -15,10 +15,9 @@ from torch import Tensor, nn
 
 from neuronscope.arrays import BoolArray
 from neuronscope.attach.layer_names import layer_name
-from neuronscope.checkpoints.model.batchnorm_activity import batch_norm_activity
-from neuronscope.checkpoints.model.batchnorm_clock import running_statistics_evidence
 from neuronscope.checkpoints.model.batchnorm_parameters import batch_norm_parameters, negligible_neurons
-from neuronscope.checkpoints.model.before_site import normalised_sites
+from neuronscope.checkpoints.model.batchnorm_statistics import batch_norm_activity, running_statistics_evidence
+from neuronscope.checkpoints.model.batchnorm_step import step_kind
 from neuronscope.checkpoints.model.bounds.interval import BACKWARD, LAYER_NORM
 from neuronscope.checkpoints.model.bounds.propagate import (
     Box,
@@ -106,7 +105,7 @@ def examine_model(
     sites = graph.first_calls()
     judged = places_but_gates(sites)
     abstentions = [Abstention(_SOURCE, name, f"Not seen: {reason}.") for name, reason in graph.not_seen.items()]
-    normalised = normalised_sites(graph)
+    normalised = _normalised_sites(graph)
     hidden = graph.unseen_tensors or graph.not_seen or any(site.info.assumed for site in sites)
     layers = set() if hidden else set(_layers_used(graph))
     evidence = [*batch_norm_parameters(graph)]
@@ -202,6 +201,31 @@ def _layers_used(graph: Graph) -> Iterator[str]:
             module, _, leaf = graph.values[number].name.rpartition(".")
             if leaf:
                 yield layer_name(module, leaf)
+
+
+def _normalised_sites(graph: Graph) -> set[str]:
+    """Return the names of the sites with a normalisation before their activation or before their layer's weights.
+
+    >>> import torch
+    >>> network = nn.Sequential(nn.LayerNorm(3), nn.Linear(3, 2), nn.ReLU(), nn.Linear(2, 2), nn.ReLU())
+    >>> _normalised_sites(trace(network, (torch.zeros(1, 3),)))
+    {'1/relu'}
+    """
+    others = {site.name for site in graph.sites if not _is_normalised(graph, site)}
+    return {site.name for site in graph.sites} - others
+
+
+def _is_normalised(graph: Graph, site: Site) -> bool:
+    layers = 0
+    number: int | None = site.before
+    while number is not None and layers < 2:
+        kind = step_kind(graph.producers.get(number))
+        if kind == "norm":
+            return True
+        layers += kind == "mixes"
+        inputs = [] if kind == "other" else graph.variable_inputs(graph.producers[number])
+        number = inputs[0] if len(inputs) == 1 else None
+    return False
 
 
 def _end(end: float | Tensor) -> str:

@@ -9,7 +9,7 @@ import numpy as np
 
 from neuronscope.arrays import FloatArray, IntArray
 from neuronscope.checkpoints.postmortem_report import LEVELS, PostmortemReport
-from neuronscope.checkpoints.verdict.disagreements import Disagreement, find_disagreements
+from neuronscope.checkpoints.verdict.combine import Disagreement, find_disagreements
 from neuronscope.checkpoints.verdict.evidence import BASES, CLAIMS, Evidence
 from neuronscope.checkpoints.verdict.join_units import LEFT_OUT
 from neuronscope.checkpoints.verdict.layer_verdicts import InBox, LayerReport

@@ -40,6 +40,8 @@ __all__ = [
 
 # How many elements of a weight are converted to float64 at a time: 4 MB, which fit into a processor's cache.
 _CHUNK = 500_000
+# A weight, a bias or a statistic, if there is one.
+_Maybe = Tensor | None
 
 
 def _norm_error(dtype: torch.dtype) -> float:
@@ -157,7 +159,7 @@ def convolution(spatial: int, *, transposed: bool = False) -> Rule:
         dtype: torch.dtype,
         input: Interval,
         weight: Tensor,
-        bias: Tensor | None = None,
+        bias: _Maybe = None,
         stride: Any = 1,
         padding: Any = 0,
         fifth: Any = None,  # the dilation; of a transposed convolution, the output's padding
@@ -192,10 +194,10 @@ def convolution(spatial: int, *, transposed: bool = False) -> Rule:
 def batch_norm(
     dtype: torch.dtype,
     input: Interval,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
+    running_mean: _Maybe,
+    running_var: _Maybe,
+    weight: _Maybe = None,
+    bias: _Maybe = None,
     training: bool = False,
     momentum: float = 0.1,
     eps: float = 1e-5,
@@ -227,12 +229,7 @@ def _normalised(
 
 @rule
 def layer_norm(
-    dtype: torch.dtype,
-    input: Interval,
-    normalized_shape: Any,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    eps: float = 1e-5,
+    dtype: torch.dtype, input: Interval, normalized_shape: Any, weight: _Maybe = None, bias: _Maybe = None, eps: Any = 0
 ) -> Interval:
     """Bound layer norm: for any input, a row is an affine image of the sphere of radius √d that is orthogonal to 1."""
     return _row_norm(dtype, input, normalized_shape, weight, bias, centred=True)
@@ -258,12 +255,7 @@ def _row_norm(
 
 @rule
 def group_norm(
-    dtype: torch.dtype,
-    input: Interval,
-    num_groups: int,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    eps: float = 1e-5,
+    dtype: torch.dtype, input: Interval, num_groups: int, weight: _Maybe = None, bias: _Maybe = None, eps: Any = 0
 ) -> Interval:
     """Bound group norm, which normalises over a group's channels and positions."""
     elements = math.prod(input.shape[1:]) // num_groups
@@ -274,10 +266,10 @@ def group_norm(
 def instance_norm(
     dtype: torch.dtype,
     input: Interval,
-    running_mean: Tensor | None = None,
-    running_var: Tensor | None = None,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
+    running_mean: _Maybe = None,
+    running_var: _Maybe = None,
+    weight: _Maybe = None,
+    bias: _Maybe = None,
     use_input_stats: bool = True,
     momentum: float = 0.1,
     eps: float = 1e-5,
