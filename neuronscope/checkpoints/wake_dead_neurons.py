@@ -30,17 +30,11 @@ _SECONDS = 10.0
 
 
 class WakeOptions(NamedTuple):
-    """How to search.
+    """How to search."""
 
-    Attributes:
-        box: Bounds of every element of the input.
-        seconds: How long to search at most.
-        seed: Seed of the random inputs.
-    """
-
-    box: Box
-    seconds: float
-    seed: int
+    box: Box  # bounds of every element of the input
+    seconds: float  # how long to search at most
+    seed: int  # seed of the random inputs
 
     @classmethod
     def of(cls, box: Box | None, seconds: float | None, seed: int) -> WakeOptions | None:
@@ -65,19 +59,12 @@ class WakeOptions(NamedTuple):
 
 
 class Woken(NamedTuple):
-    """What a search found.
+    """What a search found."""
 
-    Attributes:
-        layers: The verdicts, with the input that wakes each neuron.
-        inputs: The inputs.
-        abstentions: What was not searched, and why.
-        notes: Proofs that an input refutes: a fault of Neuronscope.
-    """
-
-    layers: tuple[LayerReport, ...]
-    inputs: tuple[WakingInput, ...] = ()
-    abstentions: tuple[Abstention, ...] = ()
-    notes: tuple[str, ...] = ()
+    layers: tuple[LayerReport, ...]  # the verdicts, with the input that wakes each neuron
+    inputs: tuple[WakingInput, ...] = ()  # the inputs
+    abstentions: tuple[Abstention, ...] = ()  # what was not searched, and why
+    notes: tuple[str, ...] = ()  # proofs that an input refutes: a fault of Neuronscope
 
 
 def wake_dead_neurons(

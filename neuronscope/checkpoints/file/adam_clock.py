@@ -81,22 +81,15 @@ def silent_steps(rate: float, fastest: float | None = None, folds: float = SILEN
 
 
 class ClockReading(NamedTuple):
-    """What a clock shows for ``N`` rows.
+    """What a clock shows for ``N`` rows."""
 
-    Attributes:
-        steps: Upper bound on the steps since the last gradient, float64 ``(N,)``; infinite = no bound.
-        least_steps: If there is no bound because every ``m`` of the row decayed to nothing: the last gradient came
-            about this many steps ago, or earlier, float64 ``(N,)``; NaN otherwise.
-        never: True if no element of the row ever got a gradient whose square the dtype can hold, bool ``(N,)``.
-        not_finite: True if an element of the state is NaN or infinite, bool ``(N,)``.
-        unknown: True if nothing is known of the row, bool ``(N,)``; the clock's ``unknown_reason`` says why.
-    """
-
-    steps: Tensor
+    steps: Tensor  # upper bound on the steps since the last gradient, float64 ``(N,)``; infinite = no bound
+    #: If there is no bound because every ``m`` of the row decayed to nothing: the last gradient came about this many
+    #: steps ago, or earlier, float64 ``(N,)``; NaN otherwise.
     least_steps: Tensor
-    never: Tensor
-    not_finite: Tensor
-    unknown: Tensor
+    never: Tensor  # true if no element of the row ever got a gradient whose square the dtype can hold, bool ``(N,)``
+    not_finite: Tensor  # true if an element of the state is NaN or infinite, bool ``(N,)``
+    unknown: Tensor  # true if nothing is known of the row, bool ``(N,)``; the clock's ``unknown_reason`` says why
 
     @property
     def readable(self) -> Tensor:

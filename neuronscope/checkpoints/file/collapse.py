@@ -26,36 +26,22 @@ __all__ = ["NoGradientCause", "find_no_gradient_causes"]
 
 @dataclass(frozen=True)
 class NoGradientCause:
-    """Why a whole layer gets no gradient.
+    """Why a whole layer gets no gradient."""
 
-    Attributes:
-        kind: ``collapsed``; ``unsure`` = collapsed or frozen; ``cut off`` = by a layer that has collapsed.
-        text: How this is known, as a clause for the reader.
-    """
-
-    kind: str
-    text: str
+    kind: str  # ``collapsed``; ``unsure`` = collapsed or frozen; ``cut off`` = by a layer that has collapsed
+    text: str  # how this is known, as a clause for the reader
 
 
 @dataclass(frozen=True, eq=False)
 class _LayerState:
-    """What the clocks show about a layer, together with the norm after it if the norm replaces its bias.
-
-    Attributes:
-        layer: The layer.
-        has_bias: Whether it adds a term that does not depend on its input.
-        no_gradient: Whether none of its parameters gets a gradient.
-        is_open: Whether its clock shows neither that nor a gradient.
-        input_is_zero: Whether its bias still got gradients when the parameters that multiply its input got none.
-        still_updated: Whether its optimizer continued to update it, as far as the file shows.
-    """
+    """What the clocks show about a layer, together with the norm after it if the norm replaces its bias."""
 
     layer: Layer
-    has_bias: bool
-    no_gradient: bool
-    is_open: bool
-    input_is_zero: bool
-    still_updated: bool
+    has_bias: bool  # whether it adds a term that does not depend on its input
+    no_gradient: bool  # whether none of its parameters gets a gradient
+    is_open: bool  # whether its clock shows neither that nor a gradient
+    input_is_zero: bool  # whether its bias still got gradients when the parameters that multiply its input got none
+    still_updated: bool  # whether its optimizer continued to update it, as far as the file shows
 
     @property
     def may_have_collapsed(self) -> bool:

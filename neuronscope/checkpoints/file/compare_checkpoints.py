@@ -52,22 +52,14 @@ class GradientsBetween:
     """Which neurons of a layer got a gradient between two checkpoints.
 
     A neuron that is in neither of the two masks may have got one or not.
-
-    Attributes:
-        layer: Path of the layer.
-        steps: Number of optimizer steps between the two.
-        none: True for rows that got no gradient, as far as the dtype can show it, bool ``(N,)``.
-        some: True for rows that certainly got one, bool ``(N,)``.
-        whole_layer: Whether the whole layer got none: it was frozen, or cut off by a later layer.
-        short: Whether the time between the two is no longer than a pause: a row that got a gradient is alive.
     """
 
-    layer: str
-    steps: int
-    none: Tensor
-    some: Tensor
-    whole_layer: bool
-    short: bool
+    layer: str  # path of the layer
+    steps: int  # number of optimizer steps between the two
+    none: Tensor  # true for rows that got no gradient, as far as the dtype can show it, bool ``(N,)``
+    some: Tensor  # true for rows that certainly got one, bool ``(N,)``
+    whole_layer: bool  # whether the whole layer got none: it was frozen, or cut off by a later layer
+    short: bool  # whether the time between the two is no longer than a pause: a row that got a gradient is alive
 
 
 def _why_not_comparable(earlier: Checkpoint, later: Checkpoint) -> str | None:

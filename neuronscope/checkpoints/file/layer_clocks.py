@@ -54,35 +54,25 @@ class NoClock:
 
 @dataclass(frozen=True, eq=False)
 class LayerClock:
-    """The optimizer's clock, read for one layer.
-
-    Attributes:
-        layer: The layer.
-        rule: The optimizer that updates its weight.
-        clock: The clock of that optimizer.
-        reading: What the clock shows for each row.
-        weights: What it shows for each row without the bias, that is, for the parameters that multiply the input.
-        parameters: Names of the layer's tensors that were read.
-        untrained: True for rows without any gradient in this state that no other optimizer seems to have trained
-            before, bool ``(N,)``: their weights look as they were initialised.
-        step: The training step of the checkpoint, if the optimizer's steps are steps of the training; ``None`` = not
-            known.
-        taken: Number of steps in which the layer was updated; ``None`` if its optimizer does not count them.
-        lag: Number of its optimizer's steps in which it was not updated: it was frozen, or no gradient reached it.
-        began: The training step at which its optimizer began; ``None`` = not known.
-    """
+    """The optimizer's clock, read for one layer."""
 
     layer: Layer
-    rule: OptimizerRule
-    clock: AdamClock | SGDClock | NoClock
-    reading: ClockReading
+    rule: OptimizerRule  # the optimizer that updates its weight
+    clock: AdamClock | SGDClock | NoClock  # the clock of that optimizer
+    reading: ClockReading  # what the clock shows for each row
+    #: What it shows for each row without the bias, that is, for the parameters that multiply the input.
     weights: ClockReading
-    parameters: tuple[str, ...]
+    parameters: tuple[str, ...]  # names of the layer's tensors that were read
+    #: True for rows without any gradient in this state that no other optimizer seems to have trained before, bool
+    #: ``(N,)``: their weights look as they were initialised.
     untrained: Tensor
+    #: The training step of the checkpoint, if the optimizer's steps are steps of the training; ``None`` = not known.
     step: int | None
+    #: Number of steps in which the layer was updated; ``None`` if its optimizer does not count them.
     taken: int | None = None
+    #: Number of its optimizer's steps in which it was not updated: it was frozen, or no gradient reached it.
     lag: int = 0
-    began: int | None = None
+    began: int | None = None  # the training step at which its optimizer began; ``None`` = not known
 
     @property
     def is_decayed(self) -> bool:

@@ -57,33 +57,23 @@ _PROJECTION = re.compile(
 class Layer:
     """A layer of ``N`` rows.
 
-    Attributes:
-        path: Path of the layer; see :func:`neuronscope.attach.layer_names.layer_name`. It is that of a site's layer.
-        kind: ``linear``, ``conv``, ``norm``, ``embedding``, or ``experts`` (several layers stacked in one tensor).
-        weight: Name of the weight in the checkpoint.
-        bias: Name of the bias ``(N,)``, or ``None``.
-        gain: Name of the magnitudes ``(N, 1, …)`` if weight norm splits them from the weight, else ``None``.
-        width: ``N``.
-        axis: Dimension of the weight along which the rows lie: 0, or 1 if it is stored transposed (the ``Conv1D`` of
-            GPT-2, a transposed convolution).
-        inputs: Size of the weight's other leading dimension: input features, or input channels of a group.
-        axis_known: True if shapes determine ``axis``; else it is the usual one.
-
     >>> layer = Layer("fc", "linear", "fc.weight", None, None, width=3, axis=1, inputs=2)
     >>> import torch
     >>> layer.rows(torch.arange(6).view(2, 3)).tolist()
     [[0, 3], [1, 4], [2, 5]]
     """
 
-    path: str
-    kind: str
-    weight: str
-    bias: str | None
-    gain: str | None
-    width: int
+    path: str  # path of the layer; see ``neuronscope.attach.layer_names.layer_name``. It is that of a site's layer.
+    kind: str  # ``linear``, ``conv``, ``norm``, ``embedding``, or ``experts`` (several layers stacked in one tensor)
+    weight: str  # name of the weight in the checkpoint
+    bias: str | None  # name of the bias ``(N,)``, or ``None``
+    gain: str | None  # name of the magnitudes ``(N, 1, …)`` if weight norm splits them from the weight, else ``None``
+    width: int  # ``N``
+    #: Dimension of the weight along which the rows lie: 0, or 1 if it is stored transposed (the ``Conv1D`` of GPT-2, a
+    #: transposed convolution).
     axis: int
-    inputs: int
-    axis_known: bool = True
+    inputs: int  # size of the weight's other leading dimension: input features, or input channels of a group
+    axis_known: bool = True  # true if shapes determine ``axis``; else it is the usual one
 
     @property
     def incoming(self) -> tuple[str, ...]:

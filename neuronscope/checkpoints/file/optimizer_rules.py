@@ -26,15 +26,11 @@ _NEVER_UPDATED = "it was never updated: it was frozen, or no gradient ever reach
 
 @dataclass(frozen=True)
 class WeightDecay:
-    """The weight decay of a parameter group.
+    """The weight decay of a parameter group."""
 
-    Attributes:
-        amount: λ.
-        decoupled: True if it acts on the weights only (AdamW); ``False`` = it is added to the gradient (L2), so that
-            the optimizer never sees a gradient of zero; ``None`` = the file does not say.
-    """
-
-    amount: float
+    amount: float  # λ
+    #: True if it acts on the weights only (AdamW); ``False`` = it is added to the gradient (L2), so that the optimizer
+    #: never sees a gradient of zero; ``None`` = the file does not say.
     decoupled: bool | None
 
     @property
@@ -47,28 +43,18 @@ class WeightDecay:
 
 @dataclass(frozen=True)
 class OptimizerRule:
-    """The optimizer of one parameter.
+    """The optimizer of one parameter."""
 
-    Attributes:
-        name: ``Adam``, ``AdamW``, ``NAdam``, ``RAdam``, ``SGD``, ``Muon``, ``Adagrad`` …
-        slots: The tensors of its state that are read; each has the parameter's shape.
-        betas: Decays of the running means: two for Adam and its variants, the momentum for SGD and Muon; none if it has
-            no clock. Of a decay that a schedule cycles, the largest.
-        least_beta: The least decay of the first running mean; it differs from ``betas[0]`` if a schedule cycles it.
-        decay: The weight decay.
-        dampening: The fraction of a gradient that SGD does not add to its momentum buffer.
-        rate: The learning rate at the time of saving; NaN if the file has none.
-        no_clock: Why the time of the last gradient cannot be read: only rows that never got one can be told;
-            ``""`` if it can.
-    """
-
-    name: str
-    slots: tuple[str, ...]
+    name: str  # ``Adam``, ``AdamW``, ``NAdam``, ``RAdam``, ``SGD``, ``Muon``, ``Adagrad`` …
+    slots: tuple[str, ...]  # the tensors of its state that are read; each has the parameter's shape
+    #: Decays of the running means: two for Adam and its variants, the momentum for SGD and Muon; none if it has no
+    #: clock. Of a decay that a schedule cycles, the largest.
     betas: tuple[float, ...]
-    least_beta: float
+    least_beta: float  # the least decay of the first running mean; it differs from ``betas[0]`` if a schedule cycles it
     decay: WeightDecay
-    dampening: float
-    rate: float
+    dampening: float  # the fraction of a gradient that SGD does not add to its momentum buffer
+    rate: float  # the learning rate at the time of saving; NaN if the file has none
+    #: Why the time of the last gradient cannot be read: only rows that never got one can be told; ``""`` if it can.
     no_clock: str = ""
 
     @property

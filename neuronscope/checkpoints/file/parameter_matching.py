@@ -34,30 +34,19 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True, eq=False)
 class ParameterState:
-    """The optimizer state of one parameter.
+    """The optimizer state of one parameter."""
 
-    Attributes:
-        optimizer: Index of the optimizer in the checkpoint.
-        group: The hyperparameters of the parameter's group.
-        slots: The saved state by name; empty if the parameter was never updated.
-    """
-
-    optimizer: int
-    group: Mapping[str, Any]
-    slots: Mapping[str, StoredTensor | float]
+    optimizer: int  # index of the optimizer in the checkpoint
+    group: Mapping[str, Any]  # the hyperparameters of the parameter's group
+    slots: Mapping[str, StoredTensor | float]  # the saved state by name; empty if the parameter was never updated
 
 
 @dataclass(frozen=True, eq=False)
 class ParameterMatches:
-    """The result of :func:`match_parameters`.
+    """The result of :func:`match_parameters`."""
 
-    Attributes:
-        states: The optimizer state of each matched parameter, by the parameter's name.
-        abstentions: What could not be matched, and why.
-    """
-
-    states: Mapping[str, ParameterState]
-    abstentions: tuple[Abstention, ...]
+    states: Mapping[str, ParameterState]  # the optimizer state of each matched parameter, by the parameter's name
+    abstentions: tuple[Abstention, ...]  # what could not be matched, and why
 
 
 def match_parameters(checkpoint: Checkpoint, parameter_names: Sequence[str] | None = None) -> ParameterMatches:

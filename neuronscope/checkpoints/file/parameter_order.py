@@ -24,19 +24,12 @@ _NUMBERED = re.compile(r"(.*?)(\d{1,6})(\D*)")
 
 @dataclass(eq=False)
 class _Module:
-    """A module, or a parameter.
+    """A module, or a parameter."""
 
-    Attributes:
-        name: Full name of a parameter; ``""`` for a module.
-        shape: Shape of a parameter.
-        children: The parameters and submodules of a module by name.
-        size: Number of parameters in it.
-    """
-
-    name: str = ""
-    shape: Shape = ()
-    children: dict[str, _Module] = field(default_factory=dict)
-    size: int = 0
+    name: str = ""  # full name of a parameter; ``""`` for a module
+    shape: Shape = ()  # shape of a parameter
+    children: dict[str, _Module] = field(default_factory=dict)  # the parameters and submodules of a module by name
+    size: int = 0  # number of parameters in it
 
 
 def possible_places(shapes: Mapping[str, Shape], wanted: Sequence[Shape | None]) -> dict[str, set[int]]:

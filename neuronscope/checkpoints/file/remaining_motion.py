@@ -50,21 +50,13 @@ _OPTIMIZERS = {"Adam", "AdamW", "NAdam", "SGD", *_WITHOUT_MOTION}
 
 @dataclass(frozen=True, eq=False)
 class RemainingMotion:
-    """How far an optimizer can still move a parameter without gradient.
+    """How far an optimizer can still move a parameter without gradient."""
 
-    Attributes:
-        optimizer: Name of the optimizer.
-        reach: The most that each element moves, apart from decay, float64 of the parameter's shape.
-        group: The parameter's group, whose decay its parameters share; ``None`` without decay.
-        steps: For how many steps this holds.
-        rate: The highest learning rate for which it holds.
-    """
-
-    optimizer: str
-    reach: Tensor
-    group: Mapping[str, Any] | None
-    steps: int
-    rate: float
+    optimizer: str  # name of the optimizer
+    reach: Tensor  # the most that each element moves, apart from decay, float64 of the parameter's shape
+    group: Mapping[str, Any] | None  # the parameter's group, whose decay its parameters share; ``None`` without decay
+    steps: int  # for how many steps this holds
+    rate: float  # the highest learning rate for which it holds
 
 
 def remaining_motion(state: ParameterState | None, weight: Tensor) -> RemainingMotion | str:

@@ -39,19 +39,12 @@ _FAR_BELOW = 100.0
 
 
 class BufferPeaks(NamedTuple):
-    """The largest absolute value in each row of a momentum buffer, without what weight decay alone puts there.
+    """The largest absolute value in each row of a momentum buffer, without what weight decay alone puts there."""
 
-    Attributes:
-        rows: ``max |buffer|`` of each row, float64 ``(N,)``; NaN or infinite if the row contains such an element.
-        least: The smallest such number that can be told from rounding, float64 ``(N,)``.
-        zero: True if the whole row of the buffer is exactly zero, bool ``(N,)``.
-        unknown: True if the row shows nothing, bool ``(N,)``.
-    """
-
-    rows: Tensor
-    least: Tensor
-    zero: Tensor
-    unknown: Tensor
+    rows: Tensor  # ``max |buffer|`` of each row, float64 ``(N,)``; NaN or infinite if the row contains such an element
+    least: Tensor  # the smallest such number that can be told from rounding, float64 ``(N,)``
+    zero: Tensor  # true if the whole row of the buffer is exactly zero, bool ``(N,)``
+    unknown: Tensor  # true if the row shows nothing, bool ``(N,)``
 
     @classmethod
     def of(cls, buffer: Tensor) -> BufferPeaks:

@@ -26,19 +26,12 @@ FEWEST_ROWS, FEWEST_WEIGHTS = 8, 16
 
 @dataclass(frozen=True)
 class Hint:
-    """One sign in the weights.
+    """One sign in the weights."""
 
-    Attributes:
-        name: Its name, a key of what :func:`hint_scores` returns.
-        below: A neuron shows the sign if its score is below this.
-        measure: The meaning of the score.
-        text: What it rests on, for the reader.
-    """
-
-    name: str
-    below: float
-    measure: str
-    text: str
+    name: str  # its name, a key of what ``hint_scores`` returns
+    below: float  # a neuron shows the sign if its score is below this
+    measure: str  # the meaning of the score
+    text: str  # what it rests on, for the reader
 
 
 HINTS = (

@@ -78,16 +78,11 @@ class ByteRange:
 
     No file is kept open. Links are followed; a path that is not a regular file (a folder, a pipe, a device) is refused
     without waiting for it.
-
-    Attributes:
-        path: The file.
-        start: Position of the first byte.
-        size: Number of bytes.
     """
 
     path: Path
-    start: int
-    size: int
+    start: int  # position of the first byte
+    size: int  # number of bytes
 
     @classmethod
     def of(cls, path: Path) -> ByteRange:

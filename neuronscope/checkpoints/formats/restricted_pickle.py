@@ -88,15 +88,10 @@ class Placeholder:
 
 
 class SafeGlobal(NamedTuple):
-    """Stands for a class or function that a pickle names.
+    """Stands for a class or function that a pickle names."""
 
-    Attributes:
-        name: The name in the pickle.
-        make: What is called in its place: a pure function from plain data to plain data.
-    """
-
-    name: str
-    make: Callable[..., Any]
+    name: str  # the name in the pickle
+    make: Callable[..., Any]  # what is called in its place: a pure function from plain data to plain data
 
 
 def read_pickle(file: BinaryIO, find: Callable[[str, str], Any], persistent: Callable[[Any], Any] | None = None) -> Any:

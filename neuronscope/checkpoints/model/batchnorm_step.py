@@ -35,23 +35,14 @@ _STATISTICS = ("running_mean", "running_var")
 
 
 class BatchNormStep(NamedTuple):
-    """A batch norm over ``C`` channels.
+    """A batch norm over ``C`` channels."""
 
-    Attributes:
-        scale: γ, ``(C,)``; ``None`` if it has none, or if it depends on the input.
-        shift: β, ``(C,)``, likewise.
-        mean: Running mean of its input, float64 ``(C,)``; ``None`` if it keeps none.
-        variance: Running variance of its input, float64 ``(C,)``, likewise.
-        momentum: Share of each new batch in the running statistics; ``None`` if it is not a plain number.
-        eps: What is added to the variance.
-    """
-
-    scale: Tensor | None
-    shift: Tensor | None
-    mean: Tensor | None
-    variance: Tensor | None
-    momentum: float | None
-    eps: float
+    scale: Tensor | None  # γ, ``(C,)``; ``None`` if it has none, or if it depends on the input
+    shift: Tensor | None  # β, ``(C,)``, likewise
+    mean: Tensor | None  # running mean of its input, float64 ``(C,)``; ``None`` if it keeps none
+    variance: Tensor | None  # running variance of its input, float64 ``(C,)``, likewise
+    momentum: float | None  # share of each new batch in the running statistics; ``None`` if it is not a plain number
+    eps: float  # what is added to the variance
 
     @property
     def is_trained(self) -> bool:
@@ -119,19 +110,12 @@ def read_batch_norm(graph: Graph, step: Step | None) -> BatchNormStep | None:
 
 
 class WeightedStep(NamedTuple):
-    """A linear or convolutional layer of ``C`` channels.
+    """A linear or convolutional layer of ``C`` channels."""
 
-    Attributes:
-        weight: The incoming weights of each channel, float64 ``(C, F)``.
-        has_bias: Whether a bias that is not zero is added.
-        reads: Number of the tensor that it reads.
-        is_depthwise: Whether it is a convolution of which each channel reads one neuron, the one with its number.
-    """
-
-    weight: Tensor
-    has_bias: bool
-    reads: int
-    is_depthwise: bool
+    weight: Tensor  # the incoming weights of each channel, float64 ``(C, F)``
+    has_bias: bool  # whether a bias that is not zero is added
+    reads: int  # number of the tensor that it reads
+    is_depthwise: bool  # whether it is a convolution of which each channel reads one neuron, the one with its number
 
 
 def weighted_step(graph: Graph, number: int) -> WeightedStep | None:
@@ -155,22 +139,14 @@ def weighted_step(graph: Graph, number: int) -> WeightedStep | None:
 
 
 class NormBehindSite(NamedTuple):
-    """A batch norm with running statistics of the ``N`` neurons of a site.
+    """A batch norm with running statistics of the ``N`` neurons of a site."""
 
-    Attributes:
-        path: Path of the batch norm; ``""`` if its running mean is no buffer of a module.
-        norm: The batch norm.
-        mean: Its running mean, float64 ``(N,)``.
-        variance: Its running variance, float64 ``(N,)``.
-        site: The site.
-        depthwise: The depthwise convolution between the two; ``None`` if the norm reads the site's output itself.
-    """
-
-    path: str
-    norm: BatchNormStep
-    mean: Tensor
-    variance: Tensor
-    site: Site
+    path: str  # path of the batch norm; ``""`` if its running mean is no buffer of a module
+    norm: BatchNormStep  # the batch norm
+    mean: Tensor  # its running mean, float64 ``(N,)``
+    variance: Tensor  # its running variance, float64 ``(N,)``
+    site: Site  # the site
+    #: The depthwise convolution between the two; ``None`` if the norm reads the site's output itself.
     depthwise: WeightedStep | None
 
 

@@ -46,26 +46,17 @@ _METHODS = {
 
 
 class Examination(NamedTuple):
-    """What was found about a network.
+    """What was found about a network."""
 
-    Attributes:
-        evidence: Evidence on the neurons of its sites.
-        abstentions: What could not be decided, and why.
-        sites: The sites that ran, one call of each.
-        readers_known: Whether every consumer of every neuron was traced.
-        normalised: Sites with a normalisation before their activation or before their layer's weights.
-        layers: Paths of the layers whose weights were used, if it is known which of them an activation follows; else
-            empty.
-        example: The input that it was run on.
-    """
-
-    evidence: tuple[Evidence, ...]
-    abstentions: tuple[Abstention, ...]
-    sites: tuple[Site, ...] = ()
-    readers_known: bool = False
+    evidence: tuple[Evidence, ...]  # evidence on the neurons of its sites
+    abstentions: tuple[Abstention, ...]  # what could not be decided, and why
+    sites: tuple[Site, ...] = ()  # the sites that ran, one call of each
+    readers_known: bool = False  # whether every consumer of every neuron was traced
+    #: Sites with a normalisation before their activation or before their layer's weights.
     normalised: Collection[str] = ()
+    #: Paths of the layers whose weights were used, if it is known which of them an activation follows; else empty.
     layers: Collection[str] = ()
-    example: Example | None = None
+    example: Example | None = None  # the input that it was run on
 
 
 def examine_model(

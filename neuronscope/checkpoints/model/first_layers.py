@@ -36,23 +36,14 @@ _PADDING = spellings("pad", "cat", "concat", "concatenate", "stack", "hstack", "
 
 @dataclass(frozen=True, eq=False)
 class FirstLayer:
-    """A linear or convolutional layer that reads the network's input.
+    """A linear or convolutional layer that reads the network's input."""
 
-    Attributes:
-        path: Its path in the model.
-        function: The torch function that it calls.
-        weight_name: Name of its weight in the model.
-        bias_name: Name of its bias; ``""`` if it has none.
-        weight: Its weight, ``(N, …)``.
-        bias: Its bias, ``(N,)``.
-    """
-
-    path: str
-    function: Callable[..., Any]
-    weight_name: str
-    bias_name: str
-    weight: Tensor
-    bias: Tensor | None
+    path: str  # its path in the model
+    function: Callable[..., Any]  # the torch function that it calls
+    weight_name: str  # name of its weight in the model
+    bias_name: str  # name of its bias; ``""`` if it has none
+    weight: Tensor  # its weight, ``(N, …)``
+    bias: Tensor | None  # its bias, ``(N,)``
 
 
 def find_first_layers(model: nn.Module, example: Example) -> list[FirstLayer] | str:

@@ -215,17 +215,11 @@ def _load_weights(model: nn.Module, checkpoint: Checkpoint) -> None:
 
 
 class HeldTensor(NamedTuple):
-    """A parameter or buffer of a network.
+    """A parameter or buffer of a network."""
 
-    Attributes:
-        module: The module that holds it.
-        leaf: Its name there.
-        tensor: The tensor.
-    """
-
-    module: nn.Module
-    leaf: str
-    tensor: Tensor
+    module: nn.Module  # the module that holds it
+    leaf: str  # its name there
+    tensor: Tensor  # the tensor
 
 
 def held_tensors(model: nn.Module) -> Iterator[tuple[str, HeldTensor]]:

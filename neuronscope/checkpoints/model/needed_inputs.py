@@ -37,19 +37,12 @@ Masks = Iterator[tuple[int, Tensor]]
 
 @dataclass(frozen=True)
 class OutputsNeeded:
-    """A step of a traced forward, with the elements of its outputs that are needed.
+    """A step of a traced forward, with the elements of its outputs that are needed."""
 
-    Attributes:
-        graph: The traced forward.
-        step: The step.
-        needed: For each output of the step, which elements are needed: bool, of the output's shape.
-        intervals: What is known of every tensor of the graph, by its number.
-    """
-
-    graph: Graph
+    graph: Graph  # the traced forward
     step: Step
-    needed: list[Tensor]
-    intervals: list[Interval | None]
+    needed: list[Tensor]  # for each output of the step, which elements are needed: bool, of the output's shape
+    intervals: list[Interval | None]  # what is known of every tensor of the graph, by its number
 
     def constant(self, argument: Any) -> Tensor:
         """Return the tensor that an argument stands for, which must not depend on the network's input."""

@@ -83,15 +83,10 @@ class TimelinePoint:
 
 @dataclass(frozen=True, eq=False)
 class GradientMasks:
-    """Which of ``N`` neurons got a gradient between a checkpoint and the one before it; those in neither: not known.
+    """Which of ``N`` neurons got a gradient between a checkpoint and the one before it; those in neither: not known."""
 
-    Attributes:
-        none: Those that got none, bool ``(N,)``.
-        some: Those that certainly got one, bool ``(N,)``.
-    """
-
-    none: BoolArray
-    some: BoolArray
+    none: BoolArray  # those that got none, bool ``(N,)``
+    some: BoolArray  # those that certainly got one, bool ``(N,)``
 
 
 @dataclass(frozen=True, eq=False)
@@ -218,24 +213,16 @@ class CheckpointTimeline:
 
 @dataclass(frozen=True, eq=False)
 class _State:
-    """What one checkpoint shows of the ``N`` neurons of a layer.
+    """What one checkpoint shows of the ``N`` neurons of a layer."""
 
-    Attributes:
-        state: :data:`UNKNOWN`, :data:`ALIVE` or :data:`DEAD`, uint8 ``(N,)``.
-        basis: Basis of that, uint8 ``(N,)``.
-        bound: The earliest step of the last gradient of dead neurons, int64 ``(N,)``; ``UNDATED`` = not known.
-        exact: The exact step at which dead neurons died and others revived, int64 ``(N,)``; −1 = dead since the
-            beginning, ``UNDATED`` = not known.
-        fires: Neurons that fire on the data, bool ``(N,)``.
-        gradients: Which neurons got a gradient since the checkpoint before; ``None`` = not known.
-    """
-
-    state: ByteArray
-    basis: ByteArray
-    bound: IntArray
+    state: ByteArray  # ``UNKNOWN``, ``ALIVE`` or ``DEAD``, uint8 ``(N,)``
+    basis: ByteArray  # basis of that, uint8 ``(N,)``
+    bound: IntArray  # the earliest step of the last gradient of dead neurons, int64 ``(N,)``; ``UNDATED`` = not known
+    #: The exact step at which dead neurons died and others revived, int64 ``(N,)``; −1 = dead since the beginning,
+    #: ``UNDATED`` = not known.
     exact: IntArray
-    fires: BoolArray
-    gradients: GradientMasks | None
+    fires: BoolArray  # neurons that fire on the data, bool ``(N,)``
+    gradients: GradientMasks | None  # which neurons got a gradient since the checkpoint before; ``None`` = not known
 
     @classmethod
     def of(cls, layer: LayerReport, gradients: GradientMasks | None) -> _State:

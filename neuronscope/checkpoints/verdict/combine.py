@@ -184,21 +184,13 @@ def _since(labels: ByteArray, evidence: list[Evidence]) -> tuple[IntArray, IntAr
 
 @dataclass(frozen=True, eq=False)
 class Disagreement:
-    """A group of ``K`` neurons of one layer on which the same sources disagree in the same way.
+    """A group of ``K`` neurons of one layer on which the same sources disagree in the same way."""
 
-    Attributes:
-        layer: The layer's name.
-        neurons: Indices of the neurons, int64 ``(K,)``, increasing.
-        verdict: The evidence that decides the verdict on them.
-        numbers: The number that supports each verdict, float64 ``(K,)``; NaN = none.
-        against: The evidence that contradicts the verdict.
-    """
-
-    layer: str
-    neurons: IntArray
-    verdict: Evidence
-    numbers: FloatArray
-    against: tuple[Evidence, ...]
+    layer: str  # the layer's name
+    neurons: IntArray  # indices of the neurons, int64 ``(K,)``, increasing
+    verdict: Evidence  # the evidence that decides the verdict on them
+    numbers: FloatArray  # the number that supports each verdict, float64 ``(K,)``; NaN = none
+    against: tuple[Evidence, ...]  # the evidence that contradicts the verdict
 
     @property
     def alive_in_training(self) -> tuple[str, ...]:

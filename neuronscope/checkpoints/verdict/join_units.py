@@ -53,17 +53,11 @@ LEFT_OUT = {
 
 @dataclass(frozen=True)
 class JoinedLayer:
-    """One layer of a post-mortem.
+    """One layer of a post-mortem."""
 
-    Attributes:
-        width: Number of its units.
-        sites: Names of the sites at which they were seen.
-        left_out: Why totals leave it out, a key of :data:`LEFT_OUT`; ``""`` if they include it.
-    """
-
-    width: int
-    sites: tuple[str, ...] = ()
-    left_out: str = ""
+    width: int  # number of its units
+    sites: tuple[str, ...] = ()  # names of the sites at which they were seen
+    left_out: str = ""  # why totals leave it out, a key of ``LEFT_OUT``; ``""`` if they include it
 
 
 @dataclass

@@ -47,19 +47,12 @@ MOST_EVIDENCE = 32
 
 @dataclass(frozen=True)
 class Detail:
-    """What is kept of each neuron, beside its label and basis.
+    """What is kept of each neuron, beside its label and basis."""
 
-    Attributes:
-        neurons: Whether its index and the evidence about it are kept.
-        steps: Steps are rounded down to multiples of this; 0 = steps are not kept.
-        numbers: Whether the number behind its verdict is kept.
-        lost: What is lost, in words; ``""`` = nothing.
-    """
-
-    neurons: bool
-    steps: int
-    numbers: bool
-    lost: str
+    neurons: bool  # whether its index and the evidence about it are kept
+    steps: int  # steps are rounded down to multiples of this; 0 = steps are not kept
+    numbers: bool  # whether the number behind its verdict is kept
+    lost: str  # what is lost, in words; ``""`` = nothing
 
 
 #: From everything to little; the first that fits the budget is taken, or else the last.

@@ -242,11 +242,7 @@ def _idle(report: PostmortemReport) -> str:
 
 @dataclass(frozen=True)
 class LayerCells:
-    """The table cells of one layer.
-
-    Attributes:
-        tone: ``alarm`` (not finite), ``bad`` (dead), ``warn`` (suspected, quiet, unread …), ``unknown`` or ``calm``.
-    """
+    """The table cells of one layer."""
 
     name: str
     neurons: str
@@ -259,7 +255,7 @@ class LayerCells:
     other: str
     contested: str
     unknown: str
-    tone: str
+    tone: str  # ``alarm`` (not finite), ``bad`` (dead), ``warn`` (suspected, quiet, unread …), ``unknown`` or ``calm``
 
 
 def layer_cells(layer: LayerReport) -> LayerCells:

@@ -24,21 +24,13 @@ Box = tuple["float | Tensor", "float | Tensor"]
 
 @dataclass(frozen=True, eq=False)
 class SiteBounds:
-    """Bounds of a site's ``N`` neurons that hold for every input.
+    """Bounds of a site's ``N`` neurons that hold for every input."""
 
-    Attributes:
-        source: What the bound rests on; see :mod:`neuronscope.checkpoints.model.bounds.interval`.
-        lowest: Lower bounds of the pre-activation, float64 ``(N,)``.
-        highest: Upper bounds of the pre-activation, float64 ``(N,)``.
-        output: Upper bounds of the output's absolute value, float64 ``(N,)``.
-        dead: Whether the output is exactly zero for every input, bool ``(N,)``.
-    """
-
-    source: str
-    lowest: FloatArray
-    highest: FloatArray
-    output: FloatArray
-    dead: BoolArray
+    source: str  # what the bound rests on; see ``neuronscope.checkpoints.model.bounds.interval``
+    lowest: FloatArray  # lower bounds of the pre-activation, float64 ``(N,)``
+    highest: FloatArray  # upper bounds of the pre-activation, float64 ``(N,)``
+    output: FloatArray  # upper bounds of the output's absolute value, float64 ``(N,)``
+    dead: BoolArray  # whether the output is exactly zero for every input, bool ``(N,)``
 
 
 @torch.no_grad()
