@@ -13,11 +13,11 @@ from torch import Tensor
 
 from neuronscope.checkpoints.checkpoint import Checkpoint
 from neuronscope.checkpoints.file.adam_clock import AdamClock, ClockReading, silent_steps
-from neuronscope.checkpoints.file.initial_weights import as_initialised
 from neuronscope.checkpoints.file.layers import NEURON_KINDS, Layer
 from neuronscope.checkpoints.file.optimizer_rules import OptimizerRule, recognize_optimizer, steps_taken
 from neuronscope.checkpoints.file.parameter_matching import ParameterState
 from neuronscope.checkpoints.file.sgd_clock import BufferPeaks, SGDClock
+from neuronscope.checkpoints.file.weights import as_initialised
 from neuronscope.checkpoints.verdict.evidence import Abstention
 
 __all__ = ["LayerClock", "NoClock", "read_clocks"]
