@@ -38,15 +38,12 @@ class WakeOptions(NamedTuple):
 
     @classmethod
     def of(cls, box: Box | None, seconds: float | None, seed: int) -> WakeOptions | None:
-        """Return the options from the user's arguments; ``None`` if there is nothing to search.
+        """Return the options, or ``None`` if there is nothing to search; raise a UsageError if one is wrong.
 
         Args:
             box: As in :class:`WakeOptions`.
             seconds: As in :class:`WakeOptions`; ``None`` for the default.
             seed: As in :class:`WakeOptions`.
-
-        Raises:
-            UsageError: An argument has a wrong type or value.
         """
         number = isinstance(seconds, (int, float)) and not isinstance(seconds, bool)
         if seconds is not None and not (number and 0 <= seconds < math.inf):

@@ -26,15 +26,12 @@ _SOURCE = "scan"
 def measure(
     model: nn.Module, data: Iterable[Any], loss: Callable[[Any, Any], Tensor] | None = None
 ) -> tuple[tuple[Evidence, ...], tuple[Abstention, ...], Report]:
-    """Run a network on data and return what its neurons did there.
+    """Run a network on data; return the measured evidence, what could not be measured, and the scan's own report.
 
     Args:
         model: The network, with the checkpoint's weights.
         data: Batches, as :func:`neuronscope.scan` takes them.
         loss: ``loss(output, batch)`` → scalar tensor; with it, gradients are counted too.
-
-    Returns:
-        The measured evidence, what could not be measured, and the scan's own report.
 
     >>> import torch
     >>> net = nn.Sequential(nn.Linear(2, 2), nn.ReLU())
@@ -55,12 +52,9 @@ def measure(
 
 
 def blocked_by_next_layer(sites: Sequence[SiteReport]) -> set[str]:
-    """Return the names of sites that get no gradient at all because the next site passes none back.
+    """Return the names of sites, in order, that get no gradient because the next one passes none back.
 
     In a row of such sites the gradient stops at the last one; the neurons of those before it may be healthy.
-
-    Args:
-        sites: The sites in the order of the forward pass.
     """
     stopped = []
     for site in sites:
@@ -79,10 +73,9 @@ def counted_evidence(
     blocked: bool = False,
     since: IntArray | None = None,
 ) -> Iterator[Evidence]:
-    """Yield what exact counts show about the ``N`` neurons of one site.
+    """Yield what exact counts show about the ``N`` neurons of one site; a claim on too few examples is only suspected.
 
-    There is at most one piece of evidence for each of *not finite*, *dead*, *silent*, *no gradient* and *alive*; none
-    contains a neuron that was not seen. A claim that rests on zeros in too few examples is only suspected.
+    Each of *not finite*, *dead*, *silent*, *no gradient* and *alive* comes once at most, for neurons that were seen.
 
     Args:
         site: The counts, with the judgement on each neuron.

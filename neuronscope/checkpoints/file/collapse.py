@@ -50,14 +50,13 @@ class _LayerState:
 
 
 def find_no_gradient_causes(layers: Sequence[Layer], readings: Sequence[LayerClock]) -> dict[str, NoGradientCause]:
-    """Find out why whole layers get no gradient, as far as the clocks of the layers around them show it.
+    """Return by path why whole layers get no gradient, as far as the clocks of the layers around them show it.
+
+    A layer that is missing was frozen or cut off, as far as is known.
 
     Args:
         layers: The checkpoint's layers, in the order of the file.
         readings: The clocks of the layers that have one.
-
-    Returns:
-        The cause by the layer's path. A layer that is missing here was frozen or cut off, as far as is known.
     """
     states = list(_layer_states(layers, {read.layer.path: read for read in readings}))
     causes: dict[str, NoGradientCause] = {}

@@ -29,18 +29,12 @@ _DAMAGED = (NeuronscopeError, ArithmeticError, AttributeError, LookupError, Runt
 
 
 def recorded_report(state: Mapping[str, Any]) -> Report | None:
-    """Return the report on what a monitor counted in training, or else in the first phase with any counts.
+    """Return the report on what a monitor (or a :class:`neuronscope.Scope`) counted in training; ``None`` if nothing.
 
-    The thresholds are the defaults, since a monitor does not save its own.
-
-    Args:
-        state: The state of a monitor or of a :class:`neuronscope.Scope`.
-
-    Returns:
-        The report, or ``None`` if nothing was counted.
+    Without training it is on the first phase with any counts. The thresholds are the defaults, since none are saved.
 
     Raises:
-        StateError: The state is neither of them, or was written by another version.
+        StateError: The state is of something else, or was written by another version.
     """
     inner = state.get("scope", state) if isinstance(state, Mapping) else state
     if is_outdated(inner):

@@ -133,12 +133,8 @@ def _unread(writer: Layer, reader: Layer, weight: Tensor) -> Iterator[Evidence]:
 def sequential_readers(layers: Sequence[Layer]) -> list[tuple[Layer, Layer]]:
     """Return pairs ``(earlier, later)`` of layers of one ``Sequential`` in which the later one reads the earlier one.
 
-    This is a guess from names. Both layers are called ``path.number`` and have the same kind, and the later one has as
-    many inputs as the earlier one has rows. Only norms and modules without weights lie between them, and at least one:
-    layers with consecutive numbers may be parallel ones in a list.
-
-    Args:
-        layers: The layers in the order of the file.
+    This is a guess from names, ``path.number``, and sizes. Only norms and modules without weights lie between the two,
+    and at least one: layers with consecutive numbers may be parallel ones in a list.
     """
     pairs = []
     before: dict[str, tuple[int, Layer]] = {}

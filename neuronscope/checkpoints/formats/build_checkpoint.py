@@ -44,14 +44,11 @@ class RawCheckpoint:
 
 
 def build_checkpoint(path: Path, raw: RawCheckpoint) -> Checkpoint:
-    """Build the checkpoint.
+    """Build the checkpoint; raise a CheckpointError if nothing in the data describes a network.
 
     Args:
         path: The file or folder.
         raw: What the reader of its format found.
-
-    Raises:
-        CheckpointError: There are no weights in it, and nothing else that describes a network.
     """
     data, notes = raw.data, list(raw.notes)
     if not isinstance(data, Mapping):

@@ -103,14 +103,11 @@ class ByteRange:
         return cls(path, 0, size)
 
     def part(self, offset: int, length: int) -> ByteRange:
-        """Return a part of this range.
+        """Return a part of this range; raise a CheckpointError if it does not lie within.
 
         Args:
             offset: Where the part starts, from the start of this range.
             length: Its number of bytes.
-
-        Raises:
-            CheckpointError: The part does not lie within this range.
         """
         if offset < 0 or length < 0 or offset + length > self.size:
             raise CheckpointError(
@@ -149,10 +146,9 @@ def read_json(path: Path) -> Any:
 
 
 def parse_json(part: ByteRange) -> Any:
-    """Parse JSON text. A repeated key is an error, since readers differ in which of the two values they use.
+    """Parse JSON text; raise a CheckpointError if it is none, nested too deeply, or too long.
 
-    Raises:
-        CheckpointError: It is not JSON, nested too deeply, or longer than any index of a checkpoint.
+    A repeated key is an error too, since readers differ in which of the two values they use.
     """
 
     def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -177,14 +173,11 @@ def parse_json(part: ByteRange) -> Any:
 
 
 def sibling_file(folder: Path, name: object) -> Path:
-    """Return the path of a file in the same folder that a checkpoint names.
+    """Return the path of a file in a folder that a checkpoint names; raise a CheckpointError if it is no plain name.
 
     Args:
         folder: The folder.
         name: The name in the checkpoint.
-
-    Raises:
-        CheckpointError: The name is not a plain file name.
 
     >>> sibling_file(Path("run"), "../secret")
     Traceback (most recent call last):

@@ -51,10 +51,7 @@ def is_readable(dtype: torch.dtype) -> bool:
 
 
 def check_sizes(sizes: Any) -> tuple[int, ...]:
-    """Return sizes, strides or offsets as a tuple, after checking that a tensor can have them.
-
-    Raises:
-        ValueError: No tensor can have them.
+    """Return sizes, strides or offsets as a tuple; raise a ValueError if no tensor can have them.
 
     >>> check_sizes([2, 3])
     (2, 3)
@@ -82,15 +79,12 @@ def allocate(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 
 
 class Storage:
-    """A sequence of numbers in a file that tensors are views of.
+    """A sequence of numbers in a file that tensors, its ``views`` that were not checked yet, are views of.
 
     Args:
         dtype: Type of its numbers.
         numel: How many numbers the file says that it holds.
         location: Its bytes; ``None`` until it is known where they are.
-
-    Attributes:
-        views: Tensors that are views of it and were not checked yet.
     """
 
     __slots__ = ("dtype", "location", "numel", "views")

@@ -39,12 +39,7 @@ _REFUSED = {"EXT1", "EXT2", "EXT4", "NEXT_BUFFER", "READONLY_BUFFER", "PERSID", 
 
 
 class UnsafeGlobalError(CheckpointError):
-    """A pickle names something that is not in the table of safe globals; loading it could run any code.
-
-    Args:
-        name: The name in the pickle.
-        path: The file.
-    """
+    """A pickle names something that is not in the table of safe globals; loading it could run any code."""
 
     def __init__(self, name: str, path: object = "A pickle") -> None:
         super().__init__(
@@ -134,14 +129,11 @@ def _garbage_collection_paused() -> Iterator[None]:
 
 
 def safe_key(key: Any, *, inside: bool = False) -> Any:
-    """Return a key if hashing it takes bounded time: a scalar or a flat tuple of scalars.
+    """Return a key if hashing it takes bounded time (a scalar or a flat tuple of scalars); else raise a ValueError.
 
     Args:
         key: The key of a dictionary, or an item of a set.
         inside: Whether it is an item of a key that is a tuple; it cannot be another tuple then.
-
-    Raises:
-        ValueError: It is anything else.
     """
     if isinstance(key, tuple) and not inside:
         return tuple(safe_key(part, inside=True) for part in key)

@@ -80,15 +80,12 @@ class _NumpyType(Placeholder):
 
 
 def find_safe_global(module: str, name: str, more: Mapping[str, Any] | None = None) -> Any:
-    """Return what stands for a name in a pickle.
+    """Return what stands for a name in a pickle; raise an :class:`UnsafeGlobalError` if it is not in the table.
 
     Args:
         module: Name of the module.
         name: The name in the module.
         more: Further names that one format uses, by ``module.name``.
-
-    Raises:
-        UnsafeGlobalError: It is not in the table.
 
     >>> find_safe_global("torch", "float16")
     torch.float16

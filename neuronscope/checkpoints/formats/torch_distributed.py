@@ -61,16 +61,13 @@ class _TensorPart(NamedTuple):
 
 
 class ShardedTensor(StoredTensor):
-    """A tensor that is stored in parts.
+    """A tensor that is stored in parts, which must cover it without overlap, or a CheckpointError is raised.
 
     Args:
         name: Its name, for messages.
         dtype: Its dtype.
         shape: Its shape.
         parts: Its parts.
-
-    Raises:
-        CheckpointError: The parts do not cover the tensor, or they overlap.
     """
 
     __slots__ = ("_name", "_parts")

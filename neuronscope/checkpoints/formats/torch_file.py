@@ -64,11 +64,7 @@ def read_zip(part: ByteRange) -> Any:
 
 
 def is_script(part: ByteRange) -> bool:
-    """Whether a zip archive is one of TorchScript, which holds code.
-
-    Raises:
-        CheckpointError: It is not a zip archive, or is damaged.
-    """
+    """Whether a zip archive is one of TorchScript, which holds code; raise a CheckpointError if it is damaged."""
     with closing(part.open()) as file:
         return any(name.endswith("/constants.pkl") for name in _entries(part, file))
 

@@ -67,7 +67,7 @@ def examine_model(
     box: Box | None = None,
     training_step: int | None = None,
 ) -> Examination:
-    """Examine a network that holds a checkpoint's weights.
+    """Examine a network that holds a checkpoint's weights; return evidence, abstentions, and the sites.
 
     Args:
         model: The network, on the CPU.
@@ -75,9 +75,6 @@ def examine_model(
         batch: A batch of the user's data, used if there is no example.
         box: Bounds of every element of the input, ``(low, high)``; without it, proofs hold for every input.
         training_step: The checkpoint's number of optimizer steps, for dates.
-
-    Returns:
-        Evidence, abstentions, and the sites.
 
     Raises:
         UsageError: An argument is invalid, or the network fails on the given example.

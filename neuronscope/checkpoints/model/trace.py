@@ -47,18 +47,13 @@ class ForwardError(NeuronscopeError):
 def trace(
     model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None, *, training: bool = False
 ) -> Graph:
-    """Run a model once, in evaluation mode and without gradients, and record what it computes.
-
-    The model is left as it was, including training flags, gradients and buffers.
+    """Return the graph of one forward, in evaluation mode and without gradients. The model is left as it was.
 
     Args:
         model: The model, with real weights (not on the meta device).
         args: The example's positional arguments.
         kwargs: Its keyword arguments.
         training: Run it in training mode instead.
-
-    Returns:
-        The graph.
 
     Raises:
         ForwardError: The model failed on this example.

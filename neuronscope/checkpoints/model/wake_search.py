@@ -74,7 +74,7 @@ def search_waking_inputs(
     data: Example | None = None,
     progress: Progress | None = None,
 ) -> WakeSearch:
-    """Search for inputs of a box that make neurons fire.
+    """Search for inputs of a box that make neurons fire; return what was found, or why no search is possible.
 
     The network runs in evaluation mode and is left as it was; no global random state changes.
 
@@ -88,9 +88,6 @@ def search_waking_inputs(
         watched: More neurons, bool ``(N,)`` by site, that are not searched for, but noted if an input wakes them.
         data: A batch of inputs to start from, moved into the box.
         progress: ``progress(done, total)``, called with the number of neurons that were woken.
-
-    Returns:
-        What was found, or why no search is possible.
 
     Raises:
         UsageError: The network fails on an input.

@@ -55,15 +55,12 @@ AGREEING_CLAIMS = {
 def combine_evidence(
     evidence: Sequence[Evidence], layers: Mapping[str, JoinedLayer] | None = None
 ) -> tuple[LayerReport, ...]:
-    """Combine evidence into verdicts, layer by layer.
+    """Combine evidence into verdicts: one report per layer.
 
     Args:
         evidence: Evidence on any layers from any sources, in any order.
         layers: The layers by name, in the order of the report. A layer without evidence is included, as unknown.
             Layers that are missing here follow in the order in which the evidence names them.
-
-    Returns:
-        One report per layer.
 
     Raises:
         UsageError: Two sources disagree on the width of a layer.

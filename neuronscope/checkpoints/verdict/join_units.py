@@ -86,7 +86,7 @@ def join_units(
     widths: Mapping[str, int],
     left_out: Mapping[str, str] | None = None,
 ) -> tuple[list[Evidence], JoinedLayers]:
-    """Turn all evidence into evidence on the units of layers.
+    """Turn all evidence into evidence on the units of layers, and return it with the layers.
 
     Args:
         evidence: Evidence of all sources, on sites or on layers.
@@ -95,9 +95,6 @@ def join_units(
         widths: Number of units of each layer of the checkpoint by its path, in order.
         left_out: Layers of the checkpoint that totals leave out unless there is a site of them, with the reason, a key
             of :data:`LEFT_OUT`.
-
-    Returns:
-        The evidence, and the layers.
 
     >>> from types import SimpleNamespace as Site
     >>> site = Site(name="g(1:3)/silu", kind="smooth", neurons=2, units=(("g", 1, 3, 1),), in_headlines=True,

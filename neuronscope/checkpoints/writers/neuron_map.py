@@ -113,7 +113,7 @@ def pack(layer: LayerReport, budget: int) -> NeuronMap:
 
 
 def network_map(layers: Sequence[LayerReport], last: int, budget: int) -> NetworkMap | None:
-    """Pack all layers over the steps: who is dead now, from the step at which each died.
+    """Pack all layers over the steps: who is dead now, from the step at which each died; ``None`` if nothing is known.
 
     Before the checkpoint nothing is known of the others, so there they are *unseen*. A death that is not dated counts
     at the checkpoint alone.
@@ -122,9 +122,6 @@ def network_map(layers: Sequence[LayerReport], last: int, budget: int) -> Networ
         layers: The layers.
         last: Step of the checkpoint.
         budget: Most characters that ``NetworkMap.data`` should have.
-
-    Returns:
-        The map; ``None`` if nothing is known of any neuron.
     """
     dated = any((layer.dead_mask & (layer.since >= 0)).any() for layer in layers)
     steps = np.unique(np.linspace(0, last, COLUMNS if dated else 1).astype(np.int64)) if last > 0 and dated else None

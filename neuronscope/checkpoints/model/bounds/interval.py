@@ -67,7 +67,7 @@ class Interval:
 
     @classmethod
     def between(cls, low: float, high: float, shape: tuple[int, ...]) -> Interval:
-        """Return an interval in which every element has the same two bounds.
+        """Return an interval of a shape in which every element has the same two bounds.
 
         Args:
             low: The lower bound.
