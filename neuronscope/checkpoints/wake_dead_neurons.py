@@ -109,14 +109,11 @@ def wake_dead_neurons(
             return Woken(tuple(layers), abstentions=tuple(abstentions))
     elif not result.complete:
         left = sum(int((mask & (result.found[name] < 0)).sum()) for name, mask in targets.items())
-        abstentions.append(
-            Abstention(
-                _SOURCE,
-                "",
-                f"The time of {options.seconds:g} s was up when inputs were still being tried for "
-                f"{plural(left, 'neuron')}: `wake_seconds` (--wake) gives more.",
-            )
+        reason = (
+            f"The time of {options.seconds:g} s was up when inputs were still being tried for "
+            f"{plural(left, 'neuron')}: `wake_seconds` (--wake) gives more."
         )
+        abstentions.append(Abstention(_SOURCE, "", reason))
     return Woken(
         note_woken(layers, places, result.found),
         tuple({name: _array(tensor) for name, tensor in one.items()} for one in result.inputs),

@@ -101,25 +101,12 @@ def counted_evidence(
     evidence = partial(evidence_on_site, site.name, source=source)
     zeros: dict[str, Any] = {"numbers": np.full(site.neurons, bound), "basis": dead_basis, "measure": may_fire}
     every = np.ones(site.neurons, dtype=np.bool_) if judged is None else judged
-    yield from evidence(
-        judgement.not_finite & every,
-        claim="not finite",
-        basis="measured",
-        text=f"Its output was NaN or infinite, {where}.",
-    )
-    yield from evidence(
-        judgement.dead & every,
-        claim="dead",
-        text=f"Its output was exactly zero at every position{gradients}, {where}.{few}",
-        since=since,
-        **zeros,
-    )
-    yield from evidence(
-        judgement.silent & every,
-        claim="silent",
-        text=f"Its output was exactly zero at every position, but it got a gradient at some of them, {where}.{few}",
-        **zeros,
-    )
+    text = f"Its output was NaN or infinite, {where}."
+    yield from evidence(judgement.not_finite & every, claim="not finite", basis="measured", text=text)
+    text = f"Its output was exactly zero at every position{gradients}, {where}.{few}"
+    yield from evidence(judgement.dead & every, claim="dead", text=text, since=since, **zeros)
+    text = f"Its output was exactly zero at every position, but it got a gradient at some of them, {where}.{few}"
+    yield from evidence(judgement.silent & every, claim="silent", text=text, **zeros)
     yield from evidence(
         judgement.cut_off & every,
         fires,
@@ -129,14 +116,8 @@ def counted_evidence(
         text=f"It fires, and its gradient was exactly zero at every position, {where}.{few_gradients}{reason}",
         whole_layer=blocked,
     )
-    yield from evidence(
-        alive & every,
-        fires,
-        claim="alive",
-        basis="measured",
-        measure=fires_at,
-        text=f"It fired, or got a gradient, {where}.",
-    )
+    text = f"It fired, or got a gradient, {where}."
+    yield from evidence(alive & every, fires, claim="alive", basis="measured", measure=fires_at, text=text)
 
 
 def example_count(examples: int) -> str:

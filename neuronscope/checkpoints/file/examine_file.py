@@ -48,9 +48,8 @@ def examine_file(
     if checkpoint.optimizers:
         found += _examine_optimizers(checkpoint, layers, parameter_names, earlier, on_compared)
     else:
-        found.append(
-            Abstention("optimizer state", "", "The file holds no optimizer state, so past gradients are not known.")
-        )
+        reason = "The file holds no optimizer state, so past gradients are not known."
+        found.append(Abstention("optimizer state", "", reason))
         if not checkpoint.records:
             found += hint_evidence(checkpoint, layers)
     evidence = [one for one in found if isinstance(one, Evidence)]

@@ -134,11 +134,10 @@ class _ClockReader:
         weights = 0
         for layer in layers:
             if layer.kind == "experts":
-                yield Abstention(
-                    "optimizer state",
-                    layer.path,
-                    "Several experts are stacked in one tensor; along which dimension their neurons lie is not known.",
+                reason = (
+                    "Several experts are stacked in one tensor; along which dimension their neurons lie is not known."
                 )
+                yield Abstention("optimizer state", layer.path, reason)
             if layer.kind not in (*NEURON_KINDS, "norm"):
                 continue
             rules = self._find_rules(layer)

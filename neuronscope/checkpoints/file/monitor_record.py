@@ -62,9 +62,8 @@ def recorded_reports(checkpoint: Checkpoint) -> Iterator[Report | Abstention]:
             continue
         if report is not None and report.fault:
             yield Abstention(_SOURCE, "", f"The record {key!r} does not cover the whole run: {report.fault}")
-        yield report or Abstention(
-            _SOURCE, "", f"The record {key!r} is empty: nothing was counted before the file was written."
-        )
+        reason = f"The record {key!r} is empty: nothing was counted before the file was written."
+        yield report or Abstention(_SOURCE, "", reason)
 
 
 def examine_records(checkpoint: Checkpoint) -> Iterator[Evidence | Abstention]:

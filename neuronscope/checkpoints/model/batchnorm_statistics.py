@@ -92,15 +92,11 @@ def _silent(found: NormBehindSite, batches: int | None) -> Iterator[Evidence]:
     norm, mean = found.norm, found.mean
     evidence = partial(evidence_on_site, found.site.name, source=_CLOCK)
     never = (mean == 0).numpy()
-    yield from evidence(
-        never,
-        claim="dead",
-        basis="inferred",
-        text=(
-            "The batch norm behind it has a running mean of exactly zero: it never fired in training since these "
-            "statistics began."
-        ),
+    text = (
+        "The batch norm behind it has a running mean of exactly zero: it never fired in training since these "
+        "statistics began."
     )
+    yield from evidence(never, claim="dead", basis="inferred", text=text)
     if norm.has_clock:
         ratio = mean.square() / found.variance.clamp(min=_TINY)
         gain = torch.ones((), dtype=torch.float64) if found.depthwise is None else _gain(found.depthwise.weight)

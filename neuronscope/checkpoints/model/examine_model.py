@@ -168,11 +168,10 @@ def _trace_example(model: nn.Module, given: Any, batch: Any) -> tuple[Graph | No
 
 def _no_forward(failures: list[str]) -> Abstention:
     tried = f" Tried: {'; '.join(failures)}." if failures else " No weighted layer to guess an input from."
-    return Abstention(
-        _SOURCE,
-        "",
-        f"The network could not be run once, which is needed to find its sites.{tried} Give an example input, or data.",
+    reason = (
+        f"The network could not be run once, which is needed to find its sites.{tried} Give an example input, or data."
     )
+    return Abstention(_SOURCE, "", reason)
 
 
 def _batches_counted(model: nn.Module) -> dict[str, int]:
@@ -260,14 +259,10 @@ def _backward_bounds(model: nn.Module, example: Example, box: Box, sites: Iterab
 
 def _unread(sites: Iterable[Site], unread: Mapping[str, BoolArray], scope: str) -> Iterator[Evidence]:
     for site in sites:
+        text = (
+            f"In evaluation mode its output changes nothing that the network returns, {scope}: every weight that reads "
+            "it is exactly zero, or leads to a neuron that is proved dead or is unread itself."
+        )
         yield from evidence_on_site(
-            site.name,
-            unread[site.name],
-            source=_READERS,
-            claim="unread",
-            basis="proved",
-            text=(
-                f"In evaluation mode its output changes nothing that the network returns, {scope}: every weight that "
-                "reads it is exactly zero, or leads to a neuron that is proved dead or is unread itself."
-            ),
+            site.name, unread[site.name], source=_READERS, claim="unread", basis="proved", text=text
         )
