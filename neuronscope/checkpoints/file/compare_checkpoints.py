@@ -182,7 +182,7 @@ class _Pair:
         # Rounding moves each weight by half of its epsilon a step at most, and a decayed buffer follows the weights.
         size, old = w1.norm(dim=1), b1.norm(dim=1) * momentum**self.steps
         allowed_weights = (_ROW_RELATIVE + epsilon / 2.0 * self.steps) * size
-        decayed = last.decay.amount / (1.0 - momentum) * size
+        decayed = last.decay / (1.0 - momentum) * size
         allowed_buffers = epsilon * ((decayed + old) / (1.0 - momentum) + old * self.steps / 2.0)
         ratios = [_distance(w2, w1, b1) / allowed_weights, _distance(b2, w2, b1) / allowed_buffers]
         largest = torch.stack(ratios).amax(dim=0)  # NaN if any number is

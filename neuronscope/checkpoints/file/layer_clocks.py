@@ -77,7 +77,7 @@ class LayerClock:
     @property
     def is_decayed(self) -> bool:
         """Whether weight decay is part of its momentum buffer."""
-        return self.rule.is_momentum and self.rule.decay.amount != 0 and not self.rule.decay.decoupled
+        return self.rule.is_momentum and self.rule.decay != 0 and not self.rule.is_decoupled
 
     @property
     def sure_end(self) -> float:
@@ -194,12 +194,12 @@ class _ClockReader:
 
     def _why_hidden(self, state: ParameterState, rule: OptimizerRule) -> str | None:
         """Return why weight decay hides missing gradients in a parameter's state; ``None`` if it does not."""
-        hides = rule.decay.hides_zero_gradients
+        hides = rule.hides_zero_gradients
         if not rule.is_adam:  # a momentum buffer with decay is compared with the weights; exact zeros are zeros
             return _AVERAGED if rule.is_momentum and hides and self._checkpoint.is_averaged else None
         if hides is False or (hides is None and self._is_decoupled(state.optimizer)):
             return None
-        amount = f"weight decay of {rule.decay.amount:g}"
+        amount = f"weight decay of {rule.decay:g}"
         if hides is None:
             return (
                 f"the file does not say whether its {amount} is AdamW's or Adam's; Adam's is added to the gradient, so "
@@ -232,7 +232,7 @@ class _ClockReader:
         untouched = (mean == 0) & (square == 0)
         if not untouched.any():
             return False
-        return bool((tensor.read()[untouched].double().abs() * rule.decay.amount > 1e-15).any())
+        return bool((tensor.read()[untouched].double().abs() * rule.decay > 1e-15).any())
 
     def _read_momentum(self, clock: SGDClock, found: Sequence[_RuledLayer]) -> Iterator[LayerClock]:
         """Read all layers of one optimizer, compared with the largest buffer of linear and convolutional layers.
@@ -265,7 +265,7 @@ class _ClockReader:
         """
         by_decay: dict[float, list[tuple[Tensor, Tensor]]] = {}
         for name, rule in rules.items():
-            decay = 0.0 if rule.decay.decoupled else rule.decay.amount * (1.0 - rule.dampening)
+            decay = 0.0 if rule.is_decoupled else rule.decay * (1.0 - rule.dampening)
             tensors = (_read(self._states[name], "momentum_buffer"), self._checkpoint.tensors[name].read())
             buffer, weight = (tensor.reshape(1, -1) if as_one else layer.rows(tensor) for tensor in tensors)
             by_decay.setdefault(decay, []).append((buffer, weight))

@@ -15,30 +15,13 @@ from typing import Any
 from neuronscope.checkpoints.checkpoint import StoredTensor
 from neuronscope.checkpoints.file.adam_clock import FASTEST_FADING
 
-__all__ = ["OptimizerRule", "WeightDecay", "recognize_optimizer", "steps_taken"]
+__all__ = ["OptimizerRule", "recognize_optimizer", "steps_taken"]
 
 _MEANS = ("exp_avg", "exp_avg_sq")
 _MEANS_OF_BITSANDBYTES = ("state1", "state2")
 _EXACT_TYPES = frozenset({"float32", "float64"})
 _WIDE_TYPES = _EXACT_TYPES | {"bfloat16"}  # the square of an ordinary gradient does not underflow
 _NEVER_UPDATED = "it was never updated: it was frozen, or no gradient ever reached it"
-
-
-@dataclass(frozen=True)
-class WeightDecay:
-    """The weight decay of a parameter group."""
-
-    amount: float  # λ
-    #: True if it acts on the weights only (AdamW); ``False`` = it is added to the gradient (L2), so that the optimizer
-    #: never sees a gradient of zero; ``None`` = the file does not say.
-    decoupled: bool | None
-
-    @property
-    def hides_zero_gradients(self) -> bool | None:
-        """Whether it makes rows without gradient look as if they had one; ``None`` = not known."""
-        if self.amount == 0:
-            return False
-        return None if self.decoupled is None else not self.decoupled
 
 
 @dataclass(frozen=True)
@@ -51,7 +34,10 @@ class OptimizerRule:
     #: clock. Of a decay that a schedule cycles, the largest.
     betas: tuple[float, ...]
     least_beta: float  # the least decay of the first running mean; it differs from ``betas[0]`` if a schedule cycles it
-    decay: WeightDecay
+    decay: float  # weight decay, λ
+    #: True if it acts on the weights only (AdamW); ``False`` = it is added to the gradient (L2), so that the optimizer
+    #: never sees a gradient of zero; ``None`` = the file does not say.
+    is_decoupled: bool | None
     dampening: float  # the fraction of a gradient that SGD does not add to its momentum buffer
     rate: float  # the learning rate at the time of saving; NaN if the file has none
     #: Why the time of the last gradient cannot be read: only rows that never got one can be told; ``""`` if it can.
@@ -66,6 +52,13 @@ class OptimizerRule:
     def is_momentum(self) -> bool:
         """Whether it keeps one mean, a momentum buffer, and its clock can be read."""
         return len(self.betas) == 1
+
+    @property
+    def hides_zero_gradients(self) -> bool | None:
+        """Whether decay makes rows without gradient look as if they had one; ``None`` = not known."""
+        if self.decay == 0:
+            return False
+        return None if self.is_decoupled is None else not self.is_decoupled
 
     @property
     def source(self) -> str:
@@ -161,9 +154,9 @@ def _adam(group: Mapping[str, Any], slots: Mapping[str, Any], means: tuple[str, 
     if not (least > 0 and largest**2 < betas[1] < 1):
         beta1 = f"{betas[0]:g}" if least == largest else f"{least:g} to {largest:g}"
         return f"with betas of {beta1} and {betas[1]:g} its clock cannot be read: 0 < β1 < √β2 < 1 is needed"
-    decoupled = always_decoupled or group.get("decoupled_weight_decay")
-    decay = WeightDecay(amount, decoupled if isinstance(decoupled, bool) else None)
-    return OptimizerRule(name, means, (largest, betas[1]), least, decay, 0.0, _rate(group))
+    says = always_decoupled or group.get("decoupled_weight_decay")
+    decoupled = says if isinstance(says, bool) else None
+    return OptimizerRule(name, means, (largest, betas[1]), least, amount, decoupled, 0.0, _rate(group))
 
 
 def _momentum(name: str, group: Mapping[str, Any], slots: Mapping[str, Any]) -> OptimizerRule | str:
@@ -182,8 +175,7 @@ def _momentum(name: str, group: Mapping[str, Any], slots: Mapping[str, Any]) -> 
     buffer = ("momentum_buffer",)
     if not (types := _dtypes(slots, buffer)) <= _EXACT_TYPES:
         return _only_zeros(name, group, slots, buffer, ("momentum", 0), _inexact(name, types))
-    decay = WeightDecay(amount, name == "Muon")
-    return OptimizerRule(name, buffer, (largest,), least, decay, dampening, _rate(group))
+    return OptimizerRule(name, buffer, (largest,), least, amount, name == "Muon", dampening, _rate(group))
 
 
 def _only_zeros(
@@ -202,8 +194,8 @@ def _only_zeros(
         return no_clock
     if decay_of is not None and not _least_decay(group, *decay_of) > FASTEST_FADING:
         return f"{no_clock}: its means decay so fast that they reach exact zeros"
-    decay = WeightDecay(_number(group.get("weight_decay")) or 0.0, None)
-    return OptimizerRule(name, zeros, (), math.nan, decay, 0.0, _rate(group), no_clock)
+    decay = _number(group.get("weight_decay")) or 0.0
+    return OptimizerRule(name, zeros, (), math.nan, decay, None, 0.0, _rate(group), no_clock)
 
 
 def _least_decay(group: Mapping[str, Any], name: str, place: int) -> float:

@@ -98,8 +98,8 @@ def remaining_motion(state: ParameterState | None, weight: Tensor) -> RemainingM
 def _adam(
     rule: OptimizerRule, group: Mapping[str, Any], slots: Mapping[str, Any], weight: Tensor, rate: float
 ) -> RemainingMotion | str:
-    amount, epsilon = rule.decay.amount, finite_settings(group, "eps")
-    if amount and rule.decay.decoupled is not True:
+    amount, epsilon = rule.decay, finite_settings(group, "eps")
+    if amount and rule.is_decoupled is not True:
         return "its weight decay is, or may be, added to the gradient, which Adam turns into steps of full length"
     mean, square = (slots[slot].read().double() for slot in rule.slots)
     if mean.shape != weight.shape or square.shape != weight.shape:

@@ -131,26 +131,21 @@ class _TimeUp(Exception):  # noqa: N818
     """The time for the search is over."""
 
 
+@dataclass
 class _NeuronWaker:
-    """Notes in ``result`` which inputs wake the neurons that are ``left``, bool ``(N,)`` by site."""
+    """Notes in the result which inputs wake the neurons that are left, bool ``(N,)`` by site."""
 
-    def __init__(
-        self,
-        network: ObservedNetwork,
-        inputs: BoxInputs,
-        left: dict[str, BoolArray],
-        result: WakeSearch,
-        deadline: float,
-    ) -> None:
-        self._network = network
-        self._inputs = inputs
-        self._left = left
-        self._result = result
-        self._deadline = deadline
-        self._sizes = {name: mask.size for name, mask in left.items()}
-        calls = network.run([tensor[None] for tensor in network.example.values()])
-        self._numbers = sum(call.before.numel() for call in calls) + inputs.numbers
-        self._most_rows = max(1, min(_ROWS, _NUMBERS // self._numbers)) if network.batched else 1
+    _network: ObservedNetwork
+    _inputs: BoxInputs
+    _left: dict[str, BoolArray]
+    _result: WakeSearch
+    _deadline: float
+
+    def __post_init__(self) -> None:
+        self._sizes = {name: mask.size for name, mask in self._left.items()}
+        calls = self._network.run([tensor[None] for tensor in self._network.example.values()])
+        self._numbers = sum(call.before.numel() for call in calls) + self._inputs.numbers
+        self._most_rows = max(1, min(_ROWS, _NUMBERS // self._numbers)) if self._network.batched else 1
 
     def run(self, targets: Mapping[str, BoolArray], data: Example | None, progress: Progress | None) -> bool:
         """Search until every target was woken or had all its starts; return whether that came before the deadline."""

@@ -185,9 +185,7 @@ class CheckpointTimeline:
         )
 
     def _sum(self, parts: Any) -> IntArray:
-        total = np.zeros(len(self.checkpoints), dtype=np.int64)
-        for part in parts:
-            total += part
+        total: IntArray = np.sum([np.zeros(len(self.checkpoints), dtype=np.int64), *parts], axis=0)
         return total
 
     def to_dict(self) -> dict[str, Any]:
