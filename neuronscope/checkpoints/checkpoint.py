@@ -91,35 +91,25 @@ class OptimizerState:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The contents of a checkpoint.
+    """The contents of a checkpoint."""
 
-    Attributes:
-        path: The file or folder.
-        format: The format, as shown to a reader: ``Lightning checkpoint``, ``safetensors, 4 files`` …
-        tensors: Parameters and buffers of the network by name, in the order of the file. Prefixes of wrappers
-            (``module.``, ``_orig_mod.``, ``_fsdp_wrapped_module.``) are removed from the names.
-        is_ordered: Whether this is the order of the network; safetensors sorts by name.
-        is_averaged: Whether they are averages of the weights that the optimizers trained (torch's ``AveragedModel``).
-        networks: With several networks, what the names of each one's tensors begin with.
-        optimizers: The states of the optimizers.
-        records: The states of Neuronscope's own monitors, by the key under which each was found.
-        step: Number of optimizer steps taken; ``None`` if the file does not hold it.
-        config: The network's configuration (``config.json`` of a Hugging Face folder); empty for other checkpoints.
-        adapter: The configuration of an adapter (``adapter_config.json`` of PEFT); empty for other checkpoints.
-        hyperparameters: Arguments that a LightningModule was created with, by name, if they are plain data.
-        notes: Sentences that the report shows to the reader.
-    """
-
-    path: Path
-    format: str
+    path: Path  # the file or folder
+    format: str  # the format, as shown to a reader: ``Lightning checkpoint``, ``safetensors, 4 files`` …
+    #: Parameters and buffers of the network by name, in the order of the file. Prefixes of wrappers (``module.``,
+    #: ``_orig_mod.``, ``_fsdp_wrapped_module.``) are removed from the names.
     tensors: Mapping[str, StoredTensor]
-    is_ordered: bool = True
+    is_ordered: bool = True  # whether this is the order of the network; safetensors sorts by name
+    #: Whether they are averages of the weights that the optimizers trained (torch's ``AveragedModel``).
     is_averaged: bool = False
-    networks: tuple[str, ...] = ()
+    networks: tuple[str, ...] = ()  # with several networks, what the names of each one's tensors begin with
     optimizers: tuple[OptimizerState, ...] = ()
+    #: The states of Neuronscope's own monitors, by the key under which each was found.
     records: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    step: int | None = None
+    step: int | None = None  # number of optimizer steps taken; ``None`` if the file does not hold it
+    #: The network's configuration (``config.json`` of a Hugging Face folder); empty for other checkpoints.
     config: Mapping[str, Any] = field(default_factory=dict)
+    #: The configuration of an adapter (``adapter_config.json`` of PEFT); empty for other checkpoints.
     adapter: Mapping[str, Any] = field(default_factory=dict)
+    #: Arguments that a LightningModule was created with, by name, if they are plain data.
     hyperparameters: Mapping[str, Any] = field(default_factory=dict)
-    notes: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()  # sentences that the report shows to the reader

@@ -14,8 +14,7 @@ from torch import Tensor, nn
 import neuronscope
 from neuronscope.checkpoints.checkpoint import Checkpoint
 from neuronscope.checkpoints.data.fixed_data import FixedData
-from neuronscope.checkpoints.data.input_moments import InputMoments
-from neuronscope.checkpoints.data.measure import contradictions, measure
+from neuronscope.checkpoints.data.measure import InputMoments, contradictions, measure
 from neuronscope.checkpoints.data.user_arguments import first_batch, resolve_batches, resolve_example, resolve_loss
 from neuronscope.checkpoints.file.compare_checkpoints import GradientsBetween
 from neuronscope.checkpoints.file.examine_file import examine_file

@@ -31,32 +31,21 @@ _TRAINER = re.compile(r"checkpoint-\d+")
 
 @dataclass(frozen=True)
 class ChosenCheckpoint:
-    """A checkpoint of the run.
+    """A checkpoint of the run."""
 
-    Attributes:
-        path: The file or folder.
-        step: Number of optimizer steps taken, by the checkpoint itself.
-        renamed: The paths of layers in the last checkpoint by those in this one, where they differ.
-    """
-
-    path: Path
-    step: int
+    path: Path  # the file or folder
+    step: int  # number of optimizer steps taken, by the checkpoint itself
+    #: The paths of layers in the last checkpoint by those in this one, where they differ.
     renamed: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Selection:
-    """The checkpoints of a run in order.
+    """The checkpoints of a run in order."""
 
-    Attributes:
-        chosen: The checkpoints in the order of their steps, which all differ.
-        left_out: The others, with the reason.
-        notes: Sentences for the reader.
-    """
-
-    chosen: tuple[ChosenCheckpoint, ...]
-    left_out: tuple[LeftOut, ...]
-    notes: tuple[str, ...] = ()
+    chosen: tuple[ChosenCheckpoint, ...]  # the checkpoints in the order of their steps, which all differ
+    left_out: tuple[LeftOut, ...]  # the others, with the reason
+    notes: tuple[str, ...] = ()  # sentences for the reader
 
 
 def find_checkpoints(paths: Sequence[Path]) -> tuple[list[Path], list[LeftOut]]:

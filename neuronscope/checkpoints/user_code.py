@@ -29,9 +29,6 @@ def user_code(expected: str, advice: str = "", subject: str = "it") -> Iterator[
         advice: A further sentence that says what to do.
         subject: What raised the exception.
 
-    Raises:
-        UsageError: The code raised an exception.
-
     >>> with user_code("Expected `data` to make batches"):
     ...     raise SystemExit(0)
     Traceback (most recent call last):
@@ -48,11 +45,7 @@ def user_code(expected: str, advice: str = "", subject: str = "it") -> Iterator[
 
 @contextlib.contextmanager
 def exits_refused() -> Iterator[None]:
-    """Context manager that turns ``sys.exit`` in the user's model or data, wherever it is called, into a usage error.
-
-    Raises:
-        UsageError: The code called ``sys.exit``.
-    """
+    """Context manager that turns ``sys.exit`` in the user's model or data, wherever it is, into a usage error."""
     try:
         yield
     except SystemExit as error:

@@ -30,29 +30,20 @@ _SECONDS = 10.0
 
 
 class WakeOptions(NamedTuple):
-    """How to search.
+    """How to search."""
 
-    Attributes:
-        box: Bounds of every element of the input.
-        seconds: How long to search at most.
-        seed: Seed of the random inputs.
-    """
-
-    box: Box
-    seconds: float
-    seed: int
+    box: Box  # bounds of every element of the input
+    seconds: float  # how long to search at most
+    seed: int  # seed of the random inputs
 
     @classmethod
     def of(cls, box: Box | None, seconds: float | None, seed: int) -> WakeOptions | None:
-        """Return the options from the user's arguments; ``None`` if there is nothing to search.
+        """Return the options, or ``None`` if there is nothing to search; raise a UsageError if one is wrong.
 
         Args:
             box: As in :class:`WakeOptions`.
             seconds: As in :class:`WakeOptions`; ``None`` for the default.
             seed: As in :class:`WakeOptions`.
-
-        Raises:
-            UsageError: An argument has a wrong type or value.
         """
         number = isinstance(seconds, (int, float)) and not isinstance(seconds, bool)
         if seconds is not None and not (number and 0 <= seconds < math.inf):
@@ -65,19 +56,12 @@ class WakeOptions(NamedTuple):
 
 
 class Woken(NamedTuple):
-    """What a search found.
+    """What a search found."""
 
-    Attributes:
-        layers: The verdicts, with the input that wakes each neuron.
-        inputs: The inputs.
-        abstentions: What was not searched, and why.
-        notes: Proofs that an input refutes: a fault of Neuronscope.
-    """
-
-    layers: tuple[LayerReport, ...]
-    inputs: tuple[WakingInput, ...] = ()
-    abstentions: tuple[Abstention, ...] = ()
-    notes: tuple[str, ...] = ()
+    layers: tuple[LayerReport, ...]  # the verdicts, with the input that wakes each neuron
+    inputs: tuple[WakingInput, ...] = ()  # the inputs
+    abstentions: tuple[Abstention, ...] = ()  # what was not searched, and why
+    notes: tuple[str, ...] = ()  # proofs that an input refutes: a fault of Neuronscope
 
 
 def wake_dead_neurons(
@@ -125,14 +109,11 @@ def wake_dead_neurons(
             return Woken(tuple(layers), abstentions=tuple(abstentions))
     elif not result.complete:
         left = sum(int((mask & (result.found[name] < 0)).sum()) for name, mask in targets.items())
-        abstentions.append(
-            Abstention(
-                _SOURCE,
-                "",
-                f"The time of {options.seconds:g} s was up when inputs were still being tried for "
-                f"{plural(left, 'neuron')}: `wake_seconds` (--wake) gives more.",
-            )
+        reason = (
+            f"The time of {options.seconds:g} s was up when inputs were still being tried for "
+            f"{plural(left, 'neuron')}: `wake_seconds` (--wake) gives more."
         )
+        abstentions.append(Abstention(_SOURCE, "", reason))
     return Woken(
         note_woken(layers, places, result.found),
         tuple({name: _array(tensor) for name, tensor in one.items()} for one in result.inputs),

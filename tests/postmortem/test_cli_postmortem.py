@@ -20,7 +20,7 @@ from torch import nn
 
 import neuronscope as ns
 from neuronscope import cli
-from neuronscope.checkpoints.data.input_moments import InputMoments
+from neuronscope.checkpoints.data.measure import InputMoments
 from neuronscope.errors import CheckpointError, UsageError
 
 THEIRS = """

@@ -246,6 +246,7 @@ def test_a_layer_far_below_the_others_is_measured_by_them():
     loud, hushed = torch.tensor([1.0, 0.9]), torch.tensor([1.0, 0.9]) * 0.9**200
     layers = {name: BufferPeaks.of(rows[:, None]) for name, rows in (("a", loud), ("b", loud), ("c", hushed))}
     clock = SGDClock(0.9)
-    readings = {name: clock.read_layer(peaks, clock.largest(layers.values())) for name, peaks in layers.items()}
+    largest = max(peaks.largest for peaks in layers.values())
+    readings = {name: clock.read_layer(peaks, largest) for name, peaks in layers.items()}
     assert readings["a"].steps.tolist() == [0, 1]
     assert readings["c"].steps.tolist() == [200, 201]

@@ -20,7 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from neuronscope.checkpoints.postmortem_report import SCHEMA_VERSION, PostmortemReport
-from neuronscope.checkpoints.verdict.disagreements import find_disagreements
+from neuronscope.checkpoints.verdict.combine import find_disagreements
 from neuronscope.checkpoints.verdict.evidence import BASES, CLAIMS, Abstention
 from neuronscope.checkpoints.writers import postmortem_wording
 from tests.writers import golden

@@ -120,10 +120,6 @@ class FixedData:
 class _ExampleSum:
     """A number that follows from the set of examples in batches, whatever their order and the batches' sizes.
 
-    Attributes:
-        examples: Number of examples.
-        total: The sum of a number for each example, modulo 2⁶⁴.
-
     >>> one, other = _ExampleSum(), _ExampleSum()
     >>> one.add(torch.tensor([[1.0], [2.0]])), other.add(torch.tensor([[2.0]])), other.add(torch.tensor([[1.0]]))
     (None, None, None)
@@ -203,13 +199,7 @@ class _RowBounds:
         self._highest = torch.full((len(self._weight),), -torch.inf, dtype=torch.float64)
 
     def add(self, x: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        """Take the input of one call.
-
-        Args:
-            x: The input, ``(B, …)``.
-            args: What follows the bias among the positional arguments.
-            kwargs: Other named arguments.
-        """
+        """Take the input of one call, ``(B, …)``, and the arguments that follow the bias."""
         apply = self.layer.function
         product = apply(x, self._weight, None, *args, **kwargs) + apply(x.abs(), self._slack[0], None, *args, **kwargs)
         rows = product.movedim(-1 if apply is torch.nn.functional.linear else 1, -1).flatten(0, -2)

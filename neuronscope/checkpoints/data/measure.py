@@ -1,12 +1,14 @@
-"""Measure a network's neurons on data, and check which claims the measurement contradicts."""
+"""Measure a network's neurons and its inputs on data, and check which claims the measurement contradicts."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from neuronscope.arrays import BoolArray, IntArray
@@ -16,7 +18,7 @@ from neuronscope.report.report import Report, SiteReport
 from neuronscope.scanning import scan
 from neuronscope.writers.formatting import plural
 
-__all__ = ["blocked_by_next_layer", "contradictions", "counted_evidence", "example_count", "measure"]
+__all__ = ["InputMoments", "blocked_by_next_layer", "contradictions", "counted_evidence", "example_count", "measure"]
 
 _SOURCE = "scan"
 
@@ -24,15 +26,12 @@ _SOURCE = "scan"
 def measure(
     model: nn.Module, data: Iterable[Any], loss: Callable[[Any, Any], Tensor] | None = None
 ) -> tuple[tuple[Evidence, ...], tuple[Abstention, ...], Report]:
-    """Run a network on data and return what its neurons did there.
+    """Run a network on data; return the measured evidence, what could not be measured, and the scan's own report.
 
     Args:
         model: The network, with the checkpoint's weights.
         data: Batches, as :func:`neuronscope.scan` takes them.
         loss: ``loss(output, batch)`` → scalar tensor; with it, gradients are counted too.
-
-    Returns:
-        The measured evidence, what could not be measured, and the scan's own report.
 
     >>> import torch
     >>> net = nn.Sequential(nn.Linear(2, 2), nn.ReLU())
@@ -53,12 +52,9 @@ def measure(
 
 
 def blocked_by_next_layer(sites: Sequence[SiteReport]) -> set[str]:
-    """Return the names of sites that get no gradient at all because the next site passes none back.
+    """Return the names of sites, in order, that get no gradient because the next one passes none back.
 
     In a row of such sites the gradient stops at the last one; the neurons of those before it may be healthy.
-
-    Args:
-        sites: The sites in the order of the forward pass.
     """
     stopped = []
     for site in sites:
@@ -77,10 +73,9 @@ def counted_evidence(
     blocked: bool = False,
     since: IntArray | None = None,
 ) -> Iterator[Evidence]:
-    """Yield what exact counts show about the ``N`` neurons of one site.
+    """Yield what exact counts show about the ``N`` neurons of one site; a claim on too few examples is only suspected.
 
-    There is at most one piece of evidence for each of *not finite*, *dead*, *silent*, *no gradient* and *alive*; none
-    contains a neuron that was not seen. A claim that rests on zeros in too few examples is only suspected.
+    Each of *not finite*, *dead*, *silent*, *no gradient* and *alive* comes once at most, for neurons that were seen.
 
     Args:
         site: The counts, with the judgement on each neuron.
@@ -106,25 +101,12 @@ def counted_evidence(
     evidence = partial(evidence_on_site, site.name, source=source)
     zeros: dict[str, Any] = {"numbers": np.full(site.neurons, bound), "basis": dead_basis, "measure": may_fire}
     every = np.ones(site.neurons, dtype=np.bool_) if judged is None else judged
-    yield from evidence(
-        judgement.not_finite & every,
-        claim="not finite",
-        basis="measured",
-        text=f"Its output was NaN or infinite, {where}.",
-    )
-    yield from evidence(
-        judgement.dead & every,
-        claim="dead",
-        text=f"Its output was exactly zero at every position{gradients}, {where}.{few}",
-        since=since,
-        **zeros,
-    )
-    yield from evidence(
-        judgement.silent & every,
-        claim="silent",
-        text=f"Its output was exactly zero at every position, but it got a gradient at some of them, {where}.{few}",
-        **zeros,
-    )
+    text = f"Its output was NaN or infinite, {where}."
+    yield from evidence(judgement.not_finite & every, claim="not finite", basis="measured", text=text)
+    text = f"Its output was exactly zero at every position{gradients}, {where}.{few}"
+    yield from evidence(judgement.dead & every, claim="dead", text=text, since=since, **zeros)
+    text = f"Its output was exactly zero at every position, but it got a gradient at some of them, {where}.{few}"
+    yield from evidence(judgement.silent & every, claim="silent", text=text, **zeros)
     yield from evidence(
         judgement.cut_off & every,
         fires,
@@ -134,14 +116,8 @@ def counted_evidence(
         text=f"It fires, and its gradient was exactly zero at every position, {where}.{few_gradients}{reason}",
         whole_layer=blocked,
     )
-    yield from evidence(
-        alive & every,
-        fires,
-        claim="alive",
-        basis="measured",
-        measure=fires_at,
-        text=f"It fired, or got a gradient, {where}.",
-    )
+    text = f"It fired, or got a gradient, {where}."
+    yield from evidence(alive & every, fires, claim="alive", basis="measured", measure=fires_at, text=text)
 
 
 def example_count(examples: int) -> str:
@@ -156,12 +132,7 @@ def example_count(examples: int) -> str:
 def _basis_of_zeros(examples: int, policy: Policy, observed: str) -> tuple[str, str]:
     """Return the basis of a claim that rests on zeros alone, and a sentence if there are too few examples.
 
-    One example shows that a neuron fires; only many show that it does not.
-
-    Args:
-        examples: Number of independent examples.
-        policy: Says how many are enough.
-        observed: What was observed in all of them; the sentence begins with it.
+    One example shows that a neuron fires; only many show that it does not. ``observed`` begins the sentence.
     """
     if examples >= policy.min_examples:
         return "measured", ""
@@ -175,11 +146,7 @@ def _basis_of_zeros(examples: int, policy: Policy, observed: str) -> tuple[str, 
 
 
 def contradictions(evidence: Sequence[Evidence]) -> tuple[str, ...]:
-    """Report proofs of death that the measurement refutes: a fault of Neuronscope, or data outside the box.
-
-    Returns:
-        One sentence for each source and layer; none if all proofs hold.
-    """
+    """Return a sentence for each proof of death that data refutes: a fault of Neuronscope, or data outside the box."""
     fired: dict[str, set[int]] = {}
     for one in evidence:
         # What a monitor recorded is older: a neuron that fired then may have died in the last steps.
@@ -198,3 +165,49 @@ def contradictions(evidence: Sequence[Evidence]) -> tuple[str, ...]:
                 f"({one.text}) or the proof is wrong: please report it with this network."
             )
     return tuple(faults)
+
+
+class InputMoments:
+    """Mean and standard deviation of each feature of the first tensor ``(B, …)`` in each batch, over all examples.
+
+    >>> moments = InputMoments()
+    >>> moments.add(torch.tensor([[3.0, 9.0], [5.0, 11.0]]))
+    >>> moments.offset()  # means 4 and 10, deviations 1 and 1: √116 / √2
+    7.61577310586390...
+    """
+
+    def __init__(self) -> None:
+        self._sum: Tensor | None = None
+        self._squares: Tensor | None = None
+        self._count = 0
+
+    def add(self, batch: Any) -> None:
+        """Add a batch. Skip it if its input is not floating-point or has another shape than the first batch's.
+
+        Args:
+            batch: A tensor ``(B, …)``, a tuple or list that begins with one, or a mapping that contains one.
+        """
+        tensor = batch
+        if isinstance(batch, Mapping):
+            tensor = next((value for value in batch.values() if isinstance(value, Tensor)), None)
+        elif isinstance(batch, (tuple, list)):
+            tensor = batch[0] if batch else None
+        if not isinstance(tensor, Tensor) or not tensor.is_floating_point() or tensor.dim() < 2:
+            return
+        values = tensor.detach().to("cpu", torch.float64)
+        if self._sum is None or self._squares is None:
+            self._sum, self._squares = torch.zeros_like(values[0]), torch.zeros_like(values[0])
+        if values.shape[1:] != self._sum.shape:
+            return
+        self._sum += values.sum(dim=0)
+        self._squares += (values * values).sum(dim=0)
+        self._count += len(values)
+
+    def offset(self) -> float | None:
+        """Return ‖mean‖ / ‖standard deviation‖ over the features; ``None`` without batches, or if it is not finite."""
+        if self._sum is None or self._squares is None or not self._count:
+            return None
+        mean = self._sum / self._count
+        spread = (self._squares / self._count - mean * mean).clamp(min=0.0).sum().sqrt()
+        offset = float(mean.norm() / spread)
+        return offset if math.isfinite(offset) else None

@@ -55,11 +55,7 @@ def resolve_batches(data: Iterable[Any] | str | Callable[[], Iterable[Any]] | No
 
 
 def check_batches(batches: Iterable[Any]) -> Iterator[Any]:
-    """Yield the user's batches, and check each one.
-
-    Raises:
-        UsageError: An item is not a batch, or the user's code fails.
-    """
+    """Yield the user's batches; raise a UsageError if an item is none, or the user's code fails."""
     with user_code(_GIVES_BATCHES):
         iterator = iter(batches)
     while True:
@@ -100,11 +96,7 @@ def first_batch(batches: Iterable[Any] | None) -> tuple[Any, Iterable[Any] | Non
 
 
 def resolve_loss(loss: Callable[[Any, Any], Tensor] | str | None) -> Callable[[Any, Any], Tensor] | None:
-    """Return the user's loss function, or the one that ``pkg.mod:name`` names, with a check of what it returns.
-
-    Raises:
-        UsageError: ``loss`` is not callable.
-    """
+    """Return the user's loss function, or the one that ``pkg.mod:name`` names, with a check of what it returns."""
     if loss is None:
         return None
     name = _named("loss", loss)

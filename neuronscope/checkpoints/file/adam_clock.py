@@ -34,9 +34,9 @@ times .9 rounds to ``n`` for n ≤ 4).
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -48,9 +48,10 @@ __all__ = [
     "SURE_FOLDS",
     "SURE_STEPS",
     "AdamClock",
+    "Clock",
     "ClockReading",
+    "by_chunks",
     "silent_steps",
-    "sure_steps",
 ]
 
 #: A row counts as without gradient if ``r`` is this many e-foldings below its supremum: 80 steps at default betas …
@@ -69,51 +70,35 @@ _CHUNK = 1 << 20
 
 
 def silent_steps(rate: float, fastest: float | None = None, folds: float = SILENT_FOLDS) -> float:
-    """Return the steps since the last gradient above which a row counts as without gradient.
+    """Return the steps since the last gradient above which a row counts as without gradient: e-foldings over the rate.
 
     Args:
-        rate: The least number of e-foldings by which a clock falls in a step without gradient. Steps are e-foldings
-            divided by it.
-        fastest: The largest such number, if a schedule changes it: there must have been so many steps even if the clock
-            fell that fast. By default ``rate``, so that there may have been.
+        rate: The least number of e-foldings by which a clock falls in a step without gradient.
+        fastest: The largest, if a schedule changes it and enough steps must have passed even so; by default ``rate``.
         folds: The e-foldings by which a clock must have fallen.
     """
     return max(folds, SILENT_STEPS * (fastest or rate)) / rate
 
 
-def sure_steps(rate: float, fastest: float) -> float:
-    """Return the steps since the last gradient above which this is inferred and not only suspected.
+class ClockReading(NamedTuple):
+    """What a clock shows for ``N`` rows."""
 
-    Args:
-        rate: See :func:`silent_steps`, and so is the other.
-        fastest: The largest number of e-foldings in a step.
-    """
-    return max(SURE_FOLDS, SURE_STEPS * fastest) / rate
-
-
-@dataclass(frozen=True)
-class ClockReading:
-    """What a clock shows for ``N`` rows.
-
-    Attributes:
-        steps: Upper bound on the steps since the last gradient, float64 ``(N,)``; infinite = no bound.
-        least_steps: If there is no bound because every ``m`` of the row decayed to nothing: the last gradient came
-            about this many steps ago, or earlier, float64 ``(N,)``; NaN otherwise.
-        never: True if no element of the row ever got a gradient whose square the dtype can hold, bool ``(N,)``.
-        not_finite: True if an element of the state is NaN or infinite, bool ``(N,)``.
-        unknown: True if nothing is known of the row, bool ``(N,)``; the clock's ``unknown_reason`` says why.
-    """
-
-    steps: Tensor
+    steps: Tensor  # upper bound on the steps since the last gradient, float64 ``(N,)``; infinite = no bound
+    #: If there is no bound because every ``m`` of the row decayed to nothing: the last gradient came about this many
+    #: steps ago, or earlier, float64 ``(N,)``; NaN otherwise.
     least_steps: Tensor
-    never: Tensor
-    not_finite: Tensor
-    unknown: Tensor
+    never: Tensor  # true if no element of the row ever got a gradient whose square the dtype can hold, bool ``(N,)``
+    not_finite: Tensor  # true if an element of the state is NaN or infinite, bool ``(N,)``
+    unknown: Tensor  # true if nothing is known of the row, bool ``(N,)``; the clock's ``unknown_reason`` says why
+
+    @property
+    def readable(self) -> Tensor:
+        """True if something is known of the row, bool ``(N,)``."""
+        return ~self.not_finite & ~self.unknown
 
     def split(self, rows: Sequence[int]) -> list[ClockReading]:
         """Return the readings of so many rows each, in order."""
-        columns = (getattr(self, name).split(list(rows)) for name in self.__dataclass_fields__)
-        return [ClockReading(*parts) for parts in zip(*columns, strict=True)]
+        return [ClockReading(*parts) for parts in zip(*(one.split(list(rows)) for one in self), strict=True)]
 
     def join(self, other: ClockReading) -> ClockReading:
         """Return the reading of the same rows with further elements (a weight's rows and the bias)."""
@@ -129,8 +114,50 @@ class ClockReading:
         )
 
 
+def by_chunks(read: Callable[[Tensor, Tensor], tuple[Tensor, ...]], first: Tensor, second: Tensor) -> list[Tensor]:
+    """Read rows some at a time, since they are converted to float64, and return what is read of all of them.
+
+    Args:
+        read: Returns tensors ``(n,)`` for ``n`` rows of two tensors.
+        first: ``(N, F)``.
+        second: Likewise.
+    """
+    rows = max(1, _CHUNK // max(first.shape[1], 1))
+    parts = map(read, first.split(rows), second.split(rows))
+    return [torch.cat(part) for part in zip(*parts, strict=True)]
+
+
+class Clock:
+    """The thresholds that all clocks share: from how many steps a row is silent, and from how many this is sure."""
+
+    #: The e-foldings by which the clock must have fallen.
+    silent_folds: ClassVar[float] = SILENT_FOLDS
+    #: Why nothing is known of a row.
+    unknown_reason: ClassVar[str]
+
+    @property
+    def rate(self) -> float:
+        """The least number of e-foldings by which the clock falls in a step without gradient."""
+        raise NotImplementedError
+
+    @property
+    def fastest_rate(self) -> float:
+        """The largest such number, if a schedule changes it."""
+        raise NotImplementedError
+
+    @property
+    def silent_steps(self) -> float:
+        """The steps since the last gradient above which a row counts as without gradient."""
+        return silent_steps(self.rate, folds=self.silent_folds)
+
+    @property
+    def sure_steps(self) -> float:
+        """The steps above which this is inferred and not only suspected."""
+        return max(SURE_FOLDS, SURE_STEPS * self.fastest_rate) / self.rate
+
+
 @dataclass(frozen=True)
-class AdamClock:
+class AdamClock(Clock):
     """Bounds the steps since the last gradient of a parameter that Adam or a variant of it updates.
 
     Args:
@@ -149,10 +176,7 @@ class AdamClock:
     taken: int | None = None
     least_beta1: float | None = None
 
-    #: Why nothing is known of a row.
-    unknown_reason: ClassVar[str] = (
-        "their gradients were so small, or the means fade so fast, that the numbers underflowed"
-    )
+    unknown_reason = "their gradients were so small, or the means fade so fast, that the numbers underflowed"
 
     @property
     def rate(self) -> float:
@@ -161,26 +185,15 @@ class AdamClock:
 
     @property
     def fastest_rate(self) -> float:
-        """The number of e-foldings by which ``r`` falls in a step without gradient, at the least β1."""
-        return self.rate if self.least_beta1 is None else 0.5 * math.log(self.beta2) - math.log(self.least_beta1)
+        """The same at the least β1."""
+        return 0.5 * math.log(self.beta2) - math.log(self.least_beta1 or self.beta1)
 
     @property
     def supremum(self) -> float:
         """The least upper bound of ``r`` over all possible gradients."""
         q = self.beta1**2 / self.beta2
         run = 1.0 if self.taken is None else -math.expm1(self.taken * math.log(q))
-        least = self.beta1 if self.least_beta1 is None else self.least_beta1
-        return (1.0 - least) * math.sqrt(run / ((1.0 - self.beta2) * (1.0 - q)))
-
-    @property
-    def silent_steps(self) -> float:
-        """The bound above which a row counts as without gradient, in steps."""
-        return silent_steps(self.rate)
-
-    @property
-    def sure_steps(self) -> float:
-        """The bound above which this is inferred and not only suspected, in steps."""
-        return sure_steps(self.rate, self.fastest_rate)
+        return (1.0 - (self.least_beta1 or self.beta1)) * math.sqrt(run / ((1.0 - self.beta2) * (1.0 - q)))
 
     def bound(self, ratio: Tensor, epsilon: float) -> Tensor:
         """Return the upper bound on the steps since the last gradient, in the shape of ``ratio``.
@@ -205,11 +218,7 @@ class AdamClock:
             mean: ``m``, float32 or float64, ``(N, F)``.
             square: ``v``, of the same dtype and shape.
         """
-        chunk = max(1, _CHUNK // max(mean.shape[1], 1))
-        parts = [self._read(m, v) for m, v in zip(mean.split(chunk), square.split(chunk), strict=True)]
-        return ClockReading(
-            *(torch.cat([getattr(part, name) for part in parts]) for name in ClockReading.__dataclass_fields__)
-        )
+        return ClockReading(*by_chunks(self._read, mean, square))
 
     def _read(self, mean: Tensor, square: Tensor) -> ClockReading:
         info = torch.finfo(mean.dtype)
@@ -225,8 +234,7 @@ class AdamClock:
         end = (torch.log(largest_v.sqrt() / least_m) / self.rate).floor()
         faded = (ratio == 0) & (largest_v > 0)
         known = faded & (end > self.silent_steps)
-        least_steps = torch.where(known, end, torch.nan)
         never = ((m == 0) & (v == 0)).all(dim=1) & (self.beta2 > FASTEST_FADING)
         not_finite = ~(torch.isfinite(m) & torch.isfinite(v)).all(dim=1)
         unknown = ((largest_v == 0) | (faded & ~known)) & ~never & ~not_finite
-        return ClockReading(steps, least_steps, never, not_finite, unknown)
+        return ClockReading(steps, torch.where(known, end, torch.nan), never, not_finite, unknown)

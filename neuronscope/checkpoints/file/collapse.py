@@ -26,36 +26,22 @@ __all__ = ["NoGradientCause", "find_no_gradient_causes"]
 
 @dataclass(frozen=True)
 class NoGradientCause:
-    """Why a whole layer gets no gradient.
+    """Why a whole layer gets no gradient."""
 
-    Attributes:
-        kind: ``collapsed``; ``unsure`` = collapsed or frozen; ``cut off`` = by a layer that has collapsed.
-        text: How this is known, as a clause for the reader.
-    """
-
-    kind: str
-    text: str
+    kind: str  # ``collapsed``; ``unsure`` = collapsed or frozen; ``cut off`` = by a layer that has collapsed
+    text: str  # how this is known, as a clause for the reader
 
 
 @dataclass(frozen=True, eq=False)
 class _LayerState:
-    """What the clocks show about a layer, together with the norm after it if the norm replaces its bias.
-
-    Attributes:
-        layer: The layer.
-        has_bias: Whether it adds a term that does not depend on its input.
-        no_gradient: Whether none of its parameters gets a gradient.
-        is_open: Whether its clock shows neither that nor a gradient.
-        input_is_zero: Whether its bias still got gradients when the parameters that multiply its input got none.
-        still_updated: Whether its optimizer continued to update it, as far as the file shows.
-    """
+    """What the clocks show about a layer, together with the norm after it if the norm replaces its bias."""
 
     layer: Layer
-    has_bias: bool
-    no_gradient: bool
-    is_open: bool
-    input_is_zero: bool
-    still_updated: bool
+    has_bias: bool  # whether it adds a term that does not depend on its input
+    no_gradient: bool  # whether none of its parameters gets a gradient
+    is_open: bool  # whether its clock shows neither that nor a gradient
+    input_is_zero: bool  # whether its bias still got gradients when the parameters that multiply its input got none
+    still_updated: bool  # whether its optimizer continued to update it, as far as the file shows
 
     @property
     def may_have_collapsed(self) -> bool:
@@ -64,14 +50,13 @@ class _LayerState:
 
 
 def find_no_gradient_causes(layers: Sequence[Layer], readings: Sequence[LayerClock]) -> dict[str, NoGradientCause]:
-    """Find out why whole layers get no gradient, as far as the clocks of the layers around them show it.
+    """Return by path why whole layers get no gradient, as far as the clocks of the layers around them show it.
+
+    A layer that is missing was frozen or cut off, as far as is known.
 
     Args:
         layers: The checkpoint's layers, in the order of the file.
         readings: The clocks of the layers that have one.
-
-    Returns:
-        The cause by the layer's path. A layer that is missing here was frozen or cut off, as far as is known.
     """
     states = list(_layer_states(layers, {read.layer.path: read for read in readings}))
     causes: dict[str, NoGradientCause] = {}
@@ -119,18 +104,15 @@ def _layer_states(layers: Sequence[Layer], clocks: Mapping[str, LayerClock]) -> 
         input_is_zero = _input_is_zero(parts)
         silent = [_without_gradient(part, part.reading) for part in parts]
         no_gradient = not input_is_zero and all(bool(rows.all()) for rows in silent)
-        shown = [_is_readable(part.reading) & ~rows for part, rows in zip(parts, silent, strict=True)]
+        shown = [part.reading.readable & ~rows for part, rows in zip(parts, silent, strict=True)]
         is_open = not no_gradient and not input_is_zero and not any(bool(rows.any()) for rows in shown)
         still_updated = all(part.lag == 0 and (part.taken is not None or part.rule.is_momentum) for part in parts)
         yield _LayerState(layer, has_bias, no_gradient, is_open, input_is_zero, still_updated)
 
 
 def _input_is_zero(parts: Sequence[LayerClock]) -> bool:
-    """Whether the parameters that multiply the input had no gradient for long when the bias got its last one.
-
-    The bias may have stopped since. Then nothing gets a gradient now, but the weights stopped well before the bias.
-    """
-    last = min(float(torch.where(_is_readable(part.reading), part.reading.steps, torch.inf).min()) for part in parts)
+    """Whether the weights had no gradient for long when the bias got its last one; the bias may have stopped since."""
+    last = min(float(torch.where(part.reading.readable, part.reading.steps, torch.inf).min()) for part in parts)
     return math.isfinite(last) and all(bool(_without_gradient(part, part.weights, last).all()) for part in parts)
 
 
@@ -140,11 +122,7 @@ def _without_gradient(read: LayerClock, reading: ClockReading, steps_ago: float 
     stopped = reading.never
     if read.taken is None or read.taken - 1 > limit:
         stopped = stopped | (reading.steps - steps_ago > limit)
-    return stopped & _is_readable(reading)
-
-
-def _is_readable(reading: ClockReading) -> Tensor:
-    return ~reading.not_finite & ~reading.unknown
+    return stopped & reading.readable
 
 
 def _input_layer(states: Sequence[_LayerState], index: int) -> Layer | None:
@@ -159,11 +137,7 @@ def _input_layer(states: Sequence[_LayerState], index: int) -> Layer | None:
 
 
 def _unsure(states: Sequence[_LayerState]) -> Iterator[tuple[Layer, str]]:
-    """Yield layers that have collapsed or were frozen, with the reason.
-
-    That is open if consecutive layers without gradient end in one without a bias that could show which it is, or if
-    no layer of the network gets a gradient.
-    """
+    """Yield layers that have collapsed or were frozen: nothing gets a gradient, or no bias tells which of the two."""
     begin = 0
     while begin < len(states):
         end = begin

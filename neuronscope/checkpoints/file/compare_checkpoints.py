@@ -52,22 +52,14 @@ class GradientsBetween:
     """Which neurons of a layer got a gradient between two checkpoints.
 
     A neuron that is in neither of the two masks may have got one or not.
-
-    Attributes:
-        layer: Path of the layer.
-        steps: Number of optimizer steps between the two.
-        none: True for rows that got no gradient, as far as the dtype can show it, bool ``(N,)``.
-        some: True for rows that certainly got one, bool ``(N,)``.
-        whole_layer: Whether the whole layer got none: it was frozen, or cut off by a later layer.
-        short: Whether the time between the two is no longer than a pause: a row that got a gradient is alive.
     """
 
-    layer: str
-    steps: int
-    none: Tensor
-    some: Tensor
-    whole_layer: bool
-    short: bool
+    layer: str  # path of the layer
+    steps: int  # number of optimizer steps between the two
+    none: Tensor  # true for rows that got no gradient, as far as the dtype can show it, bool ``(N,)``
+    some: Tensor  # true for rows that certainly got one, bool ``(N,)``
+    whole_layer: bool  # whether the whole layer got none: it was frozen, or cut off by a later layer
+    short: bool  # whether the time between the two is no longer than a pause: a row that got a gradient is alive
 
 
 def _why_not_comparable(earlier: Checkpoint, later: Checkpoint) -> str | None:
@@ -161,9 +153,7 @@ class _Pair:
         """Return which rows got a gradient, without those of which a clock shows nothing."""
         end = self.clocks[1]
         no_gradient, touched = self._decayed_tests() if end.is_decayed else self._tests()
-        readable = torch.ones_like(touched)
-        for clock in self.clocks:
-            readable &= ~(clock.reading.not_finite | clock.reading.unknown)
+        readable = self.clocks[0].reading.readable & end.reading.readable
         none, some = no_gradient & readable, touched & readable & ~no_gradient
         whole = bool((none | end.reading.never).all())
         return GradientsBetween(end.layer.path, self.steps, none, some, whole, self.steps <= end.clock.silent_steps)
@@ -192,7 +182,7 @@ class _Pair:
         # Rounding moves each weight by half of its epsilon a step at most, and a decayed buffer follows the weights.
         size, old = w1.norm(dim=1), b1.norm(dim=1) * momentum**self.steps
         allowed_weights = (_ROW_RELATIVE + epsilon / 2.0 * self.steps) * size
-        decayed = last.decay.amount / (1.0 - momentum) * size
+        decayed = last.decay / (1.0 - momentum) * size
         allowed_buffers = epsilon * ((decayed + old) / (1.0 - momentum) + old * self.steps / 2.0)
         ratios = [_distance(w2, w1, b1) / allowed_weights, _distance(b2, w2, b1) / allowed_buffers]
         largest = torch.stack(ratios).amax(dim=0)  # NaN if any number is
@@ -204,11 +194,9 @@ class _Pair:
         return self._layer.rows(tensor).double()
 
     def _means(self, name: str, touched: Tensor) -> Tensor:
-        """Mark rows whose means grew, and return how far each weight can move without a gradient, ``(N, F)``.
+        """Mark rows of ``touched`` ``(N,)`` whose means grew.
 
-        Args:
-            name: The parameter.
-            touched: Rows that certainly got a gradient, bool ``(N,)``; changed in place.
+        Return how far each weight can move without a gradient, ``(N, F)``.
         """
         rule = self.clocks[0].rule
         first, last = (states[name].slots for states in self.states)
@@ -232,13 +220,7 @@ class _Pair:
         return rate * ratio * shrink / (1.0 - shrink) / (1.0 - beta)
 
     def _weights(self, name: str, room: Tensor, kept: Tensor) -> None:
-        """Unmark rows whose weights moved farther than they can without a gradient.
-
-        Args:
-            name: The parameter.
-            room: How far each weight can move without a gradient, ``(N, F)``.
-            kept: Rows that may have got no gradient, bool ``(N,)``; changed in place.
-        """
+        """Unmark rows of ``kept`` ``(N,)`` whose weights moved farther than the ``room`` ``(N, F)`` that they have."""
         w1, w2 = (self._rows(one.tensors[name]) for one in self.checkpoints)
         if self.states[1][name].group.get("weight_decay"):
             # Decay shrinks the whole row by one factor: that of its largest weight.

@@ -32,7 +32,7 @@ def examine_file(
     earlier: Checkpoint | None = None,
     on_compared: Callable[[GradientsBetween], None] | None = None,
 ) -> tuple[list[Evidence], list[Abstention]]:
-    """Examine what a checkpoint contains: a monitor's records, the weights, the optimizer's state.
+    """Examine a checkpoint's records, weights and optimizers; return the evidence, and what could not be examined.
 
     Args:
         checkpoint: The opened checkpoint.
@@ -40,9 +40,6 @@ def examine_file(
             of the optimizer's state can be matched to parameters.
         earlier: An earlier checkpoint of the same run.
         on_compared: Called for each layer that could be compared with the earlier checkpoint.
-
-    Returns:
-        The evidence, and what could not be examined.
     """
     layers = find_layers(checkpoint.tensors)
     merged: dict[str, StoredTensor] = {one.stored: one for one in _merged(checkpoint)}
@@ -51,9 +48,8 @@ def examine_file(
     if checkpoint.optimizers:
         found += _examine_optimizers(checkpoint, layers, parameter_names, earlier, on_compared)
     else:
-        found.append(
-            Abstention("optimizer state", "", "The file holds no optimizer state, so past gradients are not known.")
-        )
+        reason = "The file holds no optimizer state, so past gradients are not known."
+        found.append(Abstention("optimizer state", "", reason))
         if not checkpoint.records:
             found += hint_evidence(checkpoint, layers)
     evidence = [one for one in found if isinstance(one, Evidence)]

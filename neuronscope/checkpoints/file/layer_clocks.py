@@ -13,11 +13,11 @@ from torch import Tensor
 
 from neuronscope.checkpoints.checkpoint import Checkpoint
 from neuronscope.checkpoints.file.adam_clock import AdamClock, ClockReading, silent_steps
-from neuronscope.checkpoints.file.initial_weights import as_initialised
 from neuronscope.checkpoints.file.layers import NEURON_KINDS, Layer
 from neuronscope.checkpoints.file.optimizer_rules import OptimizerRule, recognize_optimizer, steps_taken
 from neuronscope.checkpoints.file.parameter_matching import ParameterState
 from neuronscope.checkpoints.file.sgd_clock import BufferPeaks, SGDClock
+from neuronscope.checkpoints.file.weights import as_initialised
 from neuronscope.checkpoints.verdict.evidence import Abstention
 
 __all__ = ["LayerClock", "NoClock", "read_clocks"]
@@ -54,40 +54,30 @@ class NoClock:
 
 @dataclass(frozen=True, eq=False)
 class LayerClock:
-    """The optimizer's clock, read for one layer.
-
-    Attributes:
-        layer: The layer.
-        rule: The optimizer that updates its weight.
-        clock: The clock of that optimizer.
-        reading: What the clock shows for each row.
-        weights: What it shows for each row without the bias, that is, for the parameters that multiply the input.
-        parameters: Names of the layer's tensors that were read.
-        untrained: True for rows without any gradient in this state that no other optimizer seems to have trained
-            before, bool ``(N,)``: their weights look as they were initialised.
-        step: The training step of the checkpoint, if the optimizer's steps are steps of the training; ``None`` = not
-            known.
-        taken: Number of steps in which the layer was updated; ``None`` if its optimizer does not count them.
-        lag: Number of its optimizer's steps in which it was not updated: it was frozen, or no gradient reached it.
-        began: The training step at which its optimizer began; ``None`` = not known.
-    """
+    """The optimizer's clock, read for one layer."""
 
     layer: Layer
-    rule: OptimizerRule
-    clock: AdamClock | SGDClock | NoClock
-    reading: ClockReading
+    rule: OptimizerRule  # the optimizer that updates its weight
+    clock: AdamClock | SGDClock | NoClock  # the clock of that optimizer
+    reading: ClockReading  # what the clock shows for each row
+    #: What it shows for each row without the bias, that is, for the parameters that multiply the input.
     weights: ClockReading
-    parameters: tuple[str, ...]
+    parameters: tuple[str, ...]  # names of the layer's tensors that were read
+    #: True for rows without any gradient in this state that no other optimizer seems to have trained before, bool
+    #: ``(N,)``: their weights look as they were initialised.
     untrained: Tensor
+    #: The training step of the checkpoint, if the optimizer's steps are steps of the training; ``None`` = not known.
     step: int | None
+    #: Number of steps in which the layer was updated; ``None`` if its optimizer does not count them.
     taken: int | None = None
+    #: Number of its optimizer's steps in which it was not updated: it was frozen, or no gradient reached it.
     lag: int = 0
-    began: int | None = None
+    began: int | None = None  # the training step at which its optimizer began; ``None`` = not known
 
     @property
     def is_decayed(self) -> bool:
         """Whether weight decay is part of its momentum buffer."""
-        return self.rule.is_momentum and self.rule.decay.amount != 0 and not self.rule.decay.decoupled
+        return self.rule.is_momentum and self.rule.decay != 0 and not self.rule.is_decoupled
 
     @property
     def sure_end(self) -> float:
@@ -144,11 +134,10 @@ class _ClockReader:
         weights = 0
         for layer in layers:
             if layer.kind == "experts":
-                yield Abstention(
-                    "optimizer state",
-                    layer.path,
-                    "Several experts are stacked in one tensor; along which dimension their neurons lie is not known.",
+                reason = (
+                    "Several experts are stacked in one tensor; along which dimension their neurons lie is not known."
                 )
+                yield Abstention("optimizer state", layer.path, reason)
             if layer.kind not in (*NEURON_KINDS, "norm"):
                 continue
             rules = self._find_rules(layer)
@@ -205,12 +194,12 @@ class _ClockReader:
 
     def _why_hidden(self, state: ParameterState, rule: OptimizerRule) -> str | None:
         """Return why weight decay hides missing gradients in a parameter's state; ``None`` if it does not."""
-        hides = rule.decay.hides_zero_gradients
+        hides = rule.hides_zero_gradients
         if not rule.is_adam:  # a momentum buffer with decay is compared with the weights; exact zeros are zeros
             return _AVERAGED if rule.is_momentum and hides and self._checkpoint.is_averaged else None
         if hides is False or (hides is None and self._is_decoupled(state.optimizer)):
             return None
-        amount = f"weight decay of {rule.decay.amount:g}"
+        amount = f"weight decay of {rule.decay:g}"
         if hides is None:
             return (
                 f"the file does not say whether its {amount} is AdamW's or Adam's; Adam's is added to the gradient, so "
@@ -243,27 +232,25 @@ class _ClockReader:
         untouched = (mean == 0) & (square == 0)
         if not untouched.any():
             return False
-        return bool((tensor.read()[untouched].double().abs() * rule.decay.amount > 1e-15).any())
+        return bool((tensor.read()[untouched].double().abs() * rule.decay > 1e-15).any())
 
     def _read_momentum(self, clock: SGDClock, found: Sequence[_RuledLayer]) -> Iterator[LayerClock]:
         """Read all layers of one optimizer, compared with the largest buffer of linear and convolutional layers.
 
         Norms are left out of the comparison because their buffers are larger.
         """
-        whole = [self._peaks(layer, rules, clock) for layer, rules in found]
-        largest = clock.largest(
-            peaks for peaks, (layer, _) in zip(whole, found, strict=True) if layer.kind in NEURON_KINDS
-        )
-        for peaks, (layer, rules) in zip(whole, found, strict=True):
+        whole = [(layer, rules, self._peaks(layer, rules, clock)) for layer, rules in found]
+        largest = max((peaks.largest for layer, _, peaks in whole if layer.kind in NEURON_KINDS), default=0.0)
+        for layer, rules, peaks in whole:
             weights = self._peaks(layer, _without_bias(layer, rules), clock, as_one=layer.kind == "norm")
             reading = clock.read_layer(peaks, largest)
             yield LayerClock(
-                layer=layer,
-                rule=rules[layer.weight],
-                clock=clock,
-                reading=reading,
-                weights=clock.read_layer(weights, largest),
-                parameters=tuple(rules),
+                layer,
+                rules[layer.weight],
+                clock,
+                reading,
+                clock.read_layer(weights, largest),
+                tuple(rules),
                 untrained=as_initialised(layer, self._checkpoint.tensors, reading.never),
                 step=self._checkpoint.step,
             )
@@ -278,7 +265,7 @@ class _ClockReader:
         """
         by_decay: dict[float, list[tuple[Tensor, Tensor]]] = {}
         for name, rule in rules.items():
-            decay = 0.0 if rule.decay.decoupled else rule.decay.amount * (1.0 - rule.dampening)
+            decay = 0.0 if rule.is_decoupled else rule.decay * (1.0 - rule.dampening)
             tensors = (_read(self._states[name], "momentum_buffer"), self._checkpoint.tensors[name].read())
             buffer, weight = (tensor.reshape(1, -1) if as_one else layer.rows(tensor) for tensor in tensors)
             by_decay.setdefault(decay, []).append((buffer, weight))
@@ -293,16 +280,15 @@ class _ClockReader:
             taken, newest = steps_taken(weight.slots, weight.group), self._newest.get(weight.optimizer)
             each = {name: next(readings) for name in rules}
             reading = reduce(ClockReading.join, each.values())
-            step, began = self._training_steps(newest)
-            never = reading.never & self._may_be_first(newest)
+            step, began, may_be_first = self._training_steps(newest)
             yield LayerClock(
-                layer=layer,
-                rule=rule,
-                clock=_clock(rule, taken),
-                reading=reading,
-                weights=reduce(ClockReading.join, (each[name] for name in _without_bias(layer, rules))),
-                parameters=tuple(rules),
-                untrained=as_initialised(layer, self._checkpoint.tensors, never),
+                layer,
+                rule,
+                _clock(rule, taken),
+                reading,
+                reduce(ClockReading.join, (each[name] for name in _without_bias(layer, rules))),
+                tuple(rules),
+                untrained=as_initialised(layer, self._checkpoint.tensors, reading.never & may_be_first),
                 step=step,
                 taken=taken,
                 lag=0 if taken is None or newest is None else newest - taken,
@@ -327,24 +313,19 @@ class _ClockReader:
             found.update(zip(numbers, parts, strict=True))
         return [found[at] for at in range(len(tensors))]
 
-    def _may_be_first(self, newest: int | None) -> bool:
-        """Whether an optimizer may have begun with the training: the file counts no more steps than the optimizer."""
-        step = self._checkpoint.step
-        return step is None or newest is None or len(self._checkpoint.optimizers) != 1 or step <= newest
-
-    def _training_steps(self, newest: int | None) -> tuple[int | None, int | None]:
-        """Return the training step of the checkpoint and that at which its optimizer began, as far as they are known.
+    def _training_steps(self, newest: int | None) -> tuple[int | None, int | None, bool]:
+        """Return the checkpoint's training step, that at which its optimizer began, and whether this may be the first.
 
         A file may count other steps than the optimizer's: batches of which several make a step, or the steps of several
-        optimizers together.
+        optimizers together. The steps are ``None`` then.
         """
         step = self._checkpoint.step
         if step is None or newest is None or len(self._checkpoint.optimizers) != 1:
-            return newest, None
+            return newest, None, True
         batches = step // newest
         if step < newest or (batches > 1 and step % newest < batches):
-            return None, None
-        return step, step - newest
+            return None, None, step < newest
+        return step, step - newest, step == newest
 
 
 def _without_bias(layer: Layer, rules: Mapping[str, OptimizerRule]) -> dict[str, OptimizerRule]:

@@ -57,33 +57,23 @@ _PROJECTION = re.compile(
 class Layer:
     """A layer of ``N`` rows.
 
-    Attributes:
-        path: Path of the layer; see :func:`neuronscope.attach.layer_names.layer_name`. It is that of a site's layer.
-        kind: ``linear``, ``conv``, ``norm``, ``embedding``, or ``experts`` (several layers stacked in one tensor).
-        weight: Name of the weight in the checkpoint.
-        bias: Name of the bias ``(N,)``, or ``None``.
-        gain: Name of the magnitudes ``(N, 1, …)`` if weight norm splits them from the weight, else ``None``.
-        width: ``N``.
-        axis: Dimension of the weight along which the rows lie: 0, or 1 if it is stored transposed (the ``Conv1D`` of
-            GPT-2, a transposed convolution).
-        inputs: Size of the weight's other leading dimension: input features, or input channels of a group.
-        axis_known: True if shapes determine ``axis``; else it is the usual one.
-
     >>> layer = Layer("fc", "linear", "fc.weight", None, None, width=3, axis=1, inputs=2)
     >>> import torch
     >>> layer.rows(torch.arange(6).view(2, 3)).tolist()
     [[0, 3], [1, 4], [2, 5]]
     """
 
-    path: str
-    kind: str
-    weight: str
-    bias: str | None
-    gain: str | None
-    width: int
+    path: str  # path of the layer; see ``neuronscope.attach.layer_names.layer_name``. It is that of a site's layer.
+    kind: str  # ``linear``, ``conv``, ``norm``, ``embedding``, or ``experts`` (several layers stacked in one tensor)
+    weight: str  # name of the weight in the checkpoint
+    bias: str | None  # name of the bias ``(N,)``, or ``None``
+    gain: str | None  # name of the magnitudes ``(N, 1, …)`` if weight norm splits them from the weight, else ``None``
+    width: int  # ``N``
+    #: Dimension of the weight along which the rows lie: 0, or 1 if it is stored transposed (the ``Conv1D`` of GPT-2, a
+    #: transposed convolution).
     axis: int
-    inputs: int
-    axis_known: bool = True
+    inputs: int  # size of the weight's other leading dimension: input features, or input channels of a group
+    axis_known: bool = True  # true if shapes determine ``axis``; else it is the usual one
 
     @property
     def incoming(self) -> tuple[str, ...]:
@@ -119,11 +109,8 @@ def is_parameter(name: str, tensor: StoredTensor) -> bool:
 def find_layers(tensors: Mapping[str, StoredTensor]) -> tuple[Layer, ...]:
     """Return the layers of a network in the order of the file.
 
-    Weights that do not have the name of a layer's weight are left out: the stacked gates of a recurrent layer,
-    attention's ``in_proj_weight``, adapters.
-
-    Args:
-        tensors: The network's tensors by name; see :class:`neuronscope.checkpoints.checkpoint.Checkpoint`.
+    Weights without the name of a layer's weight are left out: the stacked gates of a recurrent layer, attention's
+    ``in_proj_weight``, adapters.
     """
     found = []
     transposed = _Transposed(tensors)
@@ -169,14 +156,13 @@ def find_projections(
 ) -> dict[str, str]:
     """Return the layers whose rows most likely go through no activation, as far as order, names and sizes show it.
 
+    Each is a ``projection``, or the ``output``: the last layer of a network, unless a norm follows it or a later
+    layer has as many inputs as it has rows; in no known order see :func:`_last_unread`.
+
     Args:
         layers: The checkpoint's layers, in the order of the file.
         networks: With several networks, what the paths of each one's layers begin with.
         is_ordered: Whether that is the order of the network; else the file holds one network.
-
-    Returns:
-        What each layer is, by its path: ``output`` (the last layer of a network, unless a norm follows it or a later
-        layer has as many inputs as it has rows; in no known order see :func:`_last_unread`) or ``projection``.
     """
     found = {
         layer.path: "projection" for layer in layers if layer.kind in NEURON_KINDS and _PROJECTION.search(layer.path)
@@ -197,15 +183,11 @@ def find_projections(
 
 
 def _last_unread(layers: Sequence[Layer], projections: Container[str]) -> Layer | None:
-    """Return the last layer that no other one reads, as far as sizes show it.
+    """Return the last layer that no other one reads, as far as sizes show it; projections are not looked at.
 
     A layer may read several outputs of each row (a flattened picture, a concatenation) or a part of the rows (a gate).
     Small numbers divide others by chance: so a layer whose width fits no other one's inputs in this way is taken first,
     and then one whose width, or half of it, is not another one's inputs.
-
-    Args:
-        layers: The layers.
-        projections: Paths of the layers that are not looked at.
     """
     inputs = Counter(layer.inputs for layer in layers if layer.inputs > 1)
     candidates = [layer for layer in layers[::-1] if layer.kind in NEURON_KINDS and layer.path not in projections]
@@ -275,13 +257,7 @@ class _Transposed:
                     self._by_rank[len(shape), axis] += 1
 
     def axis(self, path: str, shape: tuple[int, ...], bias: int | None) -> tuple[int | None, bool]:
-        """Return the dimension of the rows and whether it is certain; ``None`` if the bias fits neither dimension.
-
-        Args:
-            path: Path of the layer.
-            shape: Shape of its weight.
-            bias: Size of its bias; ``None`` without one.
-        """
+        """Return the dimension of the rows and whether it is certain; ``None`` if the bias fits neither dimension."""
         if bias is not None and bias not in shape[:2]:
             return None, False
         known = None if bias is None else _axis(shape, bias)

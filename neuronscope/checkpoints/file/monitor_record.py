@@ -29,18 +29,12 @@ _DAMAGED = (NeuronscopeError, ArithmeticError, AttributeError, LookupError, Runt
 
 
 def recorded_report(state: Mapping[str, Any]) -> Report | None:
-    """Return the report on what a monitor counted in training, or else in the first phase with any counts.
+    """Return the report on what a monitor (or a :class:`neuronscope.Scope`) counted in training; ``None`` if nothing.
 
-    The thresholds are the defaults, since a monitor does not save its own.
-
-    Args:
-        state: The state of a monitor or of a :class:`neuronscope.Scope`.
-
-    Returns:
-        The report, or ``None`` if nothing was counted.
+    Without training it is on the first phase with any counts. The thresholds are the defaults, since none are saved.
 
     Raises:
-        StateError: The state is neither of them, or was written by another version.
+        StateError: The state is of something else, or was written by another version.
     """
     inner = state.get("scope", state) if isinstance(state, Mapping) else state
     if is_outdated(inner):
@@ -68,9 +62,8 @@ def recorded_reports(checkpoint: Checkpoint) -> Iterator[Report | Abstention]:
             continue
         if report is not None and report.fault:
             yield Abstention(_SOURCE, "", f"The record {key!r} does not cover the whole run: {report.fault}")
-        yield report or Abstention(
-            _SOURCE, "", f"The record {key!r} is empty: nothing was counted before the file was written."
-        )
+        reason = f"The record {key!r} is empty: nothing was counted before the file was written."
+        yield report or Abstention(_SOURCE, "", reason)
 
 
 def examine_records(checkpoint: Checkpoint) -> Iterator[Evidence | Abstention]:

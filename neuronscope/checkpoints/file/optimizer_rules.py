@@ -15,7 +15,7 @@ from typing import Any
 from neuronscope.checkpoints.checkpoint import StoredTensor
 from neuronscope.checkpoints.file.adam_clock import FASTEST_FADING
 
-__all__ = ["OptimizerRule", "WeightDecay", "recognize_optimizer", "steps_taken"]
+__all__ = ["OptimizerRule", "recognize_optimizer", "steps_taken"]
 
 _MEANS = ("exp_avg", "exp_avg_sq")
 _MEANS_OF_BITSANDBYTES = ("state1", "state2")
@@ -25,50 +25,22 @@ _NEVER_UPDATED = "it was never updated: it was frozen, or no gradient ever reach
 
 
 @dataclass(frozen=True)
-class WeightDecay:
-    """The weight decay of a parameter group.
-
-    Attributes:
-        amount: λ.
-        decoupled: True if it acts on the weights only (AdamW); ``False`` = it is added to the gradient (L2), so that
-            the optimizer never sees a gradient of zero; ``None`` = the file does not say.
-    """
-
-    amount: float
-    decoupled: bool | None
-
-    @property
-    def hides_zero_gradients(self) -> bool | None:
-        """Whether it makes rows without gradient look as if they had one; ``None`` = not known."""
-        if self.amount == 0:
-            return False
-        return None if self.decoupled is None else not self.decoupled
-
-
-@dataclass(frozen=True)
 class OptimizerRule:
-    """The optimizer of one parameter.
+    """The optimizer of one parameter."""
 
-    Attributes:
-        name: ``Adam``, ``AdamW``, ``NAdam``, ``RAdam``, ``SGD``, ``Muon``, ``Adagrad`` …
-        slots: The tensors of its state that are read; each has the parameter's shape.
-        betas: Decays of the running means: two for Adam and its variants, the momentum for SGD and Muon; none if it has
-            no clock. Of a decay that a schedule cycles, the largest.
-        least_beta: The least decay of the first running mean; it differs from ``betas[0]`` if a schedule cycles it.
-        decay: The weight decay.
-        dampening: The fraction of a gradient that SGD does not add to its momentum buffer.
-        rate: The learning rate at the time of saving; NaN if the file has none.
-        no_clock: Why the time of the last gradient cannot be read: only rows that never got one can be told;
-            ``""`` if it can.
-    """
-
-    name: str
-    slots: tuple[str, ...]
+    name: str  # ``Adam``, ``AdamW``, ``NAdam``, ``RAdam``, ``SGD``, ``Muon``, ``Adagrad`` …
+    slots: tuple[str, ...]  # the tensors of its state that are read; each has the parameter's shape
+    #: Decays of the running means: two for Adam and its variants, the momentum for SGD and Muon; none if it has no
+    #: clock. Of a decay that a schedule cycles, the largest.
     betas: tuple[float, ...]
-    least_beta: float
-    decay: WeightDecay
-    dampening: float
-    rate: float
+    least_beta: float  # the least decay of the first running mean; it differs from ``betas[0]`` if a schedule cycles it
+    decay: float  # weight decay, λ
+    #: True if it acts on the weights only (AdamW); ``False`` = it is added to the gradient (L2), so that the optimizer
+    #: never sees a gradient of zero; ``None`` = the file does not say.
+    is_decoupled: bool | None
+    dampening: float  # the fraction of a gradient that SGD does not add to its momentum buffer
+    rate: float  # the learning rate at the time of saving; NaN if the file has none
+    #: Why the time of the last gradient cannot be read: only rows that never got one can be told; ``""`` if it can.
     no_clock: str = ""
 
     @property
@@ -80,6 +52,13 @@ class OptimizerRule:
     def is_momentum(self) -> bool:
         """Whether it keeps one mean, a momentum buffer, and its clock can be read."""
         return len(self.betas) == 1
+
+    @property
+    def hides_zero_gradients(self) -> bool | None:
+        """Whether decay makes rows without gradient look as if they had one; ``None`` = not known."""
+        if self.decay == 0:
+            return False
+        return None if self.is_decoupled is None else not self.is_decoupled
 
     @property
     def source(self) -> str:
@@ -166,8 +145,7 @@ def _adam(group: Mapping[str, Any], slots: Mapping[str, Any], means: tuple[str, 
             "no clock for its optimizer, which keeps exp_avg and exp_avg_sq, but its groups are not those of Adam, "
             f"AdamW, NAdam or RAdam: they hold {', '.join(map(str, sorted(map(str, group)))) or 'nothing'}"
         )
-    types = _dtypes(slots, means)
-    if not types <= _EXACT_TYPES:
+    if not (types := _dtypes(slots, means)) <= _EXACT_TYPES:
         return _only_zeros(name, group, slots, means, ("betas", 1), _inexact(name, types))
     betas, amount = _numbers(group.get("betas")), _number(group.get("weight_decay"))
     if betas is None or len(betas) != 2 or amount is None:
@@ -176,23 +154,13 @@ def _adam(group: Mapping[str, Any], slots: Mapping[str, Any], means: tuple[str, 
     if not (least > 0 and largest**2 < betas[1] < 1):
         beta1 = f"{betas[0]:g}" if least == largest else f"{least:g} to {largest:g}"
         return f"with betas of {beta1} and {betas[1]:g} its clock cannot be read: 0 < β1 < √β2 < 1 is needed"
-    decoupled = always_decoupled or group.get("decoupled_weight_decay")
-    return OptimizerRule(
-        name,
-        means,
-        (largest, betas[1]),
-        least,
-        WeightDecay(amount, decoupled if isinstance(decoupled, bool) else None),
-        0.0,
-        _rate(group),
-    )
+    says = always_decoupled or group.get("decoupled_weight_decay")
+    decoupled = says if isinstance(says, bool) else None
+    return OptimizerRule(name, means, (largest, betas[1]), least, amount, decoupled, 0.0, _rate(group))
 
 
 def _momentum(name: str, group: Mapping[str, Any], slots: Mapping[str, Any]) -> OptimizerRule | str:
-    """Return the rule of SGD, or of Muon, which keeps the same buffer before it makes it orthogonal.
-
-    Muon's weight decay acts on the weights only.
-    """
+    """Return the rule of SGD, or of Muon, which keeps the same buffer and whose decay acts on the weights only."""
     momentum, amount = _number(group.get("momentum")), _number(group.get("weight_decay"))
     dampening = _number(group.get("dampening", 0.0))
     if momentum is None or amount is None or dampening is None or not 0 <= momentum < 1:
@@ -204,11 +172,10 @@ def _momentum(name: str, group: Mapping[str, Any], slots: Mapping[str, Any]) -> 
         return _NEVER_UPDATED
     if not (least > 0 and largest < 1):
         return f"with a momentum of {least:g} to {largest:g} its clock cannot be read"
-    types = _dtypes(slots, ("momentum_buffer",))
-    if not types <= _EXACT_TYPES:
-        return _only_zeros(name, group, slots, ("momentum_buffer",), ("momentum", 0), _inexact(name, types))
-    decay = WeightDecay(amount, name == "Muon")
-    return OptimizerRule(name, ("momentum_buffer",), (largest,), least, decay, dampening, _rate(group))
+    buffer = ("momentum_buffer",)
+    if not (types := _dtypes(slots, buffer)) <= _EXACT_TYPES:
+        return _only_zeros(name, group, slots, buffer, ("momentum", 0), _inexact(name, types))
+    return OptimizerRule(name, buffer, (largest,), least, amount, name == "Muon", dampening, _rate(group))
 
 
 def _only_zeros(
@@ -227,17 +194,14 @@ def _only_zeros(
         return no_clock
     if decay_of is not None and not _least_decay(group, *decay_of) > FASTEST_FADING:
         return f"{no_clock}: its means decay so fast that they reach exact zeros"
-    decay = WeightDecay(_number(group.get("weight_decay")) or 0.0, None)
-    return OptimizerRule(name, zeros, (), math.nan, decay, 0.0, _rate(group), no_clock)
+    decay = _number(group.get("weight_decay")) or 0.0
+    return OptimizerRule(name, zeros, (), math.nan, decay, None, 0.0, _rate(group), no_clock)
 
 
 def _least_decay(group: Mapping[str, Any], name: str, place: int) -> float:
     """Return the decay of a running mean, the least one if a schedule cycles it; NaN if the group has none.
 
-    Args:
-        group: The hyperparameters.
-        name: The one that holds the decay: a number, or several.
-        place: Which of several.
+    It is the hyperparameter ``name``, or the number at ``place`` in it.
     """
     values = _numbers(group.get(name)) or (_number(group.get(name)),)
     value = values[place] if place < len(values) else None
@@ -245,10 +209,7 @@ def _least_decay(group: Mapping[str, Any], name: str, place: int) -> float:
 
 
 def _cycled(group: Mapping[str, Any], value: float) -> tuple[float, float]:
-    """Return the least and the largest momentum or β1 of a group, which a schedule may cycle.
-
-    ``OneCycleLR`` and ``CyclicLR`` keep the two ends of the cycle in the group.
-    """
+    """Return the least and the largest momentum or β1: a group keeps the ends between which a schedule cycles it."""
     ends = [_number(group.get(name)) for name in ("base_momentum", "max_momentum")]
     values = [value, *(end for end in ends if end is not None and 0 <= end < 1)]
     return min(values), max(values)

@@ -34,30 +34,19 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True, eq=False)
 class ParameterState:
-    """The optimizer state of one parameter.
+    """The optimizer state of one parameter."""
 
-    Attributes:
-        optimizer: Index of the optimizer in the checkpoint.
-        group: The hyperparameters of the parameter's group.
-        slots: The saved state by name; empty if the parameter was never updated.
-    """
-
-    optimizer: int
-    group: Mapping[str, Any]
-    slots: Mapping[str, StoredTensor | float]
+    optimizer: int  # index of the optimizer in the checkpoint
+    group: Mapping[str, Any]  # the hyperparameters of the parameter's group
+    slots: Mapping[str, StoredTensor | float]  # the saved state by name; empty if the parameter was never updated
 
 
 @dataclass(frozen=True, eq=False)
 class ParameterMatches:
-    """The result of :func:`match_parameters`.
+    """The result of :func:`match_parameters`."""
 
-    Attributes:
-        states: The optimizer state of each matched parameter, by the parameter's name.
-        abstentions: What could not be matched, and why.
-    """
-
-    states: Mapping[str, ParameterState]
-    abstentions: tuple[Abstention, ...]
+    states: Mapping[str, ParameterState]  # the optimizer state of each matched parameter, by the parameter's name
+    abstentions: tuple[Abstention, ...]  # what could not be matched, and why
 
 
 def match_parameters(checkpoint: Checkpoint, parameter_names: Sequence[str] | None = None) -> ParameterMatches:
@@ -94,10 +83,7 @@ def match_parameters(checkpoint: Checkpoint, parameter_names: Sequence[str] | No
 
 
 def _state_shape(slots: Mapping[str, StoredTensor | float]) -> Shape | None:
-    """Return the shape of a parameter as its saved state shows it: that of the tensor with the most dimensions.
-
-    ``None`` if the state does not show it: it is empty, or it keeps sums over rows and columns only (Adafactor).
-    """
+    """Return the shape of the saved tensor with most dimensions; ``None`` if the state is empty or Adafactor's."""
     if not _FACTORS.isdisjoint(slots):
         return None
     shapes = [tuple(slot.shape) for slot in slots.values() if hasattr(slot, "shape")]
@@ -156,12 +142,7 @@ class _ParameterRun:
         self.shapes = [_state_shape(state.slots) for state in states]
 
     def places(self, names: Sequence[str], shapes: Mapping[str, Shape]) -> list[str | None] | None:
-        """Return the parameter of each entry, ``None`` for an entry with several candidates; ``None`` if nothing fits.
-
-        Args:
-            names: The candidates, in the model's order.
-            shapes: Their shapes by name.
-        """
+        """Return each entry's parameter, ``None`` for one with several candidates; ``None`` if nothing fits."""
         sizes = [shapes[name] for name in names]
         first = self._leftmost(self.shapes, sizes)
         last = self._leftmost(self.shapes[::-1], sizes[::-1])
@@ -223,10 +204,7 @@ def _match_by_order(
 def _match_unordered(
     runs: Sequence[_ParameterRun], shapes: Mapping[str, Shape], states: dict[str, ParameterState]
 ) -> list[Abstention]:
-    """Match entries that were saved by number, if the file's order is not the model's.
-
-    Several groups are told apart by the shapes of their parameters: those of matrices and of vectors, for example.
-    """
+    """Match entries by number if the file's order is not the model's; shapes tell groups apart."""
     free = {name: shape for name, shape in shapes.items() if name not in states}
     abstentions = []
     for run in runs:

@@ -24,30 +24,20 @@ _NUMBERED = re.compile(r"(.*?)(\d{1,6})(\D*)")
 
 @dataclass(eq=False)
 class _Module:
-    """A module, or a parameter.
+    """A module, or a parameter."""
 
-    Attributes:
-        name: Full name of a parameter; ``""`` for a module.
-        shape: Shape of a parameter.
-        children: The parameters and submodules of a module by name.
-        size: Number of parameters in it.
-    """
-
-    name: str = ""
-    shape: Shape = ()
-    children: dict[str, _Module] = field(default_factory=dict)
-    size: int = 0
+    name: str = ""  # full name of a parameter; ``""`` for a module
+    shape: Shape = ()  # shape of a parameter
+    children: dict[str, _Module] = field(default_factory=dict)  # the parameters and submodules of a module by name
+    size: int = 0  # number of parameters in it
 
 
 def possible_places(shapes: Mapping[str, Shape], wanted: Sequence[Shape | None]) -> dict[str, set[int]]:
-    """Return the places that each parameter has in the orders that are possible.
+    """Return the places that each parameter has in all possible orders; none if no order fits, or there are too many.
 
     Args:
         shapes: The shape of each parameter by its name, in any order.
         wanted: The shapes in the model's order; ``None`` fits any parameter.
-
-    Returns:
-        The places by name; empty if no order fits, or if there are too many orders to look at.
 
     >>> sorted(possible_places({"0.bias": (2,), "0.weight": (2, 3), "b.bias": (2,)}, [(2, 3), (2,), (2,)]).items())
     [('0.bias', {1}), ('0.weight', {0}), ('b.bias', {2})]

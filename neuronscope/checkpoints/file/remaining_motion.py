@@ -50,21 +50,13 @@ _OPTIMIZERS = {"Adam", "AdamW", "NAdam", "SGD", *_WITHOUT_MOTION}
 
 @dataclass(frozen=True, eq=False)
 class RemainingMotion:
-    """How far an optimizer can still move a parameter without gradient.
+    """How far an optimizer can still move a parameter without gradient."""
 
-    Attributes:
-        optimizer: Name of the optimizer.
-        reach: The most that each element moves, apart from decay, float64 of the parameter's shape.
-        group: The parameter's group, whose decay its parameters share; ``None`` without decay.
-        steps: For how many steps this holds.
-        rate: The highest learning rate for which it holds.
-    """
-
-    optimizer: str
-    reach: Tensor
-    group: Mapping[str, Any] | None
-    steps: int
-    rate: float
+    optimizer: str  # name of the optimizer
+    reach: Tensor  # the most that each element moves, apart from decay, float64 of the parameter's shape
+    group: Mapping[str, Any] | None  # the parameter's group, whose decay its parameters share; ``None`` without decay
+    steps: int  # for how many steps this holds
+    rate: float  # the highest learning rate for which it holds
 
 
 def remaining_motion(state: ParameterState | None, weight: Tensor) -> RemainingMotion | str:
@@ -106,8 +98,8 @@ def remaining_motion(state: ParameterState | None, weight: Tensor) -> RemainingM
 def _adam(
     rule: OptimizerRule, group: Mapping[str, Any], slots: Mapping[str, Any], weight: Tensor, rate: float
 ) -> RemainingMotion | str:
-    amount, epsilon = rule.decay.amount, finite_settings(group, "eps")
-    if amount and rule.decay.decoupled is not True:
+    amount, epsilon = rule.decay, finite_settings(group, "eps")
+    if amount and rule.is_decoupled is not True:
         return "its weight decay is, or may be, added to the gradient, which Adam turns into steps of full length"
     mean, square = (slots[slot].read().double() for slot in rule.slots)
     if mean.shape != weight.shape or square.shape != weight.shape:
@@ -160,7 +152,7 @@ def _decay(per_step: float) -> tuple[float, int]:
 
 
 def _uneven(weight: Tensor, steps: int, keeps: float) -> Tensor:
-    """Return how much less, or more, rounding may make each element shrink than the others, relative to their decay."""
+    """Return by how much more or less than the others' rounding may shrink each element."""
     if keeps == 1.0:
         return torch.zeros_like(weight, dtype=torch.float64)
     own = weight.double().abs()

@@ -15,14 +15,14 @@ makes it: relative to the buffer, each of the last 1 / (1 − μ) steps adds a f
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import ClassVar
+from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from neuronscope.checkpoints.file.adam_clock import FASTEST_FADING, SILENT_FOLDS, ClockReading, silent_steps, sure_steps
+from neuronscope.checkpoints.file.adam_clock import FASTEST_FADING, SILENT_FOLDS, Clock, ClockReading, by_chunks
 
 __all__ = ["SILENT_FOLDS_BELOW_LARGEST", "BufferPeaks", "SGDClock"]
 
@@ -36,25 +36,15 @@ _ROUNDINGS = 1.5
 _RANGE = 2.0
 #: A buffer this many times smaller than weight decay makes it was not made by this rule.
 _FAR_BELOW = 100.0
-#: Number of elements of a chunk of rows, which is converted to float64 at a time.
-_CHUNK = 1 << 20
 
 
-@dataclass(frozen=True)
-class BufferPeaks:
-    """The largest absolute value in each row of a momentum buffer, without what weight decay alone puts there.
+class BufferPeaks(NamedTuple):
+    """The largest absolute value in each row of a momentum buffer, without what weight decay alone puts there."""
 
-    Attributes:
-        rows: ``max |buffer|`` of each row, float64 ``(N,)``; NaN or infinite if the row contains such an element.
-        least: The smallest such number that can be told from rounding, float64 ``(N,)``.
-        zero: True if the whole row of the buffer is exactly zero, bool ``(N,)``.
-        unknown: True if the row shows nothing, bool ``(N,)``.
-    """
-
-    rows: Tensor
-    least: Tensor
-    zero: Tensor
-    unknown: Tensor
+    rows: Tensor  # ``max |buffer|`` of each row, float64 ``(N,)``; NaN or infinite if the row contains such an element
+    least: Tensor  # the smallest such number that can be told from rounding, float64 ``(N,)``
+    zero: Tensor  # true if the whole row of the buffer is exactly zero, bool ``(N,)``
+    unknown: Tensor  # true if the row shows nothing, bool ``(N,)``
 
     @classmethod
     def of(cls, buffer: Tensor) -> BufferPeaks:
@@ -73,14 +63,10 @@ class BufferPeaks:
             decay: λ (1 − dampening), above 0.
             clock: The optimizer's clock.
         """
-        chunk = max(1, _CHUNK // max(buffer.shape[1], 1))
-        parts = [
-            cls._of_decayed(b, w, decay, clock) for b, w in zip(buffer.split(chunk), weight.split(chunk), strict=True)
-        ]
-        return cls(*(torch.cat([getattr(part, name) for part in parts]) for name in cls.__dataclass_fields__))
+        return cls(*by_chunks(partial(cls._of_decayed, decay, clock), buffer, weight))
 
     @classmethod
-    def _of_decayed(cls, buffer: Tensor, weight: Tensor, decay: float, clock: SGDClock) -> BufferPeaks:
+    def _of_decayed(cls, decay: float, clock: SGDClock, buffer: Tensor, weight: Tensor) -> BufferPeaks:
         plain = cls.of(buffer)
         b, w = buffer.double(), weight.double()
         low, high = (decay / (1.0 - momentum) for momentum in (clock.least, clock.momentum))
@@ -106,7 +92,7 @@ class BufferPeaks:
 
     def repeat(self, rows: int) -> BufferPeaks:
         """Return the peaks of so many rows, each with this one's."""
-        return BufferPeaks(*(getattr(self, name).repeat(rows) for name in self.__dataclass_fields__))
+        return BufferPeaks(*(one.repeat(rows) for one in self))
 
     @property
     def largest(self) -> float:
@@ -116,7 +102,7 @@ class BufferPeaks:
 
 
 @dataclass(frozen=True)
-class SGDClock:
+class SGDClock(Clock):
     """Estimates the steps since the last gradient of parameters that SGD with momentum updates.
 
     Args:
@@ -130,8 +116,8 @@ class SGDClock:
     momentum: float
     least_momentum: float | None = None
 
-    #: Why nothing is known of a row.
-    unknown_reason: ClassVar[str] = (
+    silent_folds = SILENT_FOLDS_BELOW_LARGEST
+    unknown_reason = (
         "weight decay is part of their momentum buffers, and the rest is too small or too short to be told from it"
     )
 
@@ -147,34 +133,18 @@ class SGDClock:
 
     @property
     def fastest_rate(self) -> float:
-        """The number of e-foldings by which a buffer shrinks in a step without gradient, at most."""
+        """The same, at most."""
         return -math.log(self.least)
-
-    @property
-    def silent_steps(self) -> float:
-        """The estimate above which a row counts as without gradient, in steps."""
-        return silent_steps(self.rate, folds=SILENT_FOLDS_BELOW_LARGEST)
-
-    @property
-    def sure_steps(self) -> float:
-        """The estimate above which this is inferred and not only suspected, in steps."""
-        return sure_steps(self.rate, self.fastest_rate)
-
-    def largest(self, layers: Iterable[BufferPeaks]) -> float:
-        """Return the largest peak of all layers, with which a layer without any gradient is compared."""
-        return max((layer.largest for layer in layers), default=0.0)
 
     def read_layer(self, layer: BufferPeaks, largest: float) -> ClockReading:
         """Read the clock of one layer.
 
         Args:
             layer: The peaks of its rows.
-            largest: See :meth:`largest`.
+            largest: The largest peak of all layers. A layer far below it gets no gradient as a whole, and is compared
+                with it.
         """
-        # A layer this far below the largest peak gets no gradient as a whole; it is compared with that peak.
-        return self._read(layer, largest if layer.largest < largest * math.exp(-SILENT_FOLDS) else layer.largest)
-
-    def _read(self, layer: BufferPeaks, reference: float) -> ClockReading:
+        reference = largest if layer.largest < largest * math.exp(-SILENT_FOLDS) else layer.largest
         finite = torch.isfinite(layer.rows)
         decaying = finite & (layer.rows >= layer.least)
         steps = torch.where(decaying, torch.log(reference / layer.rows) / self.rate, torch.inf).round().clamp(min=0.0)

@@ -26,19 +26,12 @@ FEWEST_ROWS, FEWEST_WEIGHTS = 8, 16
 
 @dataclass(frozen=True)
 class Hint:
-    """One sign in the weights.
+    """One sign in the weights."""
 
-    Attributes:
-        name: Its name, a key of what :func:`hint_scores` returns.
-        below: A neuron shows the sign if its score is below this.
-        measure: The meaning of the score.
-        text: What it rests on, for the reader.
-    """
-
-    name: str
-    below: float
-    measure: str
-    text: str
+    name: str  # its name, a key of what ``hint_scores`` returns
+    below: float  # a neuron shows the sign if its score is below this
+    measure: str  # the meaning of the score
+    text: str  # what it rests on, for the reader
 
 
 HINTS = (
@@ -69,9 +62,7 @@ HINTS = (
 
 
 def hint_scores(layer: Layer, tensors: Mapping[str, StoredTensor], reader: Layer | None) -> dict[str, Tensor]:
-    """Return the score of each of a layer's ``N`` rows for each hint, float64 ``(N,)`` by the hint's name.
-
-    A score that cannot be known is NaN.
+    """Return the scores of a layer's ``N`` rows by the hint's name, float64 ``(N,)``; NaN where one cannot be known.
 
     Args:
         layer: The layer.

@@ -1,7 +1,8 @@
-"""Examine the weights alone: rows of zeros or not finite, neurons that no layer reads or that a norm makes constant."""
+"""Examine the weights alone: rows of zeros or not finite, neurons that nothing reads, rows that look as initialised."""
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
@@ -13,16 +14,22 @@ from neuronscope.checkpoints.checkpoint import StoredTensor
 from neuronscope.checkpoints.file.layers import NEURON_KINDS, Layer
 from neuronscope.checkpoints.verdict.evidence import Evidence, evidence_where
 
-__all__ = ["examine_weights", "sequential_readers"]
+__all__ = ["as_initialised", "examine_weights", "sequential_readers"]
 
 _SOURCE = "weights"
+#: The range's rounding: the largest weight may exceed the bound by this fraction.
+_ROUNDING = 1e-6
+#: With fewer weights than this a trained row may lie in the range by chance. Weight decay may have shrunk an initial
+#: row to this fraction of the range.
+_MANY, _SHRUNK = 16, 0.5
+#: The mean square of ``F`` uniform numbers in (−1, 1) is 1/3 with a standard deviation of .298 / √F.
+_MEAN_SQUARE, _DEVIATION, _DEVIATIONS = 1.0 / 3.0, 0.298, 4.0
 
 
 def examine_weights(tensors: Mapping[str, StoredTensor], layers: Sequence[Layer]) -> Iterator[Evidence]:
-    """Yield what the weights show of neurons.
+    """Yield rows of zeros or not finite, neurons that are not read, and neurons that a norm makes constant.
 
-    That is: zero rows, rows that are not finite, neurons that the next layer of their ``Sequential`` does not read, and
-    neurons that the norm behind them makes constant. Each tensor is read once and then released.
+    Each tensor is read once and then released.
 
     Args:
         tensors: The network's tensors by name.
@@ -126,12 +133,8 @@ def _unread(writer: Layer, reader: Layer, weight: Tensor) -> Iterator[Evidence]:
 def sequential_readers(layers: Sequence[Layer]) -> list[tuple[Layer, Layer]]:
     """Return pairs ``(earlier, later)`` of layers of one ``Sequential`` in which the later one reads the earlier one.
 
-    This is a guess from names. Both layers are called ``path.number`` and have the same kind, and the later one has as
-    many inputs as the earlier one has rows. Only norms and modules without weights lie between them, and at least one:
-    layers with consecutive numbers may be parallel ones in a list.
-
-    Args:
-        layers: The layers in the order of the file.
+    This is a guess from names, ``path.number``, and sizes. Only norms and modules without weights lie between the two,
+    and at least one: layers with consecutive numbers may be parallel ones in a list.
     """
     pairs = []
     before: dict[str, tuple[int, Layer]] = {}
@@ -152,3 +155,40 @@ def sequential_readers(layers: Sequence[Layer]) -> list[tuple[Layer, Layer]]:
             pairs.append((earlier, layer))
         before[parent] = number, layer
     return pairs
+
+
+def as_initialised(layer: Layer, tensors: Mapping[str, StoredTensor], rows: Tensor) -> Tensor:
+    """Return which of some rows look as they were initialised, bool ``(N,)``.
+
+    An optimizer's state of zero shows that a row got no gradient since that optimizer began; another one may have
+    trained it before. A row looks initial if it has a bias of exactly zero and weights that are not; or if its weights
+    (16 or more) and its bias lie in torch's default range for linear and convolutional layers, ±1/√fan-in, and are
+    spread over it evenly.
+
+    Args:
+        layer: The layer.
+        tensors: The checkpoint's tensors; they are read only if there are such rows.
+        rows: The rows in question, bool ``(N,)``.
+    """
+    if not rows.any():
+        return rows
+    weight = layer.rows(tensors[layer.weight].read())[rows].double()
+    largest = weight.abs().amax(dim=1)
+    bias = torch.full_like(largest, torch.nan)
+    if layer.bias is not None:
+        bias = layer.rows(tensors[layer.bias].read())[rows, 0].double()
+    found = torch.zeros_like(rows)
+    found[rows] = ((bias == 0) & (largest > 0)) | _in_default_range(weight, largest, bias.nan_to_num(0.0))
+    return found
+
+
+def _in_default_range(weight: Tensor, largest: Tensor, bias: Tensor) -> Tensor:
+    """Return which rows torch's default initialisation may have given, bool ``(K,)``, by weights ``(K, F)``."""
+    count = weight.shape[1]
+    if count < _MANY:
+        return torch.zeros_like(largest, dtype=torch.bool)
+    bound = 1.0 / math.sqrt(count)
+    inside = torch.maximum(largest, bias.abs()) <= bound * (1.0 + _ROUNDING)
+    even = (weight / largest.clamp(min=1e-300)[:, None]).square().mean(dim=1)
+    slack = _DEVIATION * _DEVIATIONS / math.sqrt(count) + 2.0 / count
+    return inside & (largest >= _SHRUNK * bound) & ((even - _MEAN_SQUARE).abs() <= slack)

@@ -46,10 +46,9 @@ class _LayerGradients:
         read, reading = self._read, self._read.reading
         limit, no_clock = read.clock.silent_steps, read.rule.no_clock
         is_short = read.taken is not None and read.taken - 1 <= limit
-        readable = ~reading.not_finite & ~reading.unknown
-        never = reading.never & readable
-        stopped = readable & ~never & (reading.steps > limit)
-        alive = readable & ~never & ~stopped
+        never = reading.never & reading.readable
+        stopped = reading.readable & ~never & (reading.steps > limit)
+        alive = reading.readable & ~never & ~stopped
         if not no_clock and not is_short and bool(alive.all()):
             yield from self._alive(alive)
             return
@@ -90,8 +89,7 @@ class _LayerGradients:
     def _stopped_together(self, dated: Tensor, undated: Tensor, *, whole: bool) -> Tensor:
         """Return the rows that stopped because the whole layer gets no gradient, if it gets none.
 
-        The layer was frozen or cut off by a later layer, at the latest when its last rows stopped. Rows that stopped
-        well before that did so one by one, unless the layer has collapsed, whichever rows stopped first.
+        Rows that stopped well before its last ones did so one by one, unless the layer has collapsed.
         """
         if self._cause is not None and self._cause.kind != "cut off":
             return dated | undated
@@ -107,10 +105,7 @@ class _LayerGradients:
         return self._evidence(mask, False, claim="alive", basis="inferred", text=text, **self._measured)
 
     def _never(self, mask: Tensor) -> Iterator[Evidence]:
-        """Yield evidence on rows whose state is exactly zero.
-
-        If another optimizer may have trained them before, all that is known is that none came since this one began.
-        """
+        """Yield evidence on rows of exact zeros; another optimizer may have trained them before this one began."""
         read, taken, whole = self._read, self._read.taken, bool(mask.all())
         text = f"The optimizer's {' and '.join(read.rule.slots)} of all incoming weights are exactly zero: "
         none = "none ever got a gradient" + (

@@ -29,38 +29,26 @@ _DEEPEST = 5  # the state_dict of a model in a dictionary of models in a checkpo
 
 @dataclass
 class RawCheckpoint:
-    """What the reader of a format found.
+    """What the reader of a format found."""
 
-    Attributes:
-        format: Name of the format, for people.
-        data: The content as plain data, with a stored tensor in place of each tensor.
-        other_files: Plain data of other files of the checkpoint, such as an optimizer's or a monitor's.
-        optimizer: Plain data of the file that the user names for the optimizer; no other one is looked at then.
-        config: The network's configuration, if a file holds one.
-        adapter: The configuration of an adapter, if a file holds one.
-        step: Number of optimizer steps, if another file says so.
-        notes: Sentences to show to the user.
-    """
-
-    format: str
-    data: Any
+    format: str  # name of the format, for people
+    data: Any  # the content as plain data, with a stored tensor in place of each tensor
+    #: Plain data of other files of the checkpoint, such as an optimizer's or a monitor's.
     other_files: dict[str, Any] = field(default_factory=dict)
+    #: Plain data of the file that the user names for the optimizer; no other one is looked at then.
     optimizer: Any = None
-    config: Mapping[str, Any] = field(default_factory=dict)
-    adapter: Mapping[str, Any] = field(default_factory=dict)
-    step: int | None = None
-    notes: list[str] = field(default_factory=list)
+    config: Mapping[str, Any] = field(default_factory=dict)  # the network's configuration, if a file holds one
+    adapter: Mapping[str, Any] = field(default_factory=dict)  # the configuration of an adapter, if a file holds one
+    step: int | None = None  # number of optimizer steps, if another file says so
+    notes: list[str] = field(default_factory=list)  # sentences to show to the user
 
 
 def build_checkpoint(path: Path, raw: RawCheckpoint) -> Checkpoint:
-    """Build the checkpoint.
+    """Build the checkpoint; raise a CheckpointError if nothing in the data describes a network.
 
     Args:
         path: The file or folder.
         raw: What the reader of its format found.
-
-    Raises:
-        CheckpointError: There are no weights in it, and nothing else that describes a network.
     """
     data, notes = raw.data, list(raw.notes)
     if not isinstance(data, Mapping):

@@ -78,16 +78,11 @@ class ByteRange:
 
     No file is kept open. Links are followed; a path that is not a regular file (a folder, a pipe, a device) is refused
     without waiting for it.
-
-    Attributes:
-        path: The file.
-        start: Position of the first byte.
-        size: Number of bytes.
     """
 
     path: Path
-    start: int
-    size: int
+    start: int  # position of the first byte
+    size: int  # number of bytes
 
     @classmethod
     def of(cls, path: Path) -> ByteRange:
@@ -108,14 +103,11 @@ class ByteRange:
         return cls(path, 0, size)
 
     def part(self, offset: int, length: int) -> ByteRange:
-        """Return a part of this range.
+        """Return a part of this range; raise a CheckpointError if it does not lie within.
 
         Args:
             offset: Where the part starts, from the start of this range.
             length: Its number of bytes.
-
-        Raises:
-            CheckpointError: The part does not lie within this range.
         """
         if offset < 0 or length < 0 or offset + length > self.size:
             raise CheckpointError(
@@ -135,19 +127,12 @@ class ByteRange:
         return bytes(data)
 
     def read_into(self, buffer: memoryview) -> None:
-        """Fill a buffer with the first bytes of the range.
-
-        Raises:
-            CheckpointError: The file has become shorter, or may no longer be read.
-        """
+        """Fill a buffer with the first bytes of the range; raises as :meth:`read` does."""
         with _opened(self.path) as file:
             _read_exactly(file, self.start, buffer, self.path)
 
     def open(self) -> BinaryIO:
-        """Open the range as a file of its own, which returns at most a bounded number of bytes per read.
-
-        It serves to read the lengths and indices that a file declares, not tensors.
-        """
+        """Open the range as a file whose reads are bounded: for lengths and indices in a file, not for tensors."""
         return _Bounded(_Window(self), buffer_size=1 << 16)
 
 
@@ -161,10 +146,9 @@ def read_json(path: Path) -> Any:
 
 
 def parse_json(part: ByteRange) -> Any:
-    """Parse JSON text. A repeated key is an error, since readers differ in which of the two values they use.
+    """Parse JSON text; raise a CheckpointError if it is none, nested too deeply, or too long.
 
-    Raises:
-        CheckpointError: It is not JSON, nested too deeply, or longer than any index of a checkpoint.
+    A repeated key is an error too, since readers differ in which of the two values they use.
     """
 
     def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -189,14 +173,11 @@ def parse_json(part: ByteRange) -> Any:
 
 
 def sibling_file(folder: Path, name: object) -> Path:
-    """Return the path of a file in the same folder that a checkpoint names.
+    """Return the path of a file in a folder that a checkpoint names; raise a CheckpointError if it is no plain name.
 
     Args:
         folder: The folder.
         name: The name in the checkpoint.
-
-    Raises:
-        CheckpointError: The name is not a plain file name.
 
     >>> sibling_file(Path("run"), "../secret")
     Traceback (most recent call last):
@@ -223,11 +204,7 @@ def _opened(path: Path) -> io.FileIO:
 
 
 def _read_exactly(file: io.FileIO, position: int, buffer: memoryview, path: Path) -> None:
-    """Fill a buffer with the bytes of an open file from a position on.
-
-    Raises:
-        CheckpointError: The file ends before the buffer is full, or cannot be read.
-    """
+    """Fill a buffer with the bytes of an open file from a position on, or raise a CheckpointError."""
     try:
         file.seek(position)
         while buffer:

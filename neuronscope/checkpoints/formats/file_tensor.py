@@ -51,10 +51,7 @@ def is_readable(dtype: torch.dtype) -> bool:
 
 
 def check_sizes(sizes: Any) -> tuple[int, ...]:
-    """Return sizes, strides or offsets as a tuple, after checking that a tensor can have them.
-
-    Raises:
-        ValueError: No tensor can have them.
+    """Return sizes, strides or offsets as a tuple; raise a ValueError if no tensor can have them.
 
     >>> check_sizes([2, 3])
     (2, 3)
@@ -69,14 +66,11 @@ def check_sizes(sizes: Any) -> tuple[int, ...]:
 
 
 def allocate(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Allocate a tensor on the CPU, without setting its numbers.
+    """Return a tensor on the CPU whose numbers are not set; raise a CheckpointError if there is not enough memory.
 
     Args:
         shape: Its shape.
         dtype: Its dtype.
-
-    Raises:
-        CheckpointError: There is not enough memory.
     """
     try:
         return torch.empty(shape, dtype=dtype)
@@ -85,15 +79,12 @@ def allocate(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 
 
 class Storage:
-    """A sequence of numbers in a file that tensors are views of.
+    """A sequence of numbers in a file that tensors, its ``views`` that were not checked yet, are views of.
 
     Args:
         dtype: Type of its numbers.
         numel: How many numbers the file says that it holds.
         location: Its bytes; ``None`` until it is known where they are.
-
-    Attributes:
-        views: Tensors that are views of it and were not checked yet.
     """
 
     __slots__ = ("dtype", "location", "numel", "views")
@@ -103,11 +94,7 @@ class Storage:
         self.views: list[FileTensor] = []
 
     def check_views(self) -> None:
-        """Check that the tensors that are views of it lie within it.
-
-        Raises:
-            CheckpointError: One does not.
-        """
+        """Raise a CheckpointError if a tensor that is a view of it does not lie within it."""
         for view in self.views:
             view.check()
         self.views.clear()
@@ -138,11 +125,7 @@ class FileTensor(StoredTensor):
             raise ValueError(f"a tensor has shape {quoted(self.shape)} and strides {quoted(self._stride)}")
 
     def check(self) -> None:
-        """Check, without reading, that the file holds all of the tensor.
-
-        Raises:
-            CheckpointError: It does not, or the tensor repeats stored numbers too often.
-        """
+        """Raise a CheckpointError, without reading, if the file lacks a part of it, or repeats too much of it."""
         self._location()
 
     def _location(self) -> ByteRange:
@@ -168,11 +151,7 @@ class FileTensor(StoredTensor):
         )
 
     def read(self) -> Tensor:
-        """Read the tensor from the file.
-
-        Raises:
-            CheckpointError: The file has changed since it was opened.
-        """
+        """Read the tensor; raise a CheckpointError if the file has changed since it was opened."""
         location = self._location()
         data = allocate((location.size,), torch.uint8)
         if location.size:

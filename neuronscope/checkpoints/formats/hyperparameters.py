@@ -17,12 +17,9 @@ _DEEPEST = 16
 
 
 def find_hyperparameters(data: Mapping[Any, Any]) -> dict[str, Any]:
-    """Return the saved arguments of a LightningModule that are plain data: numbers, strings, lists, dictionaries.
+    """Return those of a LightningModule's saved arguments by name that are plain data.
 
-    Settings of omegaconf count as plain data too.
-
-    Returns:
-        Arguments by name. If Lightning saved one dictionary and its argument's name, it is that argument.
+    If Lightning saved one dictionary and its argument's name, it is that argument.
 
     >>> find_hyperparameters({"hyper_parameters": {"width": 7, "loss": object()}, "hparams_name": "kwargs"})
     {'width': 7}
@@ -49,11 +46,7 @@ class _NotPlainError(Exception):
 
 
 def _copied(value: Any, left: int, depth: int) -> tuple[Any, int]:
-    """Copy a value with Python's own types; return the copy, and how many of ``left`` parts are left.
-
-    Raises:
-        _NotPlainError: A part is not plain data, or there are more than ``left``.
-    """
+    """Copy a value with Python's own types; return the copy, and how many of ``left`` parts are left."""
     if left < 1 or depth > _DEEPEST:
         raise _NotPlainError
     value, left = _content(value), left - 1

@@ -59,11 +59,7 @@ def _states(value: Any, path: tuple[str, ...], seen: set[int]) -> Iterator[tuple
 
 
 def _read_state(state: Mapping[str, Any]) -> Any:
-    """Copy a state to plain data with its tensors read.
-
-    Raises:
-        CheckpointError: It is nested more deeply or is larger than one can be.
-    """
+    """Copy a state to plain data with its tensors read."""
     parts_left, bytes_left = _MOST_PARTS, _MOST_BYTES
 
     def plain(value: Any, depth: int) -> Any:

@@ -39,12 +39,7 @@ _REFUSED = {"EXT1", "EXT2", "EXT4", "NEXT_BUFFER", "READONLY_BUFFER", "PERSID", 
 
 
 class UnsafeGlobalError(CheckpointError):
-    """A pickle names something that is not in the table of safe globals; loading it could run any code.
-
-    Args:
-        name: The name in the pickle.
-        path: The file.
-    """
+    """A pickle names something that is not in the table of safe globals; loading it could run any code."""
 
     def __init__(self, name: str, path: object = "A pickle") -> None:
         super().__init__(
@@ -88,15 +83,10 @@ class Placeholder:
 
 
 class SafeGlobal(NamedTuple):
-    """Stands for a class or function that a pickle names.
+    """Stands for a class or function that a pickle names."""
 
-    Attributes:
-        name: The name in the pickle.
-        make: What is called in its place: a pure function from plain data to plain data.
-    """
-
-    name: str
-    make: Callable[..., Any]
+    name: str  # the name in the pickle
+    make: Callable[..., Any]  # what is called in its place: a pure function from plain data to plain data
 
 
 def read_pickle(file: BinaryIO, find: Callable[[str, str], Any], persistent: Callable[[Any], Any] | None = None) -> Any:
@@ -128,7 +118,7 @@ def read_pickle(file: BinaryIO, find: Callable[[str, str], Any], persistent: Cal
 
 @contextmanager
 def _garbage_collection_paused() -> Iterator[None]:
-    """Pause the search for circular garbage. Plain data has none, and a search takes the longer the more there is."""
+    """Pause the search for circular garbage: plain data has none, and it takes longer the more data there is."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:
@@ -139,14 +129,11 @@ def _garbage_collection_paused() -> Iterator[None]:
 
 
 def safe_key(key: Any, *, inside: bool = False) -> Any:
-    """Return a key if hashing it takes bounded time: a scalar or a flat tuple of scalars.
+    """Return a key if hashing it takes bounded time (a scalar or a flat tuple of scalars); else raise a ValueError.
 
     Args:
         key: The key of a dictionary, or an item of a set.
         inside: Whether it is an item of a key that is a tuple; it cannot be another tuple then.
-
-    Raises:
-        ValueError: It is anything else.
     """
     if isinstance(key, tuple) and not inside:
         return tuple(safe_key(part, inside=True) for part in key)
@@ -178,7 +165,7 @@ _CONTAINERS = {pickle.EMPTY_LIST, pickle.EMPTY_DICT, pickle.EMPTY_SET, pickle.MA
 def _check_opcodes(file: BinaryIO) -> None:
     """Read a pickle's opcodes without acting on them, and go back to its first byte.
 
-    An argument that claims to be longer than the rest of the file is found here, before any memory is set aside for it.
+    Arguments that claim to be longer than the rest of the file are found before any memory is set aside for them.
 
     Raises:
         ValueError: An opcode may not occur, an argument is cut short, or there are too many of them.
@@ -201,14 +188,9 @@ def _check_opcodes(file: BinaryIO) -> None:
 
 
 class _RestrictedUnpickler(pickle._Unpickler):
-    """Builds plain data, and calls nothing but the functions of :class:`SafeGlobal`.
+    """Builds plain data from a pickle that was checked, and calls nothing but the functions of :class:`SafeGlobal`.
 
     The opcodes that hash, call, or set attributes are replaced; the others only move plain data.
-
-    Args:
-        file: A pickle that :func:`_check_opcodes` has passed.
-        find: As in :func:`read_pickle`.
-        persistent: As in :func:`read_pickle`.
     """
 
     # Attributes of the standard library's class

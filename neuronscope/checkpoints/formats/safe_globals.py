@@ -29,23 +29,14 @@ __all__ = [
 
 
 class SkippedTensor(Placeholder):
-    """A tensor that is not read.
-
-    Args:
-        reason: Why it is not read, such as ``sparse``.
-    """
+    """A tensor that is not read, with the reason, such as ``sparse``."""
 
     def __init__(self, reason: str) -> None:
         self.reason = reason
 
 
 class AttributesPlaceholder(Placeholder):
-    """Stands for an object whose attributes are needed.
-
-    Attributes:
-        cls: Name of its class, as ``module.name``.
-        state: Attributes that the pickle gives the object.
-    """
+    """Stands for an object of a class ``module.name``, with the attributes that the pickle gives it as ``state``."""
 
     def __init__(self, cls: str) -> None:
         self.cls = cls
@@ -57,22 +48,14 @@ class AttributesPlaceholder(Placeholder):
 
 
 class StorageType(Placeholder):
-    """Stands for a class of storages.
-
-    Args:
-        dtype: Type of their numbers.
-    """
+    """Stands for a class of storages, with the type of their numbers."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
 
 
 class UnknownType(Placeholder):
-    """Stands for a dtype that the installed torch does not have.
-
-    Args:
-        name: Its name, such as ``float4_e2m1fn_x2``.
-    """
+    """Stands for a dtype that the installed torch does not have, such as ``float4_e2m1fn_x2``."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -97,15 +80,12 @@ class _NumpyType(Placeholder):
 
 
 def find_safe_global(module: str, name: str, more: Mapping[str, Any] | None = None) -> Any:
-    """Return what stands for a name in a pickle.
+    """Return what stands for a name in a pickle; raise an :class:`UnsafeGlobalError` if it is not in the table.
 
     Args:
         module: Name of the module.
         name: The name in the module.
         more: Further names that one format uses, by ``module.name``.
-
-    Raises:
-        UnsafeGlobalError: It is not in the table.
 
     >>> find_safe_global("torch", "float16")
     torch.float16

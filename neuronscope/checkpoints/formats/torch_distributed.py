@@ -61,16 +61,13 @@ class _TensorPart(NamedTuple):
 
 
 class ShardedTensor(StoredTensor):
-    """A tensor that is stored in parts.
+    """A tensor that is stored in parts, which must cover it without overlap, or a CheckpointError is raised.
 
     Args:
         name: Its name, for messages.
         dtype: Its dtype.
         shape: Its shape.
         parts: Its parts.
-
-    Raises:
-        CheckpointError: The parts do not cover the tensor, or they overlap.
     """
 
     __slots__ = ("_name", "_parts")
@@ -86,11 +83,7 @@ class ShardedTensor(StoredTensor):
             )
 
     def read(self) -> Tensor:
-        """Read the tensor from its parts.
-
-        Raises:
-            CheckpointError: A part is missing, damaged, or not what the plan says.
-        """
+        """Read the tensor from its parts; raise a CheckpointError if one is missing, or not what the plan says."""
         whole: Tensor | None = None
         for part in self._parts:
             stored = read_zip(part.location)
@@ -145,15 +138,7 @@ def read_distributed(folder: Path, *, trust: bool) -> RawCheckpoint:
 
 
 class _Files:
-    """The files of a folder, and where each part and object is in them.
-
-    Args:
-        folder: The folder.
-        storage_data: Entry of the plan that maps each index to its storage information.
-
-    Attributes:
-        opened: The files that were needed, by name.
-    """
+    """The files of a folder, and where a plan says that each part and object is in them."""
 
     def __init__(self, folder: Path, storage_data: Any) -> None:
         self._folder = folder
@@ -181,12 +166,7 @@ class _Files:
         return self.opened[file].part(*check_sizes((info["offset"], info["length"])))
 
     def tensor(self, name: Any, entry: Any) -> ShardedTensor | SkippedTensor:
-        """Return a tensor; it is skipped if its dtype cannot be read.
-
-        Args:
-            name: Its name.
-            entry: Its entry in the plan.
-        """
+        """Return a tensor; it is skipped if its dtype cannot be read."""
         state = _state(entry, "TensorStorageMetadata")
         properties = state["properties"]
         kind = properties.state[0] if isinstance(properties.state, tuple) else properties.state["dtype"]
@@ -203,12 +183,7 @@ class _Files:
         return ShardedTensor(str(name), known, check_sizes(state["size"]), parts)
 
     def object(self, name: Any, notes: list[str]) -> Any:
-        """Read what is not a tensor: a number, a list, a setting.
-
-        Args:
-            name: Its name.
-            notes: If it is not read, a sentence is added to these.
-        """
+        """Read what is not a tensor: a number, a list, a setting; if it is left out, ``notes`` get a sentence."""
         location = self._location(str(name), None)
         self._object_bytes += location.size
         if (

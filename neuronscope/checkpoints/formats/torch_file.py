@@ -38,10 +38,7 @@ def read_zip(part: ByteRange) -> Any:
         entries = _entries(part, file)
         top, pickled = _pickle_entry(part, entries)
         order = entries.get(f"{top}byteorder")
-        if order is not None and _location(part, file, order).read().strip() != b"little":
-            raise CheckpointError(
-                f"{quoted(part.path)} was written on a machine of the other byte order, which is not read."
-            )
+        _check_byte_order(part, order is None or _location(part, file, order).read().strip() == b"little")
         storages: dict[str, Storage] = {}
 
         def persistent(key: Any) -> Storage:
@@ -67,11 +64,7 @@ def read_zip(part: ByteRange) -> Any:
 
 
 def is_script(part: ByteRange) -> bool:
-    """Whether a zip archive is one of TorchScript, which holds code.
-
-    Raises:
-        CheckpointError: It is not a zip archive, or is damaged.
-    """
+    """Whether a zip archive is one of TorchScript, which holds code; raise a CheckpointError if it is damaged."""
     with closing(part.open()) as file:
         return any(name.endswith("/constants.pkl") for name in _entries(part, file))
 
@@ -101,10 +94,7 @@ def read_legacy(part: ByteRange) -> Any:
         magic, _, system = (read_pickle(file, find_safe_global) for _ in range(3))
         if magic != LEGACY_MAGIC:
             raise CheckpointError(f"{quoted(part.path)} is not a file of torch.save.")
-        if not isinstance(system, dict) or not system.get("little_endian", True):
-            raise CheckpointError(
-                f"{quoted(part.path)} was written on a machine of the other byte order, which is not read."
-            )
+        _check_byte_order(part, isinstance(system, dict) and system.get("little_endian", True))
         content = read_pickle(file, find_safe_global, persistent)
         for name in read_pickle(file, find_safe_global):
             storage = storages[_name(name)]
@@ -117,6 +107,13 @@ def read_legacy(part: ByteRange) -> Any:
         for storage in (*storages.values(), *(view for _, _, view in views)):
             storage.check_views()
         return content
+
+
+def _check_byte_order(part: ByteRange, is_little: bool) -> None:
+    if not is_little:
+        raise CheckpointError(
+            f"{quoted(part.path)} was written on a machine of the other byte order, which is not read."
+        )
 
 
 def _storage_id(key: Any) -> tuple[str, Any, int]:

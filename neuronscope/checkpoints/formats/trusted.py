@@ -21,12 +21,10 @@ _DEEPEST = 16
 
 
 def load_trusted(path: Path, *, script: bool = False) -> Any:
-    """Load a file of ``torch.save`` or a TorchScript archive as plain data, with a stored tensor for each tensor.
-
-    A module becomes its ``state_dict``. Code that the file names is run.
+    """Load a file as plain data, with a stored tensor for each tensor; code that the file names is run.
 
     Args:
-        path: The file.
+        path: A file of ``torch.save``, or a TorchScript archive. A module becomes its ``state_dict``.
         script: Whether it is a TorchScript archive.
 
     Raises:

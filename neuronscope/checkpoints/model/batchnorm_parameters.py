@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from neuronscope.arrays import BoolArray
-from neuronscope.checkpoints.model.batchnorm_step import read_batch_norm
-from neuronscope.checkpoints.model.before_site import step_before_copies
+from neuronscope.checkpoints.model.batchnorm_step import read_batch_norm, step_before_copies
 from neuronscope.checkpoints.model.bounds.batchnorm import (
     firing_share_bound,
     normal_firing_share,
@@ -33,13 +32,7 @@ _NEGLIGIBLE, _MANY_VALUES = 1e-3, 1_000_000
 
 
 def batch_norm_parameters(graph: Graph) -> Iterator[Evidence]:
-    """Yield what the γ and β of batch norms say about the neurons of the sites right after them.
-
-    All of it holds for any activation that is zero for inputs up to zero.
-
-    Args:
-        graph: A traced forward in evaluation mode.
-    """
+    """Yield what γ and β of batch norms say about the sites behind them that are zero for inputs up to zero."""
     for site in graph.first_calls():
         parameters = _parameters_before(graph, site)
         if parameters is not None and is_zero_below_zero(graph, site):

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from neuronscope.checkpoints.model.before_site import step_before_copies
+from neuronscope.checkpoints.model.function_rules import OPERATORS
 from neuronscope.checkpoints.model.traced_graph import Graph, Site, Step, TensorRef
 
 __all__ = [
@@ -21,6 +21,8 @@ __all__ = [
     "WeightedStep",
     "norms_behind_sites",
     "read_batch_norm",
+    "step_before_copies",
+    "step_kind",
     "weighted_step",
 ]
 
@@ -33,23 +35,14 @@ _STATISTICS = ("running_mean", "running_var")
 
 
 class BatchNormStep(NamedTuple):
-    """A batch norm over ``C`` channels.
+    """A batch norm over ``C`` channels."""
 
-    Attributes:
-        scale: γ, ``(C,)``; ``None`` if it has none, or if it depends on the input.
-        shift: β, ``(C,)``, likewise.
-        mean: Running mean of its input, float64 ``(C,)``; ``None`` if it keeps none.
-        variance: Running variance of its input, float64 ``(C,)``, likewise.
-        momentum: Share of each new batch in the running statistics; ``None`` if it is not a plain number.
-        eps: What is added to the variance.
-    """
-
-    scale: Tensor | None
-    shift: Tensor | None
-    mean: Tensor | None
-    variance: Tensor | None
-    momentum: float | None
-    eps: float
+    scale: Tensor | None  # γ, ``(C,)``; ``None`` if it has none, or if it depends on the input
+    shift: Tensor | None  # β, ``(C,)``, likewise
+    mean: Tensor | None  # running mean of its input, float64 ``(C,)``; ``None`` if it keeps none
+    variance: Tensor | None  # running variance of its input, float64 ``(C,)``, likewise
+    momentum: float | None  # share of each new batch in the running statistics; ``None`` if it is not a plain number
+    eps: float  # what is added to the variance
 
     @property
     def is_trained(self) -> bool:
@@ -62,15 +55,30 @@ class BatchNormStep(NamedTuple):
         return self.momentum is not None and 0.0 < self.momentum < 0.5
 
     def steps_of_decay(self, factor: Tensor) -> Tensor:
-        """Return in how many training steps without anything new the running statistics fall by a factor.
+        """Return in how many steps without anything new running statistics fall by a factor, both ``(C,)``.
 
-        Args:
-            factor: How many times smaller they are, ``(C,)``.
-
-        Returns:
-            Steps, ``(C,)``, of torch's default momentum of 0.1 if there is no clock.
+        Without a clock these are steps of torch's default momentum of 0.1.
         """
         return torch.log(factor) / -math.log1p(-(self.momentum if self.has_clock and self.momentum else 0.1))
+
+
+def step_kind(step: Step | None) -> str:
+    """Return what a step does to neurons: the ``kind`` of its operator's rule, or ``other``."""
+    rule = OPERATORS.get(step.function) if step is not None else None
+    return "other" if rule is None else rule.kind
+
+
+def step_before_copies(graph: Graph, number: int) -> Step | None:
+    """Return the step that computed a tensor, before copies, casts and dropout.
+
+    Args:
+        graph: A traced forward.
+        number: The tensor's number.
+    """
+    step = graph.producers.get(number)
+    while step is not None and step_kind(step) == "same" and step.reads:
+        step = graph.producers.get(step.reads[0])
+    return step
 
 
 def read_batch_norm(graph: Graph, step: Step | None) -> BatchNormStep | None:
@@ -102,19 +110,12 @@ def read_batch_norm(graph: Graph, step: Step | None) -> BatchNormStep | None:
 
 
 class WeightedStep(NamedTuple):
-    """A linear or convolutional layer of ``C`` channels.
+    """A linear or convolutional layer of ``C`` channels."""
 
-    Attributes:
-        weight: The incoming weights of each channel, float64 ``(C, F)``.
-        has_bias: Whether a bias that is not zero is added.
-        reads: Number of the tensor that it reads.
-        is_depthwise: Whether it is a convolution of which each channel reads one neuron, the one with its number.
-    """
-
-    weight: Tensor
-    has_bias: bool
-    reads: int
-    is_depthwise: bool
+    weight: Tensor  # the incoming weights of each channel, float64 ``(C, F)``
+    has_bias: bool  # whether a bias that is not zero is added
+    reads: int  # number of the tensor that it reads
+    is_depthwise: bool  # whether it is a convolution of which each channel reads one neuron, the one with its number
 
 
 def weighted_step(graph: Graph, number: int) -> WeightedStep | None:
@@ -138,22 +139,14 @@ def weighted_step(graph: Graph, number: int) -> WeightedStep | None:
 
 
 class NormBehindSite(NamedTuple):
-    """A batch norm with running statistics of the ``N`` neurons of a site.
+    """A batch norm with running statistics of the ``N`` neurons of a site."""
 
-    Attributes:
-        path: Path of the batch norm; ``""`` if its running mean is no buffer of a module.
-        norm: The batch norm.
-        mean: Its running mean, float64 ``(N,)``.
-        variance: Its running variance, float64 ``(N,)``.
-        site: The site.
-        depthwise: The depthwise convolution between the two; ``None`` if the norm reads the site's output itself.
-    """
-
-    path: str
-    norm: BatchNormStep
-    mean: Tensor
-    variance: Tensor
-    site: Site
+    path: str  # path of the batch norm; ``""`` if its running mean is no buffer of a module
+    norm: BatchNormStep  # the batch norm
+    mean: Tensor  # its running mean, float64 ``(N,)``
+    variance: Tensor  # its running variance, float64 ``(N,)``
+    site: Site  # the site
+    #: The depthwise convolution between the two; ``None`` if the norm reads the site's output itself.
     depthwise: WeightedStep | None
 
 

@@ -15,10 +15,9 @@ from torch import Tensor, nn
 
 from neuronscope.arrays import BoolArray
 from neuronscope.attach.layer_names import layer_name
-from neuronscope.checkpoints.model.batchnorm_activity import batch_norm_activity
-from neuronscope.checkpoints.model.batchnorm_clock import running_statistics_evidence
 from neuronscope.checkpoints.model.batchnorm_parameters import batch_norm_parameters, negligible_neurons
-from neuronscope.checkpoints.model.before_site import normalised_sites
+from neuronscope.checkpoints.model.batchnorm_statistics import batch_norm_activity, running_statistics_evidence
+from neuronscope.checkpoints.model.batchnorm_step import step_kind
 from neuronscope.checkpoints.model.bounds.interval import BACKWARD, LAYER_NORM
 from neuronscope.checkpoints.model.bounds.propagate import (
     Box,
@@ -47,26 +46,17 @@ _METHODS = {
 
 
 class Examination(NamedTuple):
-    """What was found about a network.
+    """What was found about a network."""
 
-    Attributes:
-        evidence: Evidence on the neurons of its sites.
-        abstentions: What could not be decided, and why.
-        sites: The sites that ran, one call of each.
-        readers_known: Whether every consumer of every neuron was traced.
-        normalised: Sites with a normalisation before their activation or before their layer's weights.
-        layers: Paths of the layers whose weights were used, if it is known which of them an activation follows; else
-            empty.
-        example: The input that it was run on.
-    """
-
-    evidence: tuple[Evidence, ...]
-    abstentions: tuple[Abstention, ...]
-    sites: tuple[Site, ...] = ()
-    readers_known: bool = False
+    evidence: tuple[Evidence, ...]  # evidence on the neurons of its sites
+    abstentions: tuple[Abstention, ...]  # what could not be decided, and why
+    sites: tuple[Site, ...] = ()  # the sites that ran, one call of each
+    readers_known: bool = False  # whether every consumer of every neuron was traced
+    #: Sites with a normalisation before their activation or before their layer's weights.
     normalised: Collection[str] = ()
+    #: Paths of the layers whose weights were used, if it is known which of them an activation follows; else empty.
     layers: Collection[str] = ()
-    example: Example | None = None
+    example: Example | None = None  # the input that it was run on
 
 
 def examine_model(
@@ -77,7 +67,7 @@ def examine_model(
     box: Box | None = None,
     training_step: int | None = None,
 ) -> Examination:
-    """Examine a network that holds a checkpoint's weights.
+    """Examine a network that holds a checkpoint's weights; return evidence, abstentions, and the sites.
 
     Args:
         model: The network, on the CPU.
@@ -85,9 +75,6 @@ def examine_model(
         batch: A batch of the user's data, used if there is no example.
         box: Bounds of every element of the input, ``(low, high)``; without it, proofs hold for every input.
         training_step: The checkpoint's number of optimizer steps, for dates.
-
-    Returns:
-        Evidence, abstentions, and the sites.
 
     Raises:
         UsageError: An argument is invalid, or the network fails on the given example.
@@ -106,7 +93,7 @@ def examine_model(
     sites = graph.first_calls()
     judged = places_but_gates(sites)
     abstentions = [Abstention(_SOURCE, name, f"Not seen: {reason}.") for name, reason in graph.not_seen.items()]
-    normalised = normalised_sites(graph)
+    normalised = _normalised_sites(graph)
     hidden = graph.unseen_tensors or graph.not_seen or any(site.info.assumed for site in sites)
     layers = set() if hidden else set(_layers_used(graph))
     evidence = [*batch_norm_parameters(graph)]
@@ -161,7 +148,7 @@ def examine_model(
 
 
 def _trace_example(model: nn.Module, given: Any, batch: Any) -> tuple[Graph | None, Example | None, list[str]]:
-    """Trace the first example that the network runs on. Return its graph, the example, and why others failed."""
+    """Trace the first example that the network runs on; return its graph, the example, and why others failed."""
     failures = []
     for example in examples_for(model, given, batch):
         try:
@@ -181,18 +168,14 @@ def _trace_example(model: nn.Module, given: Any, batch: Any) -> tuple[Graph | No
 
 def _no_forward(failures: list[str]) -> Abstention:
     tried = f" Tried: {'; '.join(failures)}." if failures else " No weighted layer to guess an input from."
-    return Abstention(
-        _SOURCE,
-        "",
-        f"The network could not be run once, which is needed to find its sites.{tried} Give an example input, or data.",
+    reason = (
+        f"The network could not be run once, which is needed to find its sites.{tried} Give an example input, or data."
     )
+    return Abstention(_SOURCE, "", reason)
 
 
 def _batches_counted(model: nn.Module) -> dict[str, int]:
-    """Return how many training batches each batch norm has counted, by its path; those that counted none are left out.
-
-    Files of torch before 0.4.1 and converted ones have statistics and a count of zero.
-    """
+    """Return how many training batches each batch norm has counted, by path; converted files may have counted none."""
     end = ".num_batches_tracked"
     counters = ((name, int(buffer)) for name, buffer in model.named_buffers() if name.endswith(end))
     return {name.removesuffix(end): count for name, count in counters if count > 0}
@@ -205,6 +188,31 @@ def _layers_used(graph: Graph) -> Iterator[str]:
             module, _, leaf = graph.values[number].name.rpartition(".")
             if leaf:
                 yield layer_name(module, leaf)
+
+
+def _normalised_sites(graph: Graph) -> set[str]:
+    """Return the names of the sites with a normalisation before their activation or before their layer's weights.
+
+    >>> import torch
+    >>> network = nn.Sequential(nn.LayerNorm(3), nn.Linear(3, 2), nn.ReLU(), nn.Linear(2, 2), nn.ReLU())
+    >>> _normalised_sites(trace(network, (torch.zeros(1, 3),)))
+    {'1/relu'}
+    """
+    others = {site.name for site in graph.sites if not _is_normalised(graph, site)}
+    return {site.name for site in graph.sites} - others
+
+
+def _is_normalised(graph: Graph, site: Site) -> bool:
+    layers = 0
+    number: int | None = site.before
+    while number is not None and layers < 2:
+        kind = step_kind(graph.producers.get(number))
+        if kind == "norm":
+            return True
+        layers += kind == "mixes"
+        inputs = [] if kind == "other" else graph.variable_inputs(graph.producers[number])
+        number = inputs[0] if len(inputs) == 1 else None
+    return False
 
 
 def _end(end: float | Tensor) -> str:
@@ -251,14 +259,10 @@ def _backward_bounds(model: nn.Module, example: Example, box: Box, sites: Iterab
 
 def _unread(sites: Iterable[Site], unread: Mapping[str, BoolArray], scope: str) -> Iterator[Evidence]:
     for site in sites:
+        text = (
+            f"In evaluation mode its output changes nothing that the network returns, {scope}: every weight that reads "
+            "it is exactly zero, or leads to a neuron that is proved dead or is unread itself."
+        )
         yield from evidence_on_site(
-            site.name,
-            unread[site.name],
-            source=_READERS,
-            claim="unread",
-            basis="proved",
-            text=(
-                f"In evaluation mode its output changes nothing that the network returns, {scope}: every weight that "
-                "reads it is exactly zero, or leads to a neuron that is proved dead or is unread itself."
-            ),
+            site.name, unread[site.name], source=_READERS, claim="unread", basis="proved", text=text
         )

@@ -20,17 +20,11 @@ _SIDES = {1: (1024, 16000), 2: (64, 224, 28), 3: (32, 96)}
 
 
 class Example(NamedTuple):
-    """Arguments to call a network with.
+    """Arguments to call a network with."""
 
-    Attributes:
-        args: Positional arguments.
-        kwargs: Keyword arguments.
-        origin: Where they come from, for people.
-    """
-
-    args: tuple[Any, ...]
-    kwargs: Mapping[str, Any]
-    origin: str
+    args: tuple[Any, ...]  # positional arguments
+    kwargs: Mapping[str, Any]  # keyword arguments
+    origin: str  # where they come from, for people
 
     @property
     def shapes(self) -> str:

@@ -36,23 +36,14 @@ _PADDING = spellings("pad", "cat", "concat", "concatenate", "stack", "hstack", "
 
 @dataclass(frozen=True, eq=False)
 class FirstLayer:
-    """A linear or convolutional layer that reads the network's input.
+    """A linear or convolutional layer that reads the network's input."""
 
-    Attributes:
-        path: Its path in the model.
-        function: The torch function that it calls.
-        weight_name: Name of its weight in the model.
-        bias_name: Name of its bias; ``""`` if it has none.
-        weight: Its weight, ``(N, …)``.
-        bias: Its bias, ``(N,)``.
-    """
-
-    path: str
-    function: Callable[..., Any]
-    weight_name: str
-    bias_name: str
-    weight: Tensor
-    bias: Tensor | None
+    path: str  # its path in the model
+    function: Callable[..., Any]  # the torch function that it calls
+    weight_name: str  # name of its weight in the model
+    bias_name: str  # name of its bias; ``""`` if it has none
+    weight: Tensor  # its weight, ``(N, …)``
+    bias: Tensor | None  # its bias, ``(N,)``
 
 
 def find_first_layers(model: nn.Module, example: Example) -> list[FirstLayer] | str:
@@ -90,12 +81,7 @@ def find_first_layers(model: nn.Module, example: Example) -> list[FirstLayer] | 
 
 
 class _FirstLayers:
-    """Finds the first layers of a traced forward.
-
-    Args:
-        graph: A forward in training mode on two examples.
-        learned: Names of the parameters.
-    """
+    """Finds the first layers of a traced forward in training mode on two examples."""
 
     def __init__(self, graph: Graph, learned: set[str]) -> None:
         self._graph = graph
@@ -163,17 +149,14 @@ class _FirstLayers:
         return True
 
     def _preprocessed(self, step: Step) -> int | None:
-        """Return the number of the tensor that a step applies a fixed function to, each example for itself.
-
-        ``None`` for any other step: one that reads parameters, mixes examples, draws numbers or has several inputs.
-        """
-        inputs = {number for number in step.reads if self._values[number].constant is None}
+        """Return the tensor that a step applies a fixed function to, each example for itself; else ``None``."""
+        inputs = self._graph.variable_inputs(step)
         sources = {name for number in step.reads for name in self._values[number].sources}
         rule = OPERATORS.get(step.function)
         if len(inputs) != 1 or len(step.outputs) != 1 or rule is None or step.function in DROPOUT:
             return None
         (number,) = inputs
-        constants = [self._values[other].shape for other in step.reads if other not in inputs]
+        constants = [self._values[other].shape for other in step.reads if other != number]
         shapes = self._values[number].shape, self._values[step.outputs[0]].shape
         if not sources.isdisjoint(self._may_change) or any(shape[:1] != (_EXAMPLES,) for shape in shapes):
             return None

@@ -1,8 +1,8 @@
 """One rule for each torch function: how intervals pass through it, which inputs it needs, what it does to neurons.
 
 :mod:`~neuronscope.checkpoints.model.bounds.propagate`, :mod:`~neuronscope.checkpoints.model.unused_outputs` and
-:mod:`~neuronscope.checkpoints.model.before_site` read the same table, :data:`OPERATORS`. A function that is not in
-it has an unbounded output and needs all of its inputs, and no layer is traced back through it.
+:mod:`~neuronscope.checkpoints.model.batchnorm_step` read the same table, :data:`OPERATORS`. A function that is not
+in it has an unbounded output and needs all of its inputs, and no layer is traced back through it.
 """
 
 from __future__ import annotations

@@ -58,15 +58,12 @@ def load_trained(name: str) -> nn.Module:
 
 
 def build_model(model: nn.Module | str | Path | Callable[..., nn.Module], checkpoint: Checkpoint) -> nn.Module:
-    """Build a network with the checkpoint's weights, in evaluation mode.
+    """Build a network with the checkpoint's weights, in evaluation mode; a given module is changed and returned.
 
     Args:
         model: The network, in one of the forms above. A class is called with those of the checkpoint's hyperparameters
             that it accepts, as in Lightning's ``load_from_checkpoint``.
         checkpoint: The checkpoint with the weights.
-
-    Returns:
-        The network. If ``model`` is a module, it is changed and returned.
 
     Raises:
         UsageError: ``model`` does not name a network, or the network cannot be built.
@@ -190,10 +187,8 @@ def _hugging_face(config: Any) -> nn.Module:
 def _load_weights(model: nn.Module, checkpoint: Checkpoint) -> None:
     """Read a checkpoint's tensors into a network, one at a time.
 
-    Where they do not fit, masks, adapters (LoRA) and norms of weights in the checkpoint are merged into the weights.
-
-    Names may differ by a prefix that all share (such as ``model.``, if a LightningModule holds the network). In a
-    network on the meta device, the tensors that are read become its weights; otherwise they are copied into them.
+    Where they do not fit, masks, adapters (LoRA) and norms of weights are merged into the weights. Names may differ by
+    a prefix that all share. On the meta device, what is read becomes the weights; elsewhere it is copied into them.
 
     Raises:
         CheckpointError: Tensors are missing, left over, or of another shape.
@@ -220,17 +215,11 @@ def _load_weights(model: nn.Module, checkpoint: Checkpoint) -> None:
 
 
 class HeldTensor(NamedTuple):
-    """A parameter or buffer of a network.
+    """A parameter or buffer of a network."""
 
-    Attributes:
-        module: The module that holds it.
-        leaf: Its name there.
-        tensor: The tensor.
-    """
-
-    module: nn.Module
-    leaf: str
-    tensor: Tensor
+    module: nn.Module  # the module that holds it
+    leaf: str  # its name there
+    tensor: Tensor  # the tensor
 
 
 def held_tensors(model: nn.Module) -> Iterator[tuple[str, HeldTensor]]:
@@ -269,9 +258,7 @@ def _problems(slots: Mapping[str, HeldTensor], tensors: Mapping[str, StoredTenso
 
 
 def as_loaded(model: nn.Module, checkpoint: Checkpoint) -> Checkpoint:
-    """Return a checkpoint whose tensors are those of the network that it was loaded into.
-
-    That differs from the checkpoint where masks or adapters were merged into the weights.
+    """Return a checkpoint with a network's own tensors, if masks or adapters were merged into its weights.
 
     Args:
         model: The network, with the checkpoint's weights.
@@ -365,11 +352,7 @@ def stored_names(model: nn.Module, checkpoint: Checkpoint) -> dict[str, str]:
 
 
 def configured_parameters(checkpoint: Checkpoint) -> list[str] | None:
-    """Return what :func:`list_parameters` does for the network of a Hugging Face folder's own ``config.json``.
-
-    Returns:
-        The names, or ``None`` if the folder has no configuration or the network cannot be built from it.
-    """
+    """Return the same for the network of a Hugging Face folder's own ``config.json``; ``None`` if none can be built."""
     if not checkpoint.config.get("architectures"):
         return None
     with contextlib.suppress(Exception), torch.device("meta"):  # a convenience: nobody asked for this network
@@ -380,9 +363,7 @@ def configured_parameters(checkpoint: Checkpoint) -> list[str] | None:
 
 
 def path_in_model(model: nn.Module, checkpoint: Checkpoint) -> Callable[[str], str]:
-    """Return a function that gives the path in the model for a path in the checkpoint.
-
-    The two may differ by a prefix that all names share.
+    """Return a function that gives the path in the model for one in the checkpoint: they may differ by a shared prefix.
 
     Args:
         model: The network.

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from neuronscope.checkpoints.model.bounds.interval import Interval
-from neuronscope.checkpoints.model.traced_graph import Graph, Step, TensorRef, references, substitute
+from neuronscope.checkpoints.model.traced_graph import Graph, Step, TensorRef
 
 __all__ = [
     "NeededInputs",
@@ -37,19 +37,12 @@ Masks = Iterator[tuple[int, Tensor]]
 
 @dataclass(frozen=True)
 class OutputsNeeded:
-    """A step of a traced forward, with the elements of its outputs that are needed.
+    """A step of a traced forward, with the elements of its outputs that are needed."""
 
-    Attributes:
-        graph: The traced forward.
-        step: The step.
-        needed: For each output of the step, which elements are needed: bool, of the output's shape.
-        intervals: What is known of every tensor of the graph, by its number.
-    """
-
-    graph: Graph
+    graph: Graph  # the traced forward
     step: Step
-    needed: list[Tensor]
-    intervals: list[Interval | None]
+    needed: list[Tensor]  # for each output of the step, which elements are needed: bool, of the output's shape
+    intervals: list[Interval | None]  # what is known of every tensor of the graph, by its number
 
     def constant(self, argument: Any) -> Tensor:
         """Return the tensor that an argument stands for, which must not depend on the network's input."""
@@ -158,32 +151,27 @@ def by_move(call: OutputsNeeded) -> Masks:
 
     Elements are numbered from 1; 0 stands for what is not an element of an input, such as padding.
     """
-    starts: dict[int, int] = {}
+    numbers: dict[int, Tensor] = {}
     total = 1
-    for number in references((call.step.args, dict(call.step.kwargs))):
-        if call.graph.values[number].constant is None and number not in starts:
-            starts[number] = total
-            total += math.prod(call.graph.values[number].shape)
+    for number in call.graph.variable_inputs(call.step):
+        shape = call.graph.values[number].shape
+        size = math.prod(shape)
+        numbers[number] = torch.arange(total, total + size, dtype=torch.float64).view(shape)
+        total += size
 
-    def numbered(leaf: Any) -> Any:
-        if not isinstance(leaf, TensorRef):
-            return leaf
-        value = call.graph.values[leaf.value]
-        if leaf.value not in starts:
-            constant = value.constant
-            floating = constant is not None and constant.is_floating_point()
-            return torch.zeros(value.shape, dtype=torch.float64) if floating else constant
-        start = starts[leaf.value]
-        return torch.arange(start, start + math.prod(value.shape), dtype=torch.float64).view(value.shape)
+    def numbered(number: int) -> Tensor | None:
+        constant = call.graph.values[number].constant
+        if constant is not None and constant.is_floating_point():
+            return torch.zeros(constant.shape, dtype=torch.float64)
+        return constant if number not in numbers else numbers[number].clone()
 
-    args, kwargs = substitute((call.step.args, dict(call.step.kwargs)), numbered)
+    args, kwargs = call.step.arguments(numbered)
     result = call.step.function(*args, **kwargs)
     found = torch.zeros(total, dtype=torch.bool)
     for part, mask in zip(result if isinstance(result, (tuple, list)) else (result,), call.needed, strict=True):
         found[part[mask].long()] = True
-    for number, start in starts.items():
-        shape = call.graph.values[number].shape
-        yield number, found[start : start + math.prod(shape)].view(shape)
+    for number, own in numbers.items():
+        yield number, found[own.long()]
 
 
 def by_pooling(spatial: int) -> NeededInputs:

@@ -39,19 +39,12 @@ def tensors_of(example: Example) -> dict[str, Tensor]:
 
 
 class SiteCall(NamedTuple):
-    """What one call of a site was given and gave for ``R`` inputs.
+    """What one call of a site was given and gave for ``R`` inputs."""
 
-    Attributes:
-        name: Name of the site.
-        before: Its pre-activation, ``(R, P, N)``; of a product, that of its gate.
-        after: Its output, ``(R, P, N)``.
-        rises: Whether a higher pre-activation is the only way to an output that is not zero.
-    """
-
-    name: str
-    before: Tensor
-    after: Tensor
-    rises: bool
+    name: str  # name of the site
+    before: Tensor  # its pre-activation, ``(R, P, N)``; of a product, that of its gate
+    after: Tensor  # its output, ``(R, P, N)``
+    rises: bool  # whether a higher pre-activation is the only way to an output that is not zero
 
 
 class ObservedNetwork:

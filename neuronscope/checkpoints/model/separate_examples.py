@@ -10,7 +10,7 @@ from torch import Tensor
 
 from neuronscope.attach.torch_functions import spellings
 from neuronscope.checkpoints.model.example_inputs import Example
-from neuronscope.checkpoints.model.traced_graph import Graph, Step, TensorRef, substitute
+from neuronscope.checkpoints.model.traced_graph import Graph, Step, substitute
 
 __all__ = ["keeps_examples", "two_examples"]
 
@@ -20,9 +20,9 @@ _PADDING = -1.0  # marks what is no element of an example
 
 
 def two_examples(example: Example) -> Example | None:
-    """Return an example with two rows along the first dimension of each tensor: its first two, or the only one twice.
+    """Return an example with two rows in each tensor (its first two, or the only one twice): what mixes examples shows.
 
-    ``None`` if the tensors do not have equally many rows. A function that mixes examples shows with two.
+    ``None`` if the tensors do not have equally many rows.
     """
     sizes = set()
 
@@ -48,17 +48,15 @@ def keeps_examples(graph: Graph, step: Step, examples: int) -> bool:
     def numbered(shape: tuple[int, ...]) -> Tensor:
         return torch.arange(examples, dtype=torch.float64).view(-1, *(1 for _ in shape[1:])).expand(shape)
 
-    def marked(leaf: Any) -> Any:
-        if not isinstance(leaf, TensorRef):
-            return leaf
-        value = graph.values[leaf.value]
+    def marked(number: int) -> Tensor:
+        value = graph.values[number]
         return numbered(value.shape).clone() if value.constant is None else torch.full(value.shape, _PADDING)
 
     constants = (graph.values[number] for number in step.reads if graph.values[number].constant is not None)
     if step.function in _TURNS or not all(value.dtype.is_floating_point for value in constants):
         return False  # an index may choose other examples from a larger batch
     try:
-        args, kwargs = substitute((step.args, dict(step.kwargs)), marked)
+        args, kwargs = step.arguments(marked)
         if step.function is F.pad and kwargs.get("mode", "constant") == "constant" and len(args) < 4:
             kwargs["value"] = _PADDING
         moved = step.function(*args, **kwargs)

@@ -47,18 +47,13 @@ class ForwardError(NeuronscopeError):
 def trace(
     model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None, *, training: bool = False
 ) -> Graph:
-    """Run a model once, in evaluation mode and without gradients, and record what it computes.
-
-    The model is left as it was, including training flags, gradients and buffers.
+    """Return the graph of one forward, in evaluation mode and without gradients. The model is left as it was.
 
     Args:
         model: The model, with real weights (not on the meta device).
         args: The example's positional arguments.
         kwargs: Its keyword arguments.
         training: Run it in training mode instead.
-
-    Returns:
-        The graph.
 
     Raises:
         ForwardError: The model failed on this example.
@@ -178,13 +173,7 @@ class _GraphBuilder:
         return number
 
     def add_site(self, call: Call, before: int | None, y: Tensor) -> None:
-        """Add one call of a site.
-
-        Args:
-            call: The call.
-            before: Number of its input; ``None`` for a gated product, which follows the output of its gate.
-            y: Its output ``(…, N, …)``.
-        """
+        """Add one call of a site with its output ``(…, N, …)``; a gated product follows its gate's output."""
         if before is None:
             before = next(
                 site.after for site in reversed(self.graph.sites) if call.gate and site.name == call.gate.name

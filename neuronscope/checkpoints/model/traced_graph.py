@@ -17,51 +17,32 @@ __all__ = ["Graph", "Site", "Step", "TensorRef", "Value", "references", "substit
 
 
 class TensorRef(NamedTuple):
-    """Stands for a tensor in the arguments of a step.
+    """Stands for a tensor in the arguments of a step."""
 
-    Attributes:
-        value: The tensor's number in the graph.
-    """
-
-    value: int
+    value: int  # the tensor's number in the graph
 
 
 @dataclass(frozen=True)
 class Value:
-    """A tensor of the traced forward.
-
-    Attributes:
-        shape: Its shape.
-        dtype: Its dtype.
-        constant: The tensor itself if it does not depend on the input, else ``None``.
-        name: Its name if it is a parameter or buffer, else ``""``.
-        sources: The names of the parameters and buffers that a constant is or was computed from.
-    """
+    """A tensor of the traced forward."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
-    constant: Tensor | None = None
-    name: str = ""
+    constant: Tensor | None = None  # the tensor itself if it does not depend on the input, else ``None``
+    name: str = ""  # its name if it is a parameter or buffer, else ``""``
+    #: The names of the parameters and buffers that a constant is or was computed from.
     sources: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
 class Step:
-    """One call of a torch function.
-
-    Attributes:
-        function: The function.
-        args: Its arguments, tensors replaced by :class:`TensorRef`.
-        kwargs: Its keyword arguments, with tensors replaced too.
-        outputs: Numbers of the tensors that it returned, in order.
-        reads: Numbers of the tensors in its arguments.
-    """
+    """One call of a torch function."""
 
     function: Callable[..., Any]
-    args: tuple[Any, ...]
-    kwargs: Mapping[str, Any]
-    outputs: tuple[int, ...]
-    reads: tuple[int, ...]
+    args: tuple[Any, ...]  # its arguments, tensors replaced by ``TensorRef``
+    kwargs: Mapping[str, Any]  # its keyword arguments, with tensors replaced too
+    outputs: tuple[int, ...]  # numbers of the tensors that it returned, in order
+    reads: tuple[int, ...]  # numbers of the tensors in its arguments
 
     def argument(self, place: int, name: str, default: Any = None) -> Any:
         """Return an argument.
@@ -73,26 +54,24 @@ class Step:
         """
         return self.args[place] if len(self.args) > place else self.kwargs.get(name, default)
 
+    def arguments(self, change: Callable[[int], Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Return the arguments with what ``change`` gives for its number in place of each tensor."""
+        found: tuple[tuple[Any, ...], dict[str, Any]] = substitute(
+            (self.args, dict(self.kwargs)), lambda leaf: change(leaf.value) if isinstance(leaf, TensorRef) else leaf
+        )
+        return found
+
 
 @dataclass(frozen=True)
 class Site:
-    """One call of an activation site.
+    """One call of an activation site."""
 
-    Attributes:
-        name: Its name, as :func:`neuronscope.watch` gives it.
-        info: What is known of the site.
-        layout: Where the neurons of its output lie.
-        before: Number of its pre-activation; for a gated product, number of the gate's output.
-        after: Number of its output.
-        neurons: How many neurons it has.
-    """
-
-    name: str
-    info: SiteInfo
-    layout: NeuronLayout
-    before: int
-    after: int
-    neurons: int
+    name: str  # its name, as ``neuronscope.watch`` gives it
+    info: SiteInfo  # what is known of the site
+    layout: NeuronLayout  # where the neurons of its output lie
+    before: int  # number of its pre-activation; for a gated product, number of the gate's output
+    after: int  # number of its output
+    neurons: int  # how many neurons it has
 
     @property
     def kind(self) -> str:
@@ -117,36 +96,30 @@ class Site:
 
 @dataclass
 class Graph:
-    """One traced forward.
+    """One traced forward."""
 
-    Attributes:
-        values: All tensors; a tensor's number is its index.
-        steps: The calls, in order. Calls that returned no tensor are left out, and so are calls on constants alone,
-            whose results are constants.
-        sites: The calls of the sites, in the order in which they ran.
-        inputs: Numbers of the tensors that the model was called with.
-        outputs: Numbers of the tensors that it returned.
-        changed: Names of the parameters and buffers that the forward overwrote or replaced.
-        branches: Names of the functions through which numbers that depend on the input reached Python code.
-        unseen_tensors: How many tensors were made by calls that were not seen.
-        output_not_searchable: Whether the model returned something that could not be searched for tensors.
-        not_seen: Sites and modules that were not observed → the reason.
-    """
-
-    values: list[Value] = field(default_factory=list)
+    values: list[Value] = field(default_factory=list)  # all tensors; a tensor's number is its index
+    #: The calls, in order. Calls that returned no tensor are left out, and so are calls on constants alone, whose
+    #: results are constants.
     steps: list[Step] = field(default_factory=list)
-    sites: list[Site] = field(default_factory=list)
-    inputs: tuple[int, ...] = ()
-    outputs: tuple[int, ...] = ()
+    sites: list[Site] = field(default_factory=list)  # the calls of the sites, in the order in which they ran
+    inputs: tuple[int, ...] = ()  # numbers of the tensors that the model was called with
+    outputs: tuple[int, ...] = ()  # numbers of the tensors that it returned
+    #: Names of the parameters and buffers that the forward overwrote or replaced.
     changed: set[str] = field(default_factory=set)
+    #: Names of the functions through which numbers that depend on the input reached Python code.
     branches: list[str] = field(default_factory=list)
-    unseen_tensors: int = 0
-    output_not_searchable: bool = False
-    not_seen: Mapping[str, str] = field(default_factory=dict)
+    unseen_tensors: int = 0  # how many tensors were made by calls that were not seen
+    output_not_searchable: bool = False  # whether the model returned something that could not be searched for tensors
+    not_seen: Mapping[str, str] = field(default_factory=dict)  # sites and modules that were not observed → the reason
 
     def constant(self, argument: Any) -> Tensor | None:
         """Return the tensor that an argument of a step stands for, if it does not depend on the input."""
         return self.values[argument.value].constant if isinstance(argument, TensorRef) else None
+
+    def variable_inputs(self, step: Step) -> list[int]:
+        """Return the numbers of the tensors that a step reads and that depend on the input, each once."""
+        return [number for number in dict.fromkeys(step.reads) if self.values[number].constant is None]
 
     def first_calls(self) -> tuple[Site, ...]:
         """Return the first call of each site."""

@@ -22,15 +22,12 @@ __all__ = ["unread_neurons"]
 
 
 def unread_neurons(graph: Graph, intervals: list[Interval | None]) -> dict[str, BoolArray]:
-    """Find which neurons nothing reads.
+    """Return which neurons nothing reads after any call of a site, bool ``(N,)`` by site.
 
     Args:
         graph: A traced forward, of which every call was seen.
         intervals: What :func:`~neuronscope.checkpoints.model.bounds.propagate.propagate_bounds` gave for it: a reader
             whose output is the same number for every input reads nothing.
-
-    Returns:
-        For each site by name, bool ``(N,)``: whether nothing reads the neuron after any call of the site.
     """
     masks = {number: torch.ones(graph.values[number].shape, dtype=torch.bool) for number in graph.outputs}
     for step in reversed(graph.steps):
@@ -68,7 +65,5 @@ def _needed_inputs(
         except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError):
             pass  # called in a way that the rule does not know
     return [
-        (number, torch.ones(graph.values[number].shape, dtype=torch.bool))
-        for number in set(step.reads)
-        if graph.values[number].constant is None
+        (number, torch.ones(graph.values[number].shape, dtype=torch.bool)) for number in graph.variable_inputs(step)
     ]

@@ -74,7 +74,7 @@ def search_waking_inputs(
     data: Example | None = None,
     progress: Progress | None = None,
 ) -> WakeSearch:
-    """Search for inputs of a box that make neurons fire.
+    """Search for inputs of a box that make neurons fire; return what was found, or why no search is possible.
 
     The network runs in evaluation mode and is left as it was; no global random state changes.
 
@@ -88,9 +88,6 @@ def search_waking_inputs(
         watched: More neurons, bool ``(N,)`` by site, that are not searched for, but noted if an input wakes them.
         data: A batch of inputs to start from, moved into the box.
         progress: ``progress(done, total)``, called with the number of neurons that were woken.
-
-    Returns:
-        What was found, or why no search is possible.
 
     Raises:
         UsageError: The network fails on an input.
@@ -134,43 +131,24 @@ class _TimeUp(Exception):  # noqa: N818
     """The time for the search is over."""
 
 
+@dataclass
 class _NeuronWaker:
-    """Looks for inputs that wake neurons, and notes those that do.
+    """Notes in the result which inputs wake the neurons that are left, bool ``(N,)`` by site."""
 
-    Args:
-        network: The network.
-        inputs: Makes inputs of the box.
-        left: The neurons that no input has woken so far, bool ``(N,)`` by site.
-        result: Where to note what was found.
-        deadline: When to stop, by :func:`time.monotonic`.
-    """
+    _network: ObservedNetwork
+    _inputs: BoxInputs
+    _left: dict[str, BoolArray]
+    _result: WakeSearch
+    _deadline: float
 
-    def __init__(
-        self,
-        network: ObservedNetwork,
-        inputs: BoxInputs,
-        left: dict[str, BoolArray],
-        result: WakeSearch,
-        deadline: float,
-    ) -> None:
-        self._network = network
-        self._inputs = inputs
-        self._left = left
-        self._result = result
-        self._deadline = deadline
-        self._sizes = {name: mask.size for name, mask in left.items()}
-        calls = network.run([tensor[None] for tensor in network.example.values()])
-        self._numbers = sum(call.before.numel() for call in calls) + inputs.numbers
-        self._most_rows = max(1, min(_ROWS, _NUMBERS // self._numbers)) if network.batched else 1
+    def __post_init__(self) -> None:
+        self._sizes = {name: mask.size for name, mask in self._left.items()}
+        calls = self._network.run([tensor[None] for tensor in self._network.example.values()])
+        self._numbers = sum(call.before.numel() for call in calls) + self._inputs.numbers
+        self._most_rows = max(1, min(_ROWS, _NUMBERS // self._numbers)) if self._network.batched else 1
 
     def run(self, targets: Mapping[str, BoolArray], data: Example | None, progress: Progress | None) -> bool:
-        """Search until every target was woken or had all its starts; return whether that came before the deadline.
-
-        Args:
-            targets: The neurons to wake, by site, bool ``(N,)`` each.
-            data: Inputs of the user's data to begin from; ``None`` = random ones only.
-            progress: Called with the number of neurons that are done, and of all.
-        """
+        """Search until every target was woken or had all its starts; return whether that came before the deadline."""
         pairs = [(name, neuron) for name, mask in targets.items() for neuron in np.flatnonzero(mask).tolist()]
         try:
             sample, best = self._sample(pairs, data)
@@ -214,12 +192,7 @@ class _NeuronWaker:
     def _sample(self, pairs: Sequence[Pair], data: Example | None) -> tuple[list[list[Tensor]], IntArray]:
         """Run the network on inputs of the data and on random ones.
 
-        Args:
-            pairs: The neurons to wake, as site and index.
-            data: A batch of the data.
-
-        Returns:
-            The inputs, and the places of the best ones for each neuron, int64 ``(starts, neurons)``, best first.
+        Return the inputs, and the places of the best for each neuron, int64 ``(starts, neurons)``, best first.
         """
         rows = min(_SAMPLE, _NUMBERS // (len(pairs) + self._inputs.numbers) + 1)
         chunks = self._inputs.of_data(data, min(_REAL, rows), self._most_rows)
@@ -243,13 +216,7 @@ class _NeuronWaker:
         return sample, every.topk(min(_BEST, len(every)), dim=0).indices.numpy()
 
     def _climb(self, pairs: list[Pair], tensors: list[Tensor], starts: list[int]) -> None:
-        """Raise the pre-activation of one neuron by each of several inputs, step by step.
-
-        Args:
-            pairs: The neuron of each input.
-            tensors: The inputs.
-            starts: Number of the start of each input.
-        """
+        """Raise the pre-activation of one neuron, ``pairs[i]``, by the ``i``-th of several inputs, step by step."""
         for step in range(_STEPS + 1):
             with torch.enable_grad():
                 tensors = [tensor.detach().requires_grad_(tensor.is_floating_point()) for tensor in tensors]

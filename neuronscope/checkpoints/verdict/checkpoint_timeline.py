@@ -83,15 +83,10 @@ class TimelinePoint:
 
 @dataclass(frozen=True, eq=False)
 class GradientMasks:
-    """Which of ``N`` neurons got a gradient between a checkpoint and the one before it; those in neither: not known.
+    """Which of ``N`` neurons got a gradient between a checkpoint and the one before it; those in neither: not known."""
 
-    Attributes:
-        none: Those that got none, bool ``(N,)``.
-        some: Those that certainly got one, bool ``(N,)``.
-    """
-
-    none: BoolArray
-    some: BoolArray
+    none: BoolArray  # those that got none, bool ``(N,)``
+    some: BoolArray  # those that certainly got one, bool ``(N,)``
 
 
 @dataclass(frozen=True, eq=False)
@@ -190,9 +185,7 @@ class CheckpointTimeline:
         )
 
     def _sum(self, parts: Any) -> IntArray:
-        total = np.zeros(len(self.checkpoints), dtype=np.int64)
-        for part in parts:
-            total += part
+        total: IntArray = np.sum([np.zeros(len(self.checkpoints), dtype=np.int64), *parts], axis=0)
         return total
 
     def to_dict(self) -> dict[str, Any]:
@@ -218,24 +211,16 @@ class CheckpointTimeline:
 
 @dataclass(frozen=True, eq=False)
 class _State:
-    """What one checkpoint shows of the ``N`` neurons of a layer.
+    """What one checkpoint shows of the ``N`` neurons of a layer."""
 
-    Attributes:
-        state: :data:`UNKNOWN`, :data:`ALIVE` or :data:`DEAD`, uint8 ``(N,)``.
-        basis: Basis of that, uint8 ``(N,)``.
-        bound: The earliest step of the last gradient of dead neurons, int64 ``(N,)``; ``UNDATED`` = not known.
-        exact: The exact step at which dead neurons died and others revived, int64 ``(N,)``; −1 = dead since the
-            beginning, ``UNDATED`` = not known.
-        fires: Neurons that fire on the data, bool ``(N,)``.
-        gradients: Which neurons got a gradient since the checkpoint before; ``None`` = not known.
-    """
-
-    state: ByteArray
-    basis: ByteArray
-    bound: IntArray
+    state: ByteArray  # ``UNKNOWN``, ``ALIVE`` or ``DEAD``, uint8 ``(N,)``
+    basis: ByteArray  # basis of that, uint8 ``(N,)``
+    bound: IntArray  # the earliest step of the last gradient of dead neurons, int64 ``(N,)``; ``UNDATED`` = not known
+    #: The exact step at which dead neurons died and others revived, int64 ``(N,)``; −1 = dead since the beginning,
+    #: ``UNDATED`` = not known.
     exact: IntArray
-    fires: BoolArray
-    gradients: GradientMasks | None
+    fires: BoolArray  # neurons that fire on the data, bool ``(N,)``
+    gradients: GradientMasks | None  # which neurons got a gradient since the checkpoint before; ``None`` = not known
 
     @classmethod
     def of(cls, layer: LayerReport, gradients: GradientMasks | None) -> _State:
@@ -308,13 +293,7 @@ class TimelineBuilder:
 
 
 def _layer_timeline(layer: LayerReport, found: list[_State | None], steps: list[int]) -> LayerTimeline:
-    """Return the timeline of one layer.
-
-    Args:
-        layer: The layer in the last checkpoint.
-        found: What each checkpoint shows; ``None`` = the layer is not in it.
-        steps: The step of each checkpoint.
-    """
+    """Return the timeline of a layer, from what each checkpoint shows of it (``None``: nothing) and their steps."""
     neurons = layer.neurons
     parts = [one if one is not None and one.state.size == neurons else None for one in found]
     states = np.array([np.zeros(neurons, np.uint8) if one is None else one.state for one in parts])
@@ -384,11 +363,7 @@ def _layer_timeline(layer: LayerReport, found: list[_State | None], steps: list[
 
 
 class _Events:
-    """Collects the events of a layer.
-
-    Attributes:
-        table: Neuron, kind, checkpoint, earliest and latest step, and basis of each, int64 ``(6, E)``.
-    """
+    """Events of a layer, int64 ``(6, E)``: neuron, kind, checkpoint, earliest and latest step, and basis of each."""
 
     def __init__(self) -> None:
         self.table: IntArray = np.zeros((6, 0), dtype=np.int64)
@@ -396,16 +371,7 @@ class _Events:
     def add(
         self, mask: BoolArray, kind: int, checkpoint: int, earliest: IntArray, latest: IntArray, basis: ByteArray
     ) -> IntArray:
-        """Add an event for each of some neurons, and return the events' indices.
-
-        Args:
-            mask: The neurons, bool ``(N,)``.
-            kind: :data:`DIED` or :data:`REVIVED`.
-            checkpoint: Index of the first checkpoint that shows the events.
-            earliest: The earliest step of each neuron's event, int64 ``(N,)``.
-            latest: The latest step, int64 ``(N,)``.
-            basis: Basis of the verdicts at that checkpoint, uint8 ``(N,)``.
-        """
+        """Add an event for each neuron of a mask ``(N,)``, by steps and bases ``(N,)``; return the events' indices."""
         neurons, start = np.flatnonzero(mask), self.table.shape[1]
         same, late = np.ones_like(neurons), np.maximum(latest, earliest)
         added = neurons, same * kind, same * checkpoint, earliest[mask], late[mask], basis[mask]
@@ -413,14 +379,9 @@ class _Events:
         return np.arange(start, start + neurons.size)
 
     def narrow(self, events: IntArray, mask: BoolArray, steps: IntArray, exact: BoolArray, basis: ByteArray) -> None:
-        """Narrow the dates of deaths by what a later checkpoint shows.
+        """Narrow the dates of deaths by what a later checkpoint shows; all arrays are ``(N,)``.
 
-        Args:
-            events: The event of each neuron, int64 ``(N,)``.
-            mask: The neurons of which it shows something, bool ``(N,)``.
-            steps: The exact step or the earliest one, int64 ``(N,)``; ``UNDATED`` = not known.
-            exact: Which of them are exact, bool ``(N,)``.
-            basis: The basis of the exact ones, uint8 ``(N,)``.
+        ``steps`` are exact where ``exact``, with their ``basis``, and else the earliest; ``UNDATED`` = not known.
         """
         *_, earliest, latest, bases = self.table
         mask = mask & (steps != UNDATED)

@@ -13,24 +13,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
-from neuronscope.arrays import BoolArray, ByteArray, IntArray
+from neuronscope.arrays import BoolArray, ByteArray, FloatArray, IntArray
 from neuronscope.checkpoints.verdict.evidence import BASES, CLAIMS, Evidence
 from neuronscope.checkpoints.verdict.join_units import JoinedLayer
 from neuronscope.checkpoints.verdict.layer_verdicts import (
     DEAD_CLAIMS,
+    LABELS,
     NO_BASIS,
     UNKNOWN,
     Confirmation,
     LayerReport,
+    contradicts,
 )
 from neuronscope.errors import UsageError
 from neuronscope.judge.symptoms import UNDATED
 
-__all__ = ["combine_evidence", "confirmations"]
+__all__ = ["Disagreement", "combine_evidence", "confirmations", "find_disagreements"]
 
 _ALIVE = CLAIMS.index("alive")
 _SILENT = CLAIMS.index("silent")
@@ -39,6 +42,8 @@ _DEAD = [CLAIMS.index(claim) for claim in DEAD_CLAIMS]
 _MEASURED = BASES.index("measured")
 _FIRM = BASES.index("inferred")  # the last basis that is firm
 
+#: Whether a claim contradicts a label, bool ``(claims, labels)``.
+_CONTRADICTS = np.array([[contradicts(claim, label) for label in LABELS] for claim in CLAIMS])
 #: For each claim, the measured claims that agree with it.
 AGREEING_CLAIMS = {
     "dead": ("dead", "silent"),
@@ -50,15 +55,12 @@ AGREEING_CLAIMS = {
 def combine_evidence(
     evidence: Sequence[Evidence], layers: Mapping[str, JoinedLayer] | None = None
 ) -> tuple[LayerReport, ...]:
-    """Combine evidence into verdicts, layer by layer.
+    """Combine evidence into verdicts: one report per layer.
 
     Args:
         evidence: Evidence on any layers from any sources, in any order.
         layers: The layers by name, in the order of the report. A layer without evidence is included, as unknown.
             Layers that are missing here follow in the order in which the evidence names them.
-
-    Returns:
-        One report per layer.
 
     Raises:
         UsageError: Two sources disagree on the width of a layer.
@@ -102,10 +104,7 @@ def confirmations(layers: Sequence[LayerReport]) -> tuple[Confirmation, ...]:
 
 
 def _measured(layer: LayerReport) -> ByteArray | None:
-    """Return the most serious measured claim on each neuron as an index into :data:`CLAIMS`, uint8 ``(N,)``.
-
-    ``None`` if the layer was not measured.
-    """
+    """Return the most serious measured claim on each neuron, as an index, uint8 ``(N,)``; ``None`` without any."""
     evidence = [one for one in layer.evidence if one.basis == "measured"]
     if not evidence:
         return None
@@ -163,7 +162,7 @@ def _most_serious(valid: BoolArray) -> ByteArray:
 
 
 def _since(labels: ByteArray, evidence: list[Evidence]) -> tuple[IntArray, IntArray]:
-    """Return the step from which each verdict holds, by the surest evidence that has one, and the evidence's index.
+    """Return the step from which each verdict holds, and the index of the surest evidence that has one.
 
     Both are int64 ``(N,)``; the index is −1 if no evidence has a step.
     """
@@ -178,3 +177,53 @@ def _since(labels: ByteArray, evidence: list[Evidence]) -> tuple[IntArray, IntAr
         fits = np.isin(labels[one.neurons], same_kind) & (dating[one.neurons] < 0) & (one.since >= -1)
         since[one.neurons[fits]], dating[one.neurons[fits]] = one.since[fits], index
     return since, dating
+
+
+@dataclass(frozen=True, eq=False)
+class Disagreement:
+    """A group of ``K`` neurons of one layer on which the same sources disagree in the same way."""
+
+    layer: str  # the layer's name
+    neurons: IntArray  # indices of the neurons, int64 ``(K,)``, increasing
+    verdict: Evidence  # the evidence that decides the verdict on them
+    numbers: FloatArray  # the number that supports each verdict, float64 ``(K,)``; NaN = none
+    against: tuple[Evidence, ...]  # the evidence that contradicts the verdict
+
+    @property
+    def alive_in_training(self) -> tuple[str, ...]:
+        """The sources that say, without data, that the neurons fired or got a gradient in recent training steps."""
+        return tuple(one.source_label for one in self.against if one.claim == "alive" and one.basis == "inferred")
+
+    @property
+    def silent_on_data(self) -> bool:
+        """Whether the neurons never fired on the data, although they were alive in recent training steps.
+
+        Such neurons most likely fire for other inputs. (They may also have died in the last steps.)
+        """
+        counted = self.verdict.claim == "dead" and self.verdict.basis == "measured"
+        return counted and bool(self.alive_in_training)
+
+
+def find_disagreements(layers: Iterable[LayerReport]) -> list[Disagreement]:
+    """Return all disagreements, layer by layer; each contested neuron is in exactly one of them.
+
+    Args:
+        layers: The layers of a post-mortem.
+    """
+    return [disagreement for layer in layers for disagreement in _in_layer(layer)]
+
+
+def _in_layer(layer: LayerReport) -> list[Disagreement]:
+    neurons = np.flatnonzero(layer.contested)
+    if not neurons.size:
+        return []
+    claims = np.array([CLAIMS.index(one.claim) for one in layer.evidence])
+    against = np.array([np.isin(neurons, one.neurons) for one in layer.evidence])  # (evidence, contested)
+    against &= _CONTRADICTS[claims[:, None], layer.labels[neurons]]
+    groups, group_of = np.unique(np.vstack([layer.deciding[neurons], against]), axis=1, return_inverse=True)
+    found = []
+    for group, (deciding, *is_against) in enumerate(groups.T):
+        members = neurons[group_of.reshape(-1) == group]
+        contradicting = tuple(one for one, flag in zip(layer.evidence, is_against, strict=True) if flag)
+        found.append(Disagreement(layer.name, members, layer.evidence[deciding], layer.numbers[members], contradicting))
+    return sorted(found, key=lambda disagreement: int(disagreement.neurons[0]))

@@ -53,17 +53,11 @@ LEFT_OUT = {
 
 @dataclass(frozen=True)
 class JoinedLayer:
-    """One layer of a post-mortem.
+    """One layer of a post-mortem."""
 
-    Attributes:
-        width: Number of its units.
-        sites: Names of the sites at which they were seen.
-        left_out: Why totals leave it out, a key of :data:`LEFT_OUT`; ``""`` if they include it.
-    """
-
-    width: int
-    sites: tuple[str, ...] = ()
-    left_out: str = ""
+    width: int  # number of its units
+    sites: tuple[str, ...] = ()  # names of the sites at which they were seen
+    left_out: str = ""  # why totals leave it out, a key of ``LEFT_OUT``; ``""`` if they include it
 
 
 @dataclass
@@ -92,7 +86,7 @@ def join_units(
     widths: Mapping[str, int],
     left_out: Mapping[str, str] | None = None,
 ) -> tuple[list[Evidence], JoinedLayers]:
-    """Turn all evidence into evidence on the units of layers.
+    """Turn all evidence into evidence on the units of layers, and return it with the layers.
 
     Args:
         evidence: Evidence of all sources, on sites or on layers.
@@ -101,9 +95,6 @@ def join_units(
         widths: Number of units of each layer of the checkpoint by its path, in order.
         left_out: Layers of the checkpoint that totals leave out unless there is a site of them, with the reason, a key
             of :data:`LEFT_OUT`.
-
-    Returns:
-        The evidence, and the layers.
 
     >>> from types import SimpleNamespace as Site
     >>> site = Site(name="g(1:3)/silu", kind="smooth", neurons=2, units=(("g", 1, 3, 1),), in_headlines=True,
@@ -239,14 +230,7 @@ def _norms(sites: Sequence[NamedSite], widths: Mapping[str, int], found: Mapping
 
 
 def _place(one: Evidence, layer: str, units: IntArray, width: int) -> Evidence:
-    """Return the part of a site's evidence that is about one layer.
-
-    Args:
-        one: The evidence.
-        layer: Name of the layer.
-        units: Which of the layer's units each neuron of the site is, int64 ``(N,)``; −1 = none.
-        width: Number of the layer's units.
-    """
+    """Return the part of a site's evidence that is about one layer, by the unit of each of its neurons; −1 = none."""
     places = np.flatnonzero(units[one.neurons] >= 0)
     places = places[np.argsort(units[one.neurons[places]])]
     since = None if one.since is None else one.since[places]

@@ -47,19 +47,12 @@ MOST_EVIDENCE = 32
 
 @dataclass(frozen=True)
 class Detail:
-    """What is kept of each neuron, beside its label and basis.
+    """What is kept of each neuron, beside its label and basis."""
 
-    Attributes:
-        neurons: Whether its index and the evidence about it are kept.
-        steps: Steps are rounded down to multiples of this; 0 = steps are not kept.
-        numbers: Whether the number behind its verdict is kept.
-        lost: What is lost, in words; ``""`` = nothing.
-    """
-
-    neurons: bool
-    steps: int
-    numbers: bool
-    lost: str
+    neurons: bool  # whether its index and the evidence about it are kept
+    steps: int  # steps are rounded down to multiples of this; 0 = steps are not kept
+    numbers: bool  # whether the number behind its verdict is kept
+    lost: str  # what is lost, in words; ``""`` = nothing
 
 
 #: From everything to little; the first that fits the budget is taken, or else the last.
@@ -120,7 +113,7 @@ def pack(layer: LayerReport, budget: int) -> NeuronMap:
 
 
 def network_map(layers: Sequence[LayerReport], last: int, budget: int) -> NetworkMap | None:
-    """Pack all layers over the steps: who is dead now, from the step at which each died.
+    """Pack all layers over the steps: who is dead now, from the step at which each died; ``None`` if nothing is known.
 
     Before the checkpoint nothing is known of the others, so there they are *unseen*. A death that is not dated counts
     at the checkpoint alone.
@@ -129,9 +122,6 @@ def network_map(layers: Sequence[LayerReport], last: int, budget: int) -> Networ
         layers: The layers.
         last: Step of the checkpoint.
         budget: Most characters that ``NetworkMap.data`` should have.
-
-    Returns:
-        The map; ``None`` if nothing is known of any neuron.
     """
     dated = any((layer.dead_mask & (layer.since >= 0)).any() for layer in layers)
     steps = np.unique(np.linspace(0, last, COLUMNS if dated else 1).astype(np.int64)) if last > 0 and dated else None

@@ -23,9 +23,6 @@ def draw(report: PostmortemReport, figure: Any = None) -> Figure:
         report: The post-mortem.
         figure: A ``Figure`` or ``SubFigure`` of matplotlib to draw into; a new one by default.
 
-    Returns:
-        The figure.
-
     Raises:
         MissingExtraError: Matplotlib is not installed.
     """

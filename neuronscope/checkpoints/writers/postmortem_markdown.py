@@ -28,11 +28,7 @@ LISTED, NAMED = 20, 12
 
 
 def render(report: PostmortemReport) -> str:
-    """Write a post-mortem as markdown.
-
-    Returns:
-        Markdown that ends with a line end.
-    """
+    """Write a post-mortem as markdown, which ends with a line end."""
     blocks = [f"## Neuronscope post-mortem: {plain(wording.title(report))}", plain(wording.based_on(report))]
     sentences = list(map(prose, wording.findings(report)))
     if wording.is_alarm(report):

@@ -21,9 +21,6 @@ def render(report: PostmortemReport, top: int = 20) -> str:
     Args:
         report: The post-mortem.
         top: Most layers that get a row: of more, the worst.
-
-    Returns:
-        Lines of text, without a line end at the end.
     """
     page = Page()
     title, sentences = f"Neuronscope post-mortem · {wording.title(report)}", wording.findings(report)

@@ -9,7 +9,7 @@ import numpy as np
 
 from neuronscope.arrays import FloatArray, IntArray
 from neuronscope.checkpoints.postmortem_report import LEVELS, PostmortemReport
-from neuronscope.checkpoints.verdict.disagreements import Disagreement, find_disagreements
+from neuronscope.checkpoints.verdict.combine import Disagreement, find_disagreements
 from neuronscope.checkpoints.verdict.evidence import BASES, CLAIMS, Evidence
 from neuronscope.checkpoints.verdict.join_units import LEFT_OUT
 from neuronscope.checkpoints.verdict.layer_verdicts import InBox, LayerReport
@@ -242,11 +242,7 @@ def _idle(report: PostmortemReport) -> str:
 
 @dataclass(frozen=True)
 class LayerCells:
-    """The table cells of one layer.
-
-    Attributes:
-        tone: ``alarm`` (not finite), ``bad`` (dead), ``warn`` (suspected, quiet, unread …), ``unknown`` or ``calm``.
-    """
+    """The table cells of one layer."""
 
     name: str
     neurons: str
@@ -259,7 +255,7 @@ class LayerCells:
     other: str
     contested: str
     unknown: str
-    tone: str
+    tone: str  # ``alarm`` (not finite), ``bad`` (dead), ``warn`` (suspected, quiet, unread …), ``unknown`` or ``calm``
 
 
 def layer_cells(layer: LayerReport) -> LayerCells:
@@ -426,12 +422,7 @@ def _contest(one: Disagreement, most: int) -> str:
 
 
 def _measured(measure: str, numbers: FloatArray) -> str:
-    """Say what ``numbers`` are, and the smallest and the largest that is known; empty if none is known.
-
-    Args:
-        measure: What they are.
-        numbers: float64 ``(K,)``; NaN = not known.
-    """
+    """Say what numbers are, and the smallest and the largest that is known, not NaN; empty if none is known."""
     known = numbers[np.isfinite(numbers)]
     if not known.size or not measure:
         return ""

@@ -29,72 +29,46 @@ MOST_GAPS = 4
 
 @dataclass(frozen=True)
 class CheckpointRow:
-    """The table cells of one checkpoint.
+    """The table cells of one checkpoint."""
 
-    Attributes:
-        name: Its step.
-        tone: ``alarm`` (not finite), ``bad`` (neurons died), ``warn`` (neurons revived) or ``calm``.
-        where: In which layers neurons died.
-        file: Name of the file or folder.
-    """
-
-    name: str
-    tone: str
+    name: str  # its step
+    tone: str  # ``alarm`` (not finite), ``bad`` (neurons died), ``warn`` (neurons revived) or ``calm``
     dead: str
     died: str
     revived: str
     unknown: str
-    where: str
-    file: str
+    where: str  # in which layers neurons died
+    file: str  # name of the file or folder
 
 
 @dataclass(frozen=True)
 class TimelineRow:
-    """The table cells of one layer.
-
-    Attributes:
-        first: Dead neurons at the first checkpoint.
-        last: Dead neurons at the last one.
-        when: Between which steps neurons died.
-        back: Between which steps neurons revived.
-        basis: Bases of the deaths.
-        drawing: SVG path of the number of dead neurons over the steps.
-    """
+    """The table cells of one layer."""
 
     name: str
     tone: str
     neurons: str
-    first: str
+    first: str  # dead neurons at the first checkpoint
     died: str
     revived: str
-    last: str
-    when: str
-    back: str
-    basis: str
-    drawing: str
+    last: str  # dead neurons at the last one
+    when: str  # between which steps neurons died
+    back: str  # between which steps neurons revived
+    basis: str  # bases of the deaths
+    drawing: str  # SVG path of the number of dead neurons over the steps
 
 
 @dataclass(frozen=True)
 class Chart:
-    """The drawing of a timeline: SVG paths over ``0 0 WIDTH HEIGHT``.
+    """The drawing of a timeline: SVG paths over ``0 0 WIDTH HEIGHT``."""
 
-    Attributes:
-        dead: An area: the number of dead neurons, from each checkpoint to the next.
-        died: A bar over the steps before each checkpoint: the neurons that died, upwards from the middle.
-        revived: The same downwards: those that revived.
-        most_dead: The largest number of dead neurons.
-        most_events: The largest number of deaths or revivals before one checkpoint.
-        marks: The place of each checkpoint, from 0 to ``WIDTH``.
-        steps: Step of the last checkpoint.
-    """
-
-    dead: str
-    died: str
-    revived: str
-    most_dead: int
-    most_events: int
-    marks: list[float]
-    steps: int
+    dead: str  # an area: the number of dead neurons, from each checkpoint to the next
+    died: str  # a bar over the steps before each checkpoint: the neurons that died, upwards from the middle
+    revived: str  # the same downwards: those that revived
+    most_dead: int  # the largest number of dead neurons
+    most_events: int  # the largest number of deaths or revivals before one checkpoint
+    marks: list[float]  # the place of each checkpoint, from 0 to ``WIDTH``
+    steps: int  # step of the last checkpoint
 
 
 def findings(timeline: CheckpointTimeline) -> list[str]:

@@ -13,6 +13,7 @@ added. :func:`~neuronscope.checkpoints.model.bounds.interval.gamma` has room for
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable
 from typing import Any
@@ -31,6 +32,7 @@ from neuronscope.checkpoints.model.traced_graph import Graph, Step, TensorRef, s
 __all__ = ["RELU", "tightened"]
 
 RELU = spellings("relu", in_place=True)
+_BATCH_NORM = inspect.signature(F.batch_norm)
 _LAYERS = spellings(
     *("linear", "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d"),
     *("matmul", "mm", "__matmul__"),
@@ -82,13 +84,7 @@ def _step_of(graph: Graph, number: int) -> int:
 
 
 class _Backward:
-    """Bounds linear functions of a tensor by linear functions of earlier ones.
-
-    Args:
-        graph: A traced forward.
-        intervals: What is known of its tensors.
-        examples: Number of examples of the forward.
-    """
+    """Bounds linear functions of a tensor by linear functions of earlier ones."""
 
     def __init__(self, graph: Graph, intervals: list[Interval | None], examples: int) -> None:
         self._graph = graph
@@ -96,13 +92,7 @@ class _Backward:
         self._examples = examples
 
     def most(self, number: int, coefficients: Tensor, steps: list[Step]) -> Tensor:
-        """Return what linear functions of a tensor are at most, ``(K,)``.
-
-        Args:
-            number: The tensor.
-            coefficients: The functions, ``(K, *shape)``.
-            steps: The steps that lead to it.
-        """
+        """Return what the functions ``coefficients``, ``(K, *shape)``, of a tensor are at most, ``(K,)``."""
         total = torch.zeros(len(coefficients), dtype=torch.float64)
         left = {number: coefficients}
         for step in reversed(steps):
@@ -136,10 +126,7 @@ class _Backward:
         return torch.maximum(interval.full_low.abs(), interval.full_high.abs())
 
     def _passed(self, step: Step, coefficients: Tensor) -> tuple[Tensor, dict[int, Tensor]] | None:
-        """Return a constant and linear functions of a step's inputs that bound functions of its output.
-
-        ``None`` if that is not known.
-        """
+        """Return a constant and linear functions of a step's inputs that bound functions of its output, if known."""
         try:
             if step.function in RELU:
                 return self._through_relu(step.reads[0], coefficients)
@@ -164,43 +151,34 @@ class _Backward:
         return (constant + slack).flatten(1).sum(1), {number: up * chord + down * floor}
 
     def _through_affine(self, step: Step, coefficients: Tensor, error: Tensor) -> tuple[Tensor, dict[int, Tensor]]:
-        values = self._graph.values
-        inputs = [number for number in dict.fromkeys(step.reads) if values[number].constant is None]
         with torch.enable_grad():
             zeros = {
-                number: torch.zeros(values[number].shape, dtype=torch.float64, requires_grad=True) for number in inputs
+                number: torch.zeros(self._graph.values[number].shape, dtype=torch.float64, requires_grad=True)
+                for number in self._graph.variable_inputs(step)
             }
             # Cloned, since the function may change its input in place.
-            origin = self._applied(step, lambda ref: zeros[ref.value].clone())
+            origin = self._applied(step, lambda number: zeros[number].clone())
             slopes = torch.autograd.grad(
                 origin, list(zeros.values()), coefficients, is_grads_batched=True, allow_unused=True
             )
         constant = coefficients * origin.detach() + product(coefficients.abs(), error)
-        found = {number: slope for number, slope in zip(inputs, slopes, strict=True) if slope is not None}
+        found = {number: slope for number, slope in zip(zeros, slopes, strict=True) if slope is not None}
         return constant.flatten(1).sum(1), found
 
     def _applied(
-        self, step: Step, given: Callable[[TensorRef], Tensor], constant: Callable[[Tensor], Tensor] = Tensor.double
+        self, step: Step, given: Callable[[int], Tensor], constant: Callable[[Tensor], Tensor] = Tensor.double
     ) -> Tensor:
-        """Call a step's function in float64.
+        """Call a step's function in float64, on ``given`` in place of tensors that depend on the input."""
 
-        Args:
-            step: The step.
-            given: Returns what to put in place of a tensor that depends on the input.
-            constant: Applied to constants of floating-point type.
-        """
-
-        def changed(leaf: Any) -> Any:
-            if not isinstance(leaf, TensorRef):
-                return leaf
-            kept = self._graph.values[leaf.value].constant
+        def changed(number: int) -> Tensor:
+            kept = self._graph.values[number].constant
             if kept is None:
-                return given(leaf)
+                return given(number)
             return constant(kept.detach().cpu()) if kept.is_floating_point() else kept
 
         if _is(step, by_same):
             step = Step(torch.Tensor.clone, step.args[:1], {}, step.outputs, step.reads)  # such as a cast
-        args, kwargs = substitute((step.args, dict(step.kwargs)), changed)
+        args, kwargs = step.arguments(changed)
         output: Tensor = step.function(*args, **kwargs)
         return output
 
@@ -208,7 +186,7 @@ class _Backward:
         """Return a bound on the rounding error of each element of a step's output; ``None`` if it is not passed."""
         values = self._graph.values
         made = values[step.outputs[0]]
-        inputs = [number for number in step.reads if values[number].constant is None]
+        inputs = [number for number in step.reads if values[number].constant is None]  # x · x has two
         ranks = {len(values[number].shape) for number in inputs}
         separate = all(values[number].shape[:1] == (self._examples,) for number in (*inputs, step.outputs[0]))
         if not separate or not all(values[number].dtype.is_floating_point for number in (*inputs, *step.outputs)):
@@ -245,24 +223,26 @@ class _Backward:
                 return None
         elif not _is(step, by_same) or not one or _may_drop(step):
             return None
-        positive = _with_plus_signs(step)
-        size = self._applied(positive, lambda ref: self._size(ref.value), lambda kept: kept.double().abs())
-        kind = torch.finfo(made.dtype)
-        return gamma(terms, made.dtype) * size + terms * kind.tiny * kind.eps
+        size = self._applied(_with_plus_signs(step), self._size, lambda kept: kept.double().abs())
+        return _error(size, terms, made.dtype)
 
     def _batch_norm_error(self, step: Step, dtype: torch.dtype) -> Tensor:
-        def change(index: int, leaf: Any) -> Any:
-            kept = self._graph.values[leaf.value].constant if isinstance(leaf, TensorRef) else None
-            if kept is None:
-                return self._size(leaf.value) if isinstance(leaf, TensorRef) else leaf
-            kept = kept.detach().cpu().double()
-            return -kept.abs() if index == 1 else kept if index == 2 else kept.abs()
+        """Return the error of a batch norm: it subtracts its running mean, so the size is that of the negative mean."""
+        args, kwargs = step.arguments(
+            lambda number: (
+                self._size(number)
+                if (kept := self._graph.values[number].constant) is None
+                else kept.detach().cpu().double().abs()
+            )
+        )
+        given = _BATCH_NORM.bind(*args, **kwargs).arguments
+        return _error(F.batch_norm(**{**given, "running_mean": -given["running_mean"]}), 8, dtype)
 
-        names = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
-        given = {**dict(zip(names, step.args, strict=False)), **step.kwargs}
-        size = F.batch_norm(**{name: change(names.index(name), leaf) for name, leaf in given.items()})
-        kind = torch.finfo(dtype)
-        return gamma(8, dtype) * size + 8 * kind.tiny * kind.eps
+
+def _error(size: Tensor, terms: int, dtype: torch.dtype) -> Tensor:
+    """Return a bound on the rounding error of sums of so many terms, from the sum of the terms' absolute values."""
+    kind = torch.finfo(dtype)
+    return gamma(terms, dtype) * size + terms * kind.tiny * kind.eps
 
 
 def _is(step: Step, rule: Any) -> bool:

@@ -25,12 +25,11 @@ __all__ = ["firing_share_bound", "layer_norm_extremes", "normal_firing_share", "
 def threshold(scale: Tensor, shift: Tensor) -> Tensor:
     """Return how many standard deviations above its mean a channel's value must be for its neuron to fire.
 
+    It is ``c = −β/|γ|``, float64 ``(C,)``: ∞ where γ = 0 and β ≤ 0, −∞ where γ = 0 and β > 0.
+
     Args:
         scale: γ, ``(C,)``.
         shift: β, ``(C,)``.
-
-    Returns:
-        ``c = −β/|γ|``, float64 ``(C,)``: ∞ where γ = 0 and β ≤ 0, −∞ where γ = 0 and β > 0.
 
     >>> threshold(torch.tensor([2.0, 0.0]), torch.tensor([-6.0, -1.0]))
     tensor([3., inf], dtype=torch.float64)
@@ -41,14 +40,11 @@ def threshold(scale: Tensor, shift: Tensor) -> Tensor:
 
 
 def firing_share_bound(scale: Tensor, shift: Tensor) -> Tensor:
-    """Return the largest share of a training batch's values for which each neuron can fire, for any distribution.
+    """Return the largest share of a batch's values for which each neuron can fire, float64 ``(C,)`` (Cantelli).
 
     Args:
         scale: γ, ``(C,)``.
         shift: β, ``(C,)``.
-
-    Returns:
-        ``1/(1 + c²)`` where ``c > 0``, else 1; float64 ``(C,)`` (Cantelli's inequality).
 
     >>> firing_share_bound(torch.tensor([1.0]), torch.tensor([-3.0]))
     tensor([0.1000], dtype=torch.float64)
@@ -59,29 +55,23 @@ def firing_share_bound(scale: Tensor, shift: Tensor) -> Tensor:
 
 
 def normal_firing_share(scale: Tensor, shift: Tensor) -> Tensor:
-    """Return the share of values for which each neuron fires if the values are normally distributed.
+    """Return the share of normally distributed values for which each neuron fires: Φ(β/|γ|), float64 ``(C,)``.
 
     Args:
         scale: γ, ``(C,)``.
         shift: β, ``(C,)``.
-
-    Returns:
-        Φ(β/|γ|), float64 ``(C,)``.
     """
     share: Tensor = torch.special.ndtr(-threshold(scale, shift))
     return share
 
 
 def training_maximum(scale: Tensor, shift: Tensor, values: int) -> Tensor:
-    """Return the largest value that each channel can have in a training batch.
+    """Return the largest value that each channel can have in a training batch: ``β + |γ|√(n − 1)``, float64 ``(C,)``.
 
     Args:
         scale: γ, ``(C,)``.
         shift: β, ``(C,)``.
         values: How many values a channel has in a batch, ``n``.
-
-    Returns:
-        ``β + |γ|√(n − 1)``, float64 ``(C,)``.
 
     >>> training_maximum(torch.tensor([1.0]), torch.tensor([-9.0]), 65)
     tensor([-1.], dtype=torch.float64)
@@ -92,7 +82,11 @@ def training_maximum(scale: Tensor, shift: Tensor, values: int) -> Tensor:
 def layer_norm_extremes(
     weight: Tensor, bias: Tensor | None, scale: Tensor, shift: Tensor, *, centred: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return centre and reach of each row of a linear layer, over all outputs of a layer norm (or RMS norm) before it.
+    """Return centre ``b + w·β``, reach ``√d‖P(w⊙γ)‖`` and size ``√d‖w⊙γ‖`` of each row of a linear layer.
+
+    All are float64 ``(N,)``. Over all outputs of a layer norm (or RMS norm) before it, the extremes are the centre
+    plus and minus the reach, approached as the input's scale grows and ε becomes negligible. Rounding is
+    proportional to the size.
 
     Args:
         weight: ``(N, d)``.
@@ -100,11 +94,6 @@ def layer_norm_extremes(
         scale: γ, ``(d,)``.
         shift: β, ``(d,)``.
         centred: ``True`` for layer norm, ``False`` for RMS norm.
-
-    Returns:
-        Centre ``b + w·β``, reach ``√d‖P(w⊙γ)‖``, and ``√d‖w⊙γ‖``, to which rounding errors are proportional; all
-        float64 ``(N,)``. The extremes are the centre plus and minus the reach. They are approached as the input's
-        scale grows and ε becomes negligible.
     """
     weight = weight.double()
     scaled = weight * scale.double()

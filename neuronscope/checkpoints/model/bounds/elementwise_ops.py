@@ -153,11 +153,7 @@ def _bounds(dtype: torch.dtype, value: Any, rank: int) -> tuple[Tensor, Tensor]:
 
 
 def _of_two(combine: Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]) -> Callable[..., Interval]:
-    """Return the rule of a function of two operands: intervals, tensors or numbers, which are broadcast.
-
-    Args:
-        combine: Returns the bounds of the result from those of the left and of the right operand.
-    """
+    """Return the rule of a function of two operands that are broadcast; ``combine`` makes its bounds of theirs."""
 
     def bound(dtype: torch.dtype, left: Any, right: Any, *, alpha: float = 1, rounding_mode: Any = None) -> Interval:
         if alpha != 1 or rounding_mode is not None:

@@ -34,7 +34,7 @@ __all__ = [
     "widened_by_rounding",
 ]
 
-#: Where a bound comes from, as in :attr:`neuronscope.checkpoints.verdict.evidence.Evidence.source` names them.
+#: Where a bound comes from, as in ``neuronscope.checkpoints.verdict.evidence.Evidence.source`` names them.
 INTERVAL = "interval bound"
 LAYER_NORM = "layer norm bound"
 BACKWARD = "backward bound"
@@ -42,44 +42,32 @@ BACKWARD = "backward bound"
 
 @dataclass(frozen=True, eq=False)
 class NormalisedRows:
-    """What is known of normalised rows: each is ``z·scale + shift`` with ``Σz² ≤ d`` over the last axis.
+    """What is known of normalised rows: each is ``z·scale + shift`` with ``Σz² ≤ d`` over the last axis."""
 
-    Attributes:
-        scale: float64 ``(d,)``.
-        shift: float64 ``(d,)``.
-        centred: Whether also ``Σz = 0``, as in layer norm but not in RMS norm.
-    """
-
-    scale: Tensor
-    shift: Tensor
-    centred: bool
+    scale: Tensor  # float64 ``(d,)``
+    shift: Tensor  # float64 ``(d,)``
+    centred: bool  # whether also ``Σz = 0``, as in layer norm but not in RMS norm
 
 
 @dataclass(frozen=True, eq=False)
 class Interval:
     """Bounds of every element of one tensor.
 
-    Attributes:
-        low: Lower bounds, float64, with as many dimensions as the tensor; a dimension along which all bounds are equal
-            may have size 1.
-        high: Upper bounds, of the same form.
-        shape: The tensor's shape.
-        source: What the bounds rest on: :data:`INTERVAL`, :data:`LAYER_NORM` or :data:`BACKWARD`.
-        normed: What is known of whole rows, if they were normalised.
-
     >>> Interval.between(0.0, 1.0, (2, 3)).low.shape
     torch.Size([1, 1])
     """
 
+    #: Lower bounds, float64, with as many dimensions as the tensor; a dimension along which all bounds are equal may
+    #: have size 1.
     low: Tensor
-    high: Tensor
-    shape: tuple[int, ...]
-    source: str = INTERVAL
-    normed: NormalisedRows | None = None
+    high: Tensor  # upper bounds, of the same form
+    shape: tuple[int, ...]  # the tensor's shape
+    source: str = INTERVAL  # what the bounds rest on: ``INTERVAL``, ``LAYER_NORM`` or ``BACKWARD``
+    normed: NormalisedRows | None = None  # what is known of whole rows, if they were normalised
 
     @classmethod
     def between(cls, low: float, high: float, shape: tuple[int, ...]) -> Interval:
-        """Return an interval in which every element has the same two bounds.
+        """Return an interval of a shape in which every element has the same two bounds.
 
         Args:
             low: The lower bound.

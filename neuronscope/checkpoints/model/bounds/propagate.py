@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import torch
@@ -13,7 +12,7 @@ from neuronscope.arrays import BoolArray, FloatArray
 from neuronscope.checkpoints.model.bounds.backward import RELU, tightened
 from neuronscope.checkpoints.model.bounds.interval import Interval
 from neuronscope.checkpoints.model.function_rules import OPERATORS
-from neuronscope.checkpoints.model.traced_graph import Graph, Site, Step, TensorRef, substitute
+from neuronscope.checkpoints.model.traced_graph import Graph, Site, Step
 from neuronscope.count.neuron_layout import NeuronLayout, neurons_first
 from neuronscope.errors import UsageError
 
@@ -25,35 +24,24 @@ Box = tuple["float | Tensor", "float | Tensor"]
 
 @dataclass(frozen=True, eq=False)
 class SiteBounds:
-    """Bounds of a site's ``N`` neurons that hold for every input.
+    """Bounds of a site's ``N`` neurons that hold for every input."""
 
-    Attributes:
-        source: What the bound rests on; see :mod:`neuronscope.checkpoints.model.bounds.interval`.
-        lowest: Lower bounds of the pre-activation, float64 ``(N,)``.
-        highest: Upper bounds of the pre-activation, float64 ``(N,)``.
-        output: Upper bounds of the output's absolute value, float64 ``(N,)``.
-        dead: Whether the output is exactly zero for every input, bool ``(N,)``.
-    """
-
-    source: str
-    lowest: FloatArray
-    highest: FloatArray
-    output: FloatArray
-    dead: BoolArray
+    source: str  # what the bound rests on; see ``neuronscope.checkpoints.model.bounds.interval``
+    lowest: FloatArray  # lower bounds of the pre-activation, float64 ``(N,)``
+    highest: FloatArray  # upper bounds of the pre-activation, float64 ``(N,)``
+    output: FloatArray  # upper bounds of the output's absolute value, float64 ``(N,)``
+    dead: BoolArray  # whether the output is exactly zero for every input, bool ``(N,)``
 
 
 @torch.no_grad()
 def propagate_bounds(graph: Graph, box: Box | None = None, *, backwards: int = 0) -> list[Interval | None]:
-    """Compute an interval for every tensor that depends on the input.
+    """Return an interval for every tensor that depends on the input, by its number; ``None`` for constants.
 
     Args:
         graph: A traced forward.
         box: Bounds of the floating-point inputs; without it, nothing is assumed of them.
         backwards: Number of examples of the forward, if what each ReLU is given is bounded backwards too
             (:mod:`.backward`).
-
-    Returns:
-        Intervals by the tensor's number; ``None`` for constants.
 
     Raises:
         UsageError: The box does not fit the input.
@@ -108,15 +96,11 @@ def _output_intervals(graph: Graph, step: Step, known: list[Interval | None]) ->
     if rule is None or not values or not values[0].dtype.is_floating_point:
         return unknown
 
-    def with_interval(leaf: Any) -> Any:
-        if not isinstance(leaf, TensorRef):
-            return leaf
-        constant = graph.values[leaf.value].constant
-        if constant is not None:
-            return constant.cpu()
-        return known[leaf.value] or Interval.unknown(graph.values[leaf.value].shape)
+    def interval_or_constant(number: int) -> Interval | Tensor:
+        value = graph.values[number]
+        return known[number] or Interval.unknown(value.shape) if value.constant is None else value.constant.cpu()
 
-    args, kwargs = substitute((step.args, dict(step.kwargs)), with_interval)
+    args, kwargs = step.arguments(interval_or_constant)
     try:
         made = rule.bounds(values[0].dtype, *args, **kwargs)
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError):
@@ -181,9 +165,7 @@ def _site_output(graph: Graph, site: Site, low: float, high: float) -> Interval 
 
 
 def site_bounds(graph: Graph, intervals: list[Interval | None]) -> dict[str, SiteBounds]:
-    """Return the bounds of each site by its name; they hold for all of its calls.
-
-    Sites are left out if nothing is known of one of their calls.
+    """Return the bounds of each site that hold for all of its calls; sites of which nothing is known are left out.
 
     Args:
         graph: A traced forward.

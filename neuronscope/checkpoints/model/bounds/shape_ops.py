@@ -61,9 +61,6 @@ def monotone(function: Callable[..., Any], *, rounds: bool = False) -> Rule:
     Args:
         function: The function.
         rounds: Whether it adds elements up, which rounds.
-
-    Returns:
-        A rule that gives one interval for each tensor that the function returns.
     """
 
     def bound(dtype: torch.dtype, *args: Any, **kwargs: Any) -> list[Interval]:

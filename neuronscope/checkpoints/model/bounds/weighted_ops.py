@@ -40,13 +40,14 @@ __all__ = [
 
 # How many elements of a weight are converted to float64 at a time: 4 MB, which fit into a processor's cache.
 _CHUNK = 500_000
+# A weight, a bias or a statistic, if there is one.
+_Maybe = Tensor | None
 
 
 def _norm_error(dtype: torch.dtype) -> float:
-    """Return the largest relative rounding error of a normalised value: 2e-4 in float32.
+    """Return the largest relative rounding error of a normalised value, 2e-4 in float32.
 
-    This covers rows whose mean is up to a hundred times their standard deviation; beyond that, torch's layer norm
-    itself is not accurate.
+    It covers means of up to a hundred standard deviations; beyond, torch's layer norm itself is not accurate.
     """
     return 3500 * unit_roundoff(dtype)
 
@@ -65,18 +66,9 @@ def _underflow(bound: Tensor, terms: int, dtype: torch.dtype) -> Tensor:
 def _combined(
     low: Tensor, high: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, terms: int
 ) -> tuple[Tensor, Tensor]:
-    """Bound ``x @ weight.mT + bias`` for ``x`` in ``[low, high]``, with each product rounded.
+    """Bound ``x @ weight.mT + bias`` by float64 ``(…, N)``, for ``x`` in ``[low, high]``, with each product rounded.
 
-    Args:
-        low: ``(…, d)``.
-        high: ``(…, d)``.
-        weight: ``(N, d)``, or a stack ``(G, N, d)``.
-        bias: ``(N,)``.
-        dtype: The type that the network computes in.
-        terms: How many terms each sum has; its rounding error depends on it.
-
-    Returns:
-        Lower and upper bounds, both float64 ``(…, N)``.
+    The weight is ``(N, d)`` or a stack ``(G, N, d)``, the ends are ``(…, d)``. Each sum has so many ``terms``.
     """
     ends = torch.stack(widened(low, high, gamma(terms, dtype)))
     lows, highs = [], []
@@ -167,7 +159,7 @@ def convolution(spatial: int, *, transposed: bool = False) -> Rule:
         dtype: torch.dtype,
         input: Interval,
         weight: Tensor,
-        bias: Tensor | None = None,
+        bias: _Maybe = None,
         stride: Any = 1,
         padding: Any = 0,
         fifth: Any = None,  # the dilation; of a transposed convolution, the output's padding
@@ -202,10 +194,10 @@ def convolution(spatial: int, *, transposed: bool = False) -> Rule:
 def batch_norm(
     dtype: torch.dtype,
     input: Interval,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
+    running_mean: _Maybe,
+    running_var: _Maybe,
+    weight: _Maybe = None,
+    bias: _Maybe = None,
     training: bool = False,
     momentum: float = 0.1,
     eps: float = 1e-5,
@@ -229,10 +221,7 @@ def batch_norm(
 def _normalised(
     dtype: torch.dtype, x: Interval, elements: int, scale: Tensor, shift: Tensor, *, centred: bool
 ) -> Interval:
-    """Bound ``z·scale + shift`` for values that were normalised over ``n`` elements.
-
-    ``|z| ≤ √(n − 1)`` if the mean was removed (``centred``), else ``|z| ≤ √n``. The norm's ε only makes them smaller.
-    """
+    """Bound ``z·scale + shift``: ``|z| ≤ √(n − 1)`` if the mean was removed, else ``√n``; ε makes it smaller."""
     reach = scale.abs() * max(elements - centred, 0) ** 0.5
     slack = _norm_error(dtype) * (scale.abs() * elements**0.5 + shift.abs())
     return Interval(shift - reach - slack, shift + reach + slack, x.shape)
@@ -240,12 +229,7 @@ def _normalised(
 
 @rule
 def layer_norm(
-    dtype: torch.dtype,
-    input: Interval,
-    normalized_shape: Any,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    eps: float = 1e-5,
+    dtype: torch.dtype, input: Interval, normalized_shape: Any, weight: _Maybe = None, bias: _Maybe = None, eps: Any = 0
 ) -> Interval:
     """Bound layer norm: for any input, a row is an affine image of the sphere of radius √d that is orthogonal to 1."""
     return _row_norm(dtype, input, normalized_shape, weight, bias, centred=True)
@@ -271,12 +255,7 @@ def _row_norm(
 
 @rule
 def group_norm(
-    dtype: torch.dtype,
-    input: Interval,
-    num_groups: int,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    eps: float = 1e-5,
+    dtype: torch.dtype, input: Interval, num_groups: int, weight: _Maybe = None, bias: _Maybe = None, eps: Any = 0
 ) -> Interval:
     """Bound group norm, which normalises over a group's channels and positions."""
     elements = math.prod(input.shape[1:]) // num_groups
@@ -287,10 +266,10 @@ def group_norm(
 def instance_norm(
     dtype: torch.dtype,
     input: Interval,
-    running_mean: Tensor | None = None,
-    running_var: Tensor | None = None,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
+    running_mean: _Maybe = None,
+    running_var: _Maybe = None,
+    weight: _Maybe = None,
+    bias: _Maybe = None,
     use_input_stats: bool = True,
     momentum: float = 0.1,
     eps: float = 1e-5,

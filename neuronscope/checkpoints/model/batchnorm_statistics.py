@@ -1,0 +1,251 @@
+r"""Read from the running statistics of batch norms which neurons fire in training, and which are silent or constant.
+
+A batch norm in training keeps running means of the mean and of the variance of its input. What does not vary over a
+whole batch multiplies the running variance by ``1 − momentum``, and what is zero multiplies both so.
+
+**Behind an activation** whose output is never negative, let ``R = mean² / variance``. A silent neuron lets R fall by
+``1 − momentum`` in each step. For the positive half of a normal distribution R is .47. A neuron that fires at a share
+``p`` of all positions has an R near ``p``, so that an R that is a little smaller shows a rare neuron as well as one
+that fell silent lately. Only a very small one tells them apart: a neuron that fired at one of the ``n`` positions of
+the last batch has at least ``momentum / n``. And a neuron fires at a share of ``R / (1 + R)`` of all positions at
+least, by Cauchy and Schwarz: ``E[y]² ≤ P(y > 0) · E[y²]``. The running mean itself is the mean output, from which
+dormancy follows without data; if it is exactly zero, the neuron never fired in training.
+
+**A depthwise convolution** without bias may lie between the two. Its output ``Σ w y`` is zero too when the neuron is
+silent, so that both statistics fall as before, and a neuron whose channel varies fires. Where the weights cancel each
+other, R is smaller for any neuron: with independent pixels, R is that of the neuron times ``(Σ w)² / Σ w²``. The
+smaller one of the two is taken for the R of a neuron that fires. The running mean is no mean output then.
+
+**Before an activation**, the mean of a neuron's pre-activations over each batch is the norm's shift β. With β > 0 some
+of each batch are above zero. With β ≤ 0 none is, if the norm's input is constant. The variance of a living channel
+depends on its incoming weights, so ``q = variance / ‖w‖²`` is compared with that of the layer's other channels:
+``k = ln(q_layer / q) / −ln(1 − momentum)`` training steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from neuronscope.arrays import FloatArray
+from neuronscope.checkpoints.model.batchnorm_step import (
+    HALF_NORMAL,
+    BatchNormStep,
+    NormBehindSite,
+    WeightedStep,
+    norms_behind_sites,
+    read_batch_norm,
+    step_before_copies,
+    weighted_step,
+)
+from neuronscope.checkpoints.model.bounds.interval import Interval
+from neuronscope.checkpoints.model.bounds.propagate import is_positive_from, is_zero_below_zero
+from neuronscope.checkpoints.model.traced_graph import Graph, Site
+from neuronscope.checkpoints.verdict.evidence import Evidence, evidence_on_site
+from neuronscope.judge.verdicts import Policy
+
+__all__ = ["batch_norm_activity", "running_statistics_evidence"]
+
+_CLOCK = "batch norm statistics"
+#: Silence is suspected above this many steps, and inferred above this many (docs/postmortem.md has the measured rates).
+_SILENT, _SURELY_SILENT = 50.0, 200.0
+_ACTIVITY = "batch norm activity"
+#: Up to this many steps since it varied a channel is taken to vary; above these, it is suspected and inferred to be
+#: constant. They lie far apart, since a living channel's variance is known to a factor of some thousands only.
+_VARIES, _SUSPECTED, _SURE = 50.0, 150.0, 300.0
+#: The layer's usual ``q`` is this quantile of it; below the second number nothing is left of a whole layer's.
+_USUAL, _FADED = 0.9, 1e-20
+_TINY = 1e-300
+
+
+def running_statistics_evidence(
+    graph: Graph,
+    intervals: Sequence[Interval | None],
+    batches: Mapping[str, int] | None = None,
+    training_step: int | None = None,
+) -> Iterator[Evidence]:
+    """Yield what the running statistics of batch norms say about the neurons of the sites right before them.
+
+    Args:
+        graph: A traced forward in evaluation mode.
+        intervals: What :func:`~neuronscope.checkpoints.model.bounds.propagate.propagate_bounds` gave for it.
+        batches: Number of training batches that each batch norm has counted, by its path.
+        training_step: The checkpoint's number of optimizer steps; ``None`` = not known, so that a batch counts as one.
+    """
+    seen = set()
+    for found in norms_behind_sites(graph):
+        interval = intervals[found.site.after]
+        if found.site.name in seen or interval is None or not interval.is_never_negative:
+            continue
+        seen.add(found.site.name)
+        if found.norm.is_trained and not (found.depthwise and found.depthwise.has_bias):
+            count = (batches or {}).get(found.path)
+            yield from _silent(found, count if training_step in (None, count) else None)
+
+
+def _silent(found: NormBehindSite, batches: int | None) -> Iterator[Evidence]:
+    """Yield evidence on one site; ``batches`` are those that the norm has counted, if each was an optimizer step."""
+    norm, mean = found.norm, found.mean
+    evidence = partial(evidence_on_site, found.site.name, source=_CLOCK)
+    never = (mean == 0).numpy()
+    text = (
+        "The batch norm behind it has a running mean of exactly zero: it never fired in training since these "
+        "statistics began."
+    )
+    yield from evidence(never, claim="dead", basis="inferred", text=text)
+    if norm.has_clock:
+        ratio = mean.square() / found.variance.clamp(min=_TINY)
+        gain = torch.ones((), dtype=torch.float64) if found.depthwise is None else _gain(found.depthwise.weight)
+        silent = norm.steps_of_decay(HALF_NORMAL * gain.clamp(min=_TINY) / ratio.clamp(min=_TINY)).numpy()
+        since = None if batches is None else np.clip(batches - np.floor(silent), 0, batches).astype(np.int64)
+        is_sure = silent > _SURELY_SILENT
+        for basis, mask in (("inferred", is_sure), ("suspected", (silent > _SILENT) & ~is_sure)):
+            yield from evidence(
+                mask & ~never,
+                np.floor(silent),
+                claim="dead",
+                basis=basis,
+                measure="training steps since it fired, about",
+                text=(
+                    "The running mean of the batch norm behind it is far smaller, compared with the running deviation, "
+                    "than that of a neuron that fires: both have been falling for about this many steps. A neuron "
+                    "that fires very rarely looks alike."
+                ),
+                since=since,
+            )
+    if found.depthwise is not None:
+        return
+    score = (mean / (mean.clamp(min=0).mean() + 1e-9)).numpy()
+    threshold = Policy().dormant_tau
+    yield from evidence(
+        (score <= threshold) & ~never,
+        score,
+        claim="quiet",
+        basis="inferred",
+        measure="mean output ÷ the layer's mean output",
+        text=(
+            f"Dormant: by the running mean of the batch norm behind it, its mean output in training was at most "
+            f"{threshold:g} times that of its layer."
+        ),
+    )
+
+
+def _gain(weight: Tensor) -> Tensor:
+    """Return R behind depthwise weights ``(C, F)`` over R before them, at least; float64 ``(C,)``, 0 to 1."""
+    return (weight.sum(1).square() / weight.square().sum(1).clamp(min=_TINY)).clamp(max=1.0)
+
+
+def batch_norm_activity(graph: Graph, intervals: Sequence[Interval | None]) -> Iterator[Evidence]:
+    """Yield what batch norms say about the neurons before and behind them; see the module's docstring.
+
+    Args:
+        graph: A traced forward in evaluation mode.
+        intervals: What :func:`~neuronscope.checkpoints.model.bounds.propagate.propagate_bounds` gave for it.
+    """
+    for site, *others in graph.calls.values():
+        step = step_before_copies(graph, site.before)
+        norm = read_batch_norm(graph, step)
+        if step is None or norm is None or norm.shift is None or others or site.layout.axis != 1:
+            continue
+        if norm.shift.shape == (site.neurons,):
+            yield from _behind(graph, site, norm.shift, _constant_steps(norm, weighted_step(graph, step.reads[0])))
+    for found in norms_behind_sites(graph):
+        site, norm = found.site, found.norm
+        if len(graph.calls[site.name]) > 1 or not norm.is_trained:
+            continue
+        if found.depthwise is not None:
+            yield from _varies(site, _constant_steps(norm, found.depthwise))
+        elif (interval := intervals[site.after]) is not None and interval.is_never_negative:
+            yield from _fires(found)
+
+
+def _constant_steps(norm: BatchNormStep, layer: WeightedStep | None) -> FloatArray | None:
+    """Return for about how many training steps each channel has been constant, ``(C,)``; ``None`` if it is unknown."""
+    if layer is None or norm.variance is None or not norm.has_clock or not norm.is_trained:
+        return None
+    size = layer.weight.square().sum(1)
+    if norm.variance.shape != size.shape:
+        return None
+    per_weight = norm.variance / size.clamp(min=_TINY)
+    usual = torch.quantile(per_weight, _USUAL)
+    if not usual > _FADED:
+        return None
+    return norm.steps_of_decay(usual / per_weight.clamp(min=_TINY)).floor().numpy()
+
+
+def _behind(graph: Graph, site: Site, shift: Tensor, constant: FloatArray | None) -> Iterator[Evidence]:
+    """Yield evidence on a site whose pre-activation is the output of a batch norm."""
+    above = shift > 0
+    if bool(above.any()) and is_positive_from(graph, site, float(shift[above].min())):
+        yield from evidence_on_site(
+            site.name,
+            above,
+            shift.double(),
+            source=_ACTIVITY,
+            claim="alive",
+            basis="inferred",
+            measure="mean of its pre-activations over each training batch",
+            text=(
+                "In training, the mean of its pre-activations over each batch is the shift of the batch norm before "
+                "it, β > 0, so it fires in each batch; in evaluation, this holds as far as the running statistics "
+                "match the data."
+            ),
+        )
+    if constant is None or not is_zero_below_zero(graph, site):
+        return
+    for basis, mask in (("inferred", constant > _SURE), ("suspected", (constant > _SUSPECTED) & (constant <= _SURE))):
+        yield from evidence_on_site(
+            site.name,
+            mask & ~above.numpy(),
+            constant,
+            source=_ACTIVITY,
+            claim="dead",
+            basis=basis,
+            measure="training steps since its pre-activation varied, about",
+            text=(
+                "The running variance of the batch norm before it is far smaller than that of the layer's other "
+                "channels: what the norm is given has been constant for about this many training steps, or longer. So "
+                "its pre-activation in training is the norm's shift β, which is not above zero."
+            ),
+        )
+
+
+def _varies(site: Site, constant: FloatArray | None) -> Iterator[Evidence]:
+    """Yield evidence on a site whose neurons a depthwise convolution reads, one each, before a batch norm."""
+    if constant is not None:
+        yield from evidence_on_site(
+            site.name,
+            constant <= _VARIES,
+            constant.clip(min=0),
+            source=_ACTIVITY,
+            claim="alive",
+            basis="inferred",
+            measure="training steps since its output varied, about",
+            text=(
+                "By the running variance of the batch norm behind it, what the depthwise convolution made of its "
+                "output varied lately in training: it fires."
+            ),
+        )
+
+
+def _fires(found: NormBehindSite) -> Iterator[Evidence]:
+    """Yield evidence on a site whose output a batch norm normalises, if it is never negative."""
+    norm, mean = found.norm, found.mean
+    ratio = mean.square() / found.variance.clamp(min=_TINY)
+    lately = norm.has_clock
+    alive = norm.steps_of_decay(HALF_NORMAL / ratio.clamp(min=_TINY)) <= _VARIES
+    when = "lately" if lately else "at some time; whether lately is not known, since these statistics do not forget"
+    yield from evidence_on_site(
+        found.site.name,
+        alive & (mean > 0),
+        ratio / (1 + ratio),
+        source=_ACTIVITY,
+        claim="alive",
+        basis="inferred" if lately else "suspected",
+        measure="share of positions in training at which it fired, at least",
+        text=f"By the running mean and variance of the batch norm behind it, it fired in training {when}.",
+    )
