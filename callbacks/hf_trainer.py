@@ -62,19 +62,12 @@ def _callers() -> Iterator[dict[str, Any]]:
 
 
 class Event(NamedTuple):
-    """The arguments of a Trainer's event.
+    """The arguments of a Trainer's event."""
 
-    Attributes:
-        args: ``TrainingArguments``.
-        state: ``TrainerState``.
-        control: ``TrainerControl``.
-        is_log: Whether the event is ``on_log``: the Trainer is logging something itself.
-    """
-
-    args: Any
-    state: Any
-    control: Any
-    is_log: bool = False
+    args: Any  # ``TrainingArguments``
+    state: Any  # ``TrainerState``
+    control: Any  # ``TrainerControl``
+    is_log: bool = False  # whether the event is ``on_log``: the Trainer is logging something itself
 
 
 def trainer_logs(handler: CallbackHandler, own: TrainerCallback, event: Event) -> list[Log]:

@@ -54,13 +54,9 @@ class PhaseGate:
         self._pause_context.enter_context(self.scope.paused())
 
     def end_training_batch(self, step: int) -> bool:
-        """Close the gate after a batch of training.
+        """Close the gate after a batch of training, and return whether the step closed a window.
 
-        Args:
-            step: Optimizer steps taken so far. It stays the same while gradients are accumulated.
-
-        Returns:
-            Whether the step closed a window.
+        ``step`` is the number of optimizer steps taken so far: it stays the same while gradients are accumulated.
         """
         self.scope.close_step()
         closed = step != self.scope.global_step and self.scope.step(step)

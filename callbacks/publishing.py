@@ -169,15 +169,9 @@ class Publisher:
             self._training = report
 
     def _write_pages(self, report: Report, folders: Collection[str], *, picture: bool) -> list[Path]:
-        """Write the report as a page into the folder ``neuronscope`` of each folder, unless it is there.
+        """Write the report as a page, and the overview if wanted, into the folder ``neuronscope`` of each folder.
 
-        Args:
-            report: The report.
-            folders: The folders.
-            picture: Whether the overview is written beside it.
-
-        Returns:
-            Paths of all that is there when drawing is finished.
+        Return the paths of all that is there when drawing is finished.
         """
         written = []
         for folder in folders:

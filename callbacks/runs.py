@@ -76,9 +76,6 @@ class Runs:
     def begin_evaluation(self, model: nn.Module) -> None:
         """Attach for a validation or a test alone. The counts of a checkpoint do not replace those of a run.
 
-        Args:
-            model: The model.
-
         Raises:
             NothingToWatchError: The model has no activation.
         """
@@ -97,13 +94,10 @@ class Runs:
             self._open_windows = {}
 
     def detach(self, *, join: bool = True) -> None:
-        """Remove the hooks from the model.
+        """Remove the hooks from the model; ``join=False`` after an exception, which may be this rank's alone.
 
         At the end of training, a window that is long enough is closed for the report. In the state it stays open, so
         that training can continue in it.
-
-        Args:
-            join: Whether every rank calls this; ``False`` after an exception, which may be this rank's alone.
         """
         gate, self.gate = self.gate, None
         if gate is None:
@@ -120,8 +114,7 @@ class Runs:
     def give_up(self, error: Exception) -> None:
         """Count no more after an error of ours, perhaps on this rank alone; no other rank is kept waiting.
 
-        Args:
-            error: The error. Every later report begins with it.
+        Every later report begins with the error.
         """
         if self.scope is not None:
             self.scope.retire(error)
@@ -142,9 +135,6 @@ class Runs:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue what was counted: at once in a training that runs, otherwise when one begins.
-
-        Args:
-            state: The result of :meth:`state_dict`.
 
         Raises:
             StateError: The state is not one of a monitor, or of a later version.

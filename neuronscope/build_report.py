@@ -179,9 +179,7 @@ def _site(name: str, tally: Tally | None, total: Tally, record: PhaseRecord, pol
 def _notes(census: Census, broken_since: Collection[str]) -> tuple[str, ...]:
     """Return the notes on NaN, infinity, missing gradients, and several gradients of one output.
 
-    Args:
-        census: The judged window.
-        broken_since: Names of sites that gave NaN or infinity after it closed.
+    ``broken_since`` names the sites that gave NaN or infinity after the window closed.
     """
     if not census:
         return ("Nothing was observed: no activation was measured in this phase.",)
@@ -215,12 +213,7 @@ def _notes(census: Census, broken_since: Collection[str]) -> tuple[str, ...]:
 
 
 def _acting_linear(sites: Sequence[SiteReport], policy: Policy) -> tuple[str, ...]:
-    """Return the note on layers whose activation bent nothing in the judged window, if there are any.
-
-    Args:
-        sites: The layers of the report.
-        policy: The thresholds.
-    """
+    """Return the note on layers whose activation bent nothing in the judged window, if there are any."""
     found = [
         site
         for site in sites

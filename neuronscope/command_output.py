@@ -77,11 +77,7 @@ def add_check_option(command: argparse.ArgumentParser, what: str) -> None:
 
 
 def check_targets(parsed: argparse.Namespace) -> None:
-    """Check, before the long work begins, that the files can be written.
-
-    Raises:
-        UsageError: Some cannot.
-    """
+    """Raise UsageError before the long work begins if a file cannot be written."""
     _write_all((path, partial(check_writable, path)) for _, path in _targets(parsed))
 
 
@@ -147,14 +143,7 @@ def _write(report: Any, kind: str, path: Path) -> None:
 
 
 def _write_all(tasks: Iterable[tuple[Path | str, Callable[[], None]]]) -> None:
-    """Write to every target, even if one before it failed.
-
-    Args:
-        tasks: The name of each target for messages, and a function that writes to it.
-
-    Raises:
-        UsageError: Some targets cannot be written to.
-    """
+    """Call the function of each target, named for messages, even if one before it failed; then raise what failed."""
 
     def failure(target: Path | str, write: Callable[[], None]) -> str:
         try:

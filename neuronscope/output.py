@@ -15,14 +15,7 @@ __all__ = ["check_writable", "discard_output", "print_and_flush", "write_file", 
 
 
 def check_writable(path: str | Path) -> None:
-    """Raise early what :func:`write_file` would raise later, as far as that is known without writing.
-
-    Args:
-        path: Where the file will be written.
-
-    Raises:
-        OSError: ``path`` is a folder, its folder does not exist, or writing is not permitted.
-    """
+    """Raise early the OSError that :func:`write_file` would raise later, as far as it is known without writing."""
     path = Path(path)
     folder = Path(os.path.realpath(path)).parent
     if not folder.is_dir():

@@ -222,12 +222,7 @@ class _Sample:
         self._gradient_positions = 0
 
     def add(self, y: Tensor, layout: NeuronLayout) -> None:
-        """Keep every n-th position of a call, and ask for its gradient.
-
-        Args:
-            y: The output of the activation.
-            layout: Where its neurons lie.
-        """
+        """Keep every n-th position of a call's output, and ask for its gradient."""
         features = _by_position(y.detach(), layout)
         self._kept.append(features[-self._seen % self._stride :: self._stride].double())
         self._seen += len(features)

@@ -17,14 +17,10 @@ __all__ = ["Choice", "Chosen"]
 
 
 class Chosen(NamedTuple):
-    """A group that goes.
-
-    Attributes:
-        group: The group.
-        constants: Of each layer that read it and got a constant other than zero: the value of each column.
-    """
+    """A group that goes."""
 
     group: UnitGroup
+    #: Of each layer that read it and got a constant other than zero: the value of each column.
     constants: dict[str, list[float]]
 
 
@@ -49,11 +45,7 @@ class Choice:
         self._idle = {(site, neuron) for site, neurons in idle.items() for neuron in neurons}
 
     def add(self, groups: Iterable[UnitGroup]) -> None:
-        """Choose those of some groups that can go.
-
-        Args:
-            groups: The groups.
-        """
+        """Choose those of some groups that can go."""
         for group in groups:
             constants: dict[str, list[float]] = {}
             reason = group.blocked or self._find_constants(group, constants)

@@ -57,11 +57,7 @@ class ColumnRanges:
         self._ranges[path] = low, high
 
     def measured_at(self, path: str) -> bool:
-        """Whether a layer was seen to read anything; one whose weight a function was given was not.
-
-        Args:
-            path: Path of the layer.
-        """
+        """Whether a layer was seen to read anything; one whose weight a function was given was not."""
         return path in self._ranges
 
     def constants(self, path: str, columns: list[int]) -> list[float] | None:

@@ -219,13 +219,7 @@ def _plans(
 
 
 def _silent(window: Census, tally: Tally, last: IntArray) -> FloatArray:
-    """Return for how many examples each neuron of a site is silent, float64 ``(N,)``.
-
-    Args:
-        window: The newest closed window.
-        tally: The site's counts in it.
-        last: The step before the silence, int64 ``(N,)``.
-    """
+    """Return for how many examples each neuron of a site is silent since its ``last`` step, float64 ``(N,)``."""
     each_step = (tally.examples or tally.positions) / (window.last_step - window.first_step + 1)
     return (window.last_step - last).astype(np.float64) * each_step
 
@@ -317,11 +311,7 @@ def _checksums(plans: Sequence[_Intended], fresh: Mapping[str, Mapping[str, Tens
 
 
 def _initialised(layer: LayerWeights, rule: Rule) -> dict[str, Tensor]:
-    """Return the tensors of a copy of a layer on the CPU that its initialiser has filled.
-
-    Raises:
-        UsageError: It has no initialiser.
-    """
+    """Return the tensors of a copy of a layer on the CPU that its initialiser has filled."""
     module: Any = layer.module
     copy: Any = object.__new__(type(module))  # no hook of the layer's, and none of its numbers
     parameters = {

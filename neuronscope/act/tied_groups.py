@@ -50,11 +50,7 @@ class TiedGroups:
         self._modules: dict[str, nn.Module] = {}
 
     def resolved(self, groups: Iterable[UnitGroup]) -> Iterator[UnitGroup]:
-        """Yield groups; in place of those that only a sum keeps, what the sum ties, if torch-pruning knows it.
-
-        Args:
-            groups: The groups.
-        """
+        """Yield groups; in place of those that only a sum keeps, what the sum ties, if torch-pruning knows it."""
         for group in groups:
             rows = [(layer, row) for layer, own in group.rows.items() for row in own]
             if self._seen.intersection(rows):

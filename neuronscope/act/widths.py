@@ -22,9 +22,6 @@ _READ = ("in_features", "in_channels", "num_features", "nx")
 def widths_of(module: nn.Module) -> dict[str, int | bool]:
     """Return the numbers that a layer keeps of its widths, and whether it has a bias.
 
-    Args:
-        module: The layer.
-
     >>> widths_of(nn.Linear(3, 2))
     {'in_features': 3, 'out_features': 2, 'bias': True}
     """
@@ -114,12 +111,7 @@ def fold_columns(layer: LayerWeights, columns: Sequence[int], values: Sequence[f
 
 
 def _add_bias(module: nn.Module, added: Tensor) -> None:
-    """Add to the bias of a layer; a layer without one gets one.
-
-    Args:
-        module: The layer.
-        added: What to add, one number for each unit.
-    """
+    """Add one number for each unit to the bias of a layer; a layer without one gets one."""
     held, weight = module._parameters["bias"], module.get_parameter("weight")
     total = added if held is None else held.detach().double() + added
     module._parameters["bias"] = nn.Parameter(total.to(weight.dtype), requires_grad=weight.requires_grad)

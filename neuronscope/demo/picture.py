@@ -103,11 +103,7 @@ def house_style() -> Iterator[None]:
 
 @house_style()
 def comparison_png(result: Comparison) -> bytes:
-    """Return the picture of a comparison as PNG, 1200 x 1380 pixels.
-
-    Raises:
-        MissingExtraError: matplotlib is not installed.
-    """
+    """Return the picture of a comparison as PNG, 1200 x 1380 pixels."""
     content = io.BytesIO()
     figure = draw_comparison(result)
     figure.savefig(content, format="png", metadata={"Software": None}, pil_kwargs={"optimize": True})
@@ -116,11 +112,7 @@ def comparison_png(result: Comparison) -> bytes:
 
 @house_style()
 def draw_comparison(result: Comparison) -> Figure:
-    """Draw a comparison and return the figure. Lines are means over the seeds; bands and whiskers ± one deviation.
-
-    Raises:
-        MissingExtraError: matplotlib is not installed.
-    """
+    """Draw a comparison and return the figure. Lines are means over the seeds; bands and whiskers ± one deviation."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=_INCHES, dpi=_DPI)
@@ -158,15 +150,7 @@ def _subtitle(result: Comparison) -> str:
 
 
 def _draw_shares(panel: Axes, result: Comparison, names: list[str], title: str, label: str) -> None:
-    """Draw one fraction of the neurons over the steps, and name each line at its end.
-
-    Args:
-        panel: The axes.
-        result: The comparison.
-        names: Names of the variants to draw.
-        title: Title of the panel.
-        label: A field of :class:`~neuronscope.demo.results.Moment` that has a number for each layer.
-    """
+    """Draw one fraction of the neurons over the steps (a field of ``Moment``), and name each line at its end."""
     panel.set_title(title, x=-0.311, pad=17)
     panel.grid(axis="x", visible=False)
     steps = [scan.step for scan in result.runs[0].scans]
@@ -192,10 +176,7 @@ def _draw_shares(panel: Axes, result: Comparison, names: list[str], title: str, 
 def _name_lines(panel: Axes, step: int, ends: list[tuple[float, str, str]]) -> None:
     """Write a label to the right of each line's end, with enough distance between labels to read them.
 
-    Args:
-        panel: The axes.
-        step: The last step.
-        ends: Value, label and colour of each line, ascending by value.
+    ``ends`` has value, label and colour of each line, ascending by value.
     """
     height = panel.get_position().height * _INCHES[1] * 72
     most = panel.get_ylim()[1]

@@ -62,11 +62,7 @@ class VariantLog:
         self._writer.add_scalar("training/test_accuracy", epoch.accuracy, epoch.step)
 
     def means(self, runs: Sequence[Run]) -> None:
-        """Write the means over the seeds, from the scans before the first and after each epoch.
-
-        Args:
-            runs: The runs of the variant, one per seed.
-        """
+        """Write the means over a variant's runs, one per seed, from the scans before the first and after each epoch."""
         group = f"mean_of_{len(runs)}_seeds" if len(runs) > 1 else "one_seed"
         for moments in zip(*(run.scans for run in runs), strict=True):
             for name in ("dead", "dormant"):

@@ -205,14 +205,7 @@ def _followed(
 def _maps(
     model: nn.Module, call: Callable[[nn.Module, Any], Any], batch: Any, stretches: list[Stretch]
 ) -> list[CollapsedMap | None]:
-    """Return the map of each stretch, ``None`` where none could be computed.
-
-    Args:
-        model: The model.
-        call: Runs the model on a batch.
-        batch: The first batch.
-        stretches: What to compute.
-    """
+    """Return the map of each stretch, ``None`` where none could be computed."""
     exact, inputs = in_float64(model, call, batch) or (model, batch)
 
     def run(inputs: Any) -> Any:

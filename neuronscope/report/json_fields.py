@@ -199,11 +199,7 @@ class Fields:
         return dict(found)
 
     def fail(self, reason: str) -> NoReturn:
-        """Refuse the object.
-
-        Raises:
-            DamagedError: Always, with the reason.
-        """
+        """Refuse the object with a reason."""
         raise DamagedError(f"{self._place.rstrip('.')} {reason}")
 
 

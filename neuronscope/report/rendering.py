@@ -39,11 +39,7 @@ class LayersByName(Generic[LayerT]):
     layers: tuple[LayerT, ...]
 
     def __getitem__(self, name: str) -> LayerT:
-        """Return the layer with this name.
-
-        Raises:
-            KeyError: There is no such layer.
-        """
+        """Return the layer with this name; without one, raise KeyError."""
         for layer in self.layers:
             if layer.name == name:
                 return layer
@@ -69,11 +65,7 @@ class Shown:
         return self.to_text()
 
     def to_text(self, top: int = 20) -> str:
-        """Return the report as text for a terminal.
-
-        Args:
-            top: Most layers that get a row of the table: of more, the worst.
-        """
+        """Return the report as text for a terminal, with a row for at most ``top`` layers: of more, the worst."""
         text: str = self._writer("terminal").render(self, top)
         return text
 

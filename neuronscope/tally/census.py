@@ -178,13 +178,9 @@ class Tally:
         return _fraction(self.abs_sum, self.positions)
 
     def idle_since(self, last_active_step: IntArray) -> IntArray:
-        """Return how many positions of running counts are in the steps after some other ones.
+        """Return how many positions of running counts are in the steps after each neuron's given one, int64 ``(N,)``.
 
-        Args:
-            last_active_step: A step for each neuron, int64 ``(N,)``; −1 = before all of them.
-
-        Returns:
-            int64 ``(N,)``. What was counted since the newest step that was noted belongs to the step after it.
+        −1 = before all of them. What was counted since the newest step that was noted belongs to the step after it.
         """
         steps = np.array([step for step, _ in self.step_positions], dtype=np.int64)
         until = np.array([0, *(positions for _, positions in self.step_positions)], dtype=np.int64)
@@ -381,12 +377,7 @@ class Census(Mapping[str, Tally]):
 
 
 def _read_info(state: Mapping[str, Any]) -> SiteInfo:
-    """Return the description of a site that :meth:`Tally.state_dict` saved.
-
-    Raises:
-        TypeError: A field is unknown or missing.
-        ValueError: A field is not what it can be.
-    """
+    """Return the description of a site that :meth:`Tally.state_dict` saved; raise an error if it is none."""
     units = tuple((str(layer), int(start), int(stop), int(step)) for layer, start, stop, step in state.get("units", ()))
     if any(step == 0 or min(start, stop) < -1 for _, start, stop, step in units):
         raise ValueError("a run of units is not (layer, start, stop, step)")

@@ -91,11 +91,7 @@ class _LevelRows:
         self._count += 1
 
     def keep(self, places: Sequence[int]) -> None:
-        """Keep only some rows.
-
-        Args:
-            places: Their indices, ascending.
-        """
+        """Keep only the rows at some places, ascending."""
         if list(places) != [*range(len(places))]:
             self._array, self._viewed = self._array[places], 0
         self._count = len(places)
@@ -133,12 +129,8 @@ class _Trail:
     ) -> None:
         """Record which neurons died and which revived in a closed window.
 
-        Args:
-            step: Last step of the window.
-            tally: The counts of the window.
-            judgement: The verdicts on it.
-            last_active: Last step at which each neuron fired, int64 ``(N,)``.
-            observed: Steps observed in this window and the one before it, ascending.
+        ``last_active`` is the last step at which each neuron fired, int64 ``(N,)``; ``observed`` are the steps observed
+        in this window and the one before it, ascending.
         """
         died = judgement.dead & ~self.is_dead & (last_active >= 0)
         if died.any():
@@ -152,16 +144,9 @@ class _Trail:
         self.is_dead = (self.is_dead & ~revived) | judgement.dead
 
     def add_window(self, index: int, stride: int, step: int, tally: Tally, judgement: Judgement) -> None:
-        """Store the levels and totals of a closed window.
+        """Store the levels and totals of a closed window, of which ``index`` were closed before.
 
         The previous window was stored as the newest; it is dropped now unless its index is a multiple of the stride.
-
-        Args:
-            index: Number of windows closed before this one.
-            stride: Every how many windows one is kept.
-            step: Last step of the window.
-            tally: The counts of the window.
-            judgement: The verdicts on it.
         """
         if self.indices and self.indices[-1] % stride:
             self._keep([*range(len(self.indices) - 1)])
@@ -201,11 +186,7 @@ class _Trail:
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> _Trail:
-        """Return the history that :meth:`state_dict` saved.
-
-        Raises:
-            ValueError: A part of it is not what it can be.
-        """
+        """Return the history that :meth:`state_dict` saved; raise ValueError if a part of it is not what it can be."""
         neurons = len(state["died_step"])
         trail = cls(neurons)
         trail.indices = integers(state, "indices")
@@ -281,11 +262,7 @@ class History:
         return (self._trails.get(name) or _Trail(neurons)).snapshot()
 
     def state_dict(self, without: Collection[str] = ()) -> dict[str, Any]:
-        """Return the history as tensors and primitives.
-
-        Args:
-            without: Names of sites that are left out.
-        """
+        """Return the history as tensors and primitives, without the named sites."""
         return {
             "windows": self._windows,
             "stride": self._stride,

@@ -95,21 +95,12 @@ class PhaseRecord:
         return counters
 
     def describe_sites(self, describe: Callable[[SiteKey, SiteInfo], SiteInfo]) -> None:
-        """Replace what is known of each site.
-
-        Args:
-            describe: A function that returns what is known of a site by now, from its key and what was known before.
-        """
+        """Replace what is known of each site by what a function returns, given its key and what was known before."""
         for key, (info, counters) in list(self._counters.items()):
             self._counters[key] = describe(key, info), counters
 
     def _drop_other_width(self, name: str, widths: Collection[int]) -> None:
-        """Drop the loaded counts of a site if its width has changed: the model was changed since they were saved.
-
-        Args:
-            name: Name of the site.
-            widths: The numbers of neurons that still fit.
-        """
+        """Drop the loaded counts of a site whose width is none of these: the model was changed since then."""
         for window in ("_flushed", "closed", "last"):
             census: Census = getattr(self, window)
             if name in census and census[name].neurons not in widths:
@@ -197,11 +188,7 @@ class PhaseRecord:
         return {key: site for key, site in self._counters.items() if not site[1].incomplete}
 
     def flush(self, join: Join | None = None) -> None:
-        """Move the running counts into the census of the open window.
-
-        Args:
-            join: A function that adds up the counts of all ranks; ``None`` = keep those of this rank.
-        """
+        """Move the running counts, which ``join`` adds up over all ranks, into the census of the open window."""
         with self._lock:
             running = self._running()
             for _, counters in self._counters.values():
@@ -264,10 +251,8 @@ class PhaseRecord:
     def has_enough_examples(self, *, final: bool = False) -> bool:
         """Whether the flushed part of the open window has enough examples for the policy at each site that ran in it.
 
-        Every rank answers alike, because all have the same flushed counts.
-
-        Args:
-            final: Whether the watch ends, so that no more examples will come: enough at one site are then enough.
+        If the watch ends, no more examples will come: enough at one site are then enough. Every rank answers alike,
+        because all have the same flushed counts.
         """
         examples = self._flushed_examples().values()
         if final:
@@ -300,25 +285,14 @@ class PhaseRecord:
                     counters.reset()
 
     def release(self, sites: Collection[SiteKey]) -> None:
-        """Let go of the counters of some sites, whose counts were flushed or discarded.
-
-        Args:
-            sites: The sites.
-        """
+        """Let go of the counters of some sites, whose counts were flushed or discarded."""
         with self._lock:
             for key in sites:
                 self._counters.pop(key, None)
             self._sparse = [counters for info, counters in self._counters.values() if info.kind == "sparse"]
 
     def census(self, window: str) -> Census:
-        """Return the census of a window.
-
-        Args:
-            window: ``all``, ``last`` or ``open``; without the sites in :attr:`left`.
-
-        Raises:
-            UsageError: There is no such window.
-        """
+        """Return the census of a window, ``all``, ``last`` or ``open``, without the sites in :attr:`left`."""
         left = self.left
         if window == "all":
             return _together(self.closed, self.open()).without(*left)
@@ -392,17 +366,9 @@ def _together(census: Census, later: Census) -> Census:
 
 
 def _check_together(flushed: Census, closed: Census, last: Census, history: History, steps: Sequence[int]) -> None:
-    """Check that the parts of a saved record fit each other.
+    """Raise ValueError if the parts of a saved record do not fit each other.
 
-    Args:
-        flushed: The open window.
-        closed: All closed windows.
-        last: The newest of them.
-        history: The history.
-        steps: Observed steps of the newest closed window and of the open one.
-
-    Raises:
-        ValueError: They do not.
+    ``steps`` are the observed ones of the newest closed window and of the open one.
     """
     if any(one >= later for one, later in itertools.pairwise(steps)):
         raise ValueError("the observed steps do not ascend")

@@ -137,13 +137,8 @@ class RecordedPhases(Mapping[str, PhaseRecord]):
     def close_windows(self, *, final: bool = False) -> bool:
         """Close the window of training if it has enough examples, and that of inference with it.
 
-        If nothing of training was ever seen, inference has windows by the same rule.
-
-        Args:
-            final: Whether no rank will see more.
-
-        Returns:
-            Whether a window was closed.
+        Return whether one was closed. If nothing of training was ever seen, inference has windows by the same rule.
+        ``final``: no rank will see more.
         """
         train, inference = self.record("train"), self.inference
         closed = train.has_enough_examples(final=final) and train.close()

@@ -15,19 +15,12 @@ __all__ = ["Group", "group_sites", "shared_prefix"]
 
 @dataclass(frozen=True)
 class Group:
-    """Layers that are shown as one.
+    """Layers that are shown as one."""
 
-    Attributes:
-        first: The layer's name; for several, the path that they share (or the first of several such paths).
-        last: The last of several paths; ``None`` if there is only one.
-        sites: Names of its layers.
-        single: Whether it is one layer under its own name.
-    """
-
-    first: str
-    last: str | None
-    sites: tuple[str, ...]
-    single: bool
+    first: str  # the layer's name; for several, the path that they share (or the first of several such paths)
+    last: str | None  # the last of several paths; ``None`` if there is only one
+    sites: tuple[str, ...]  # names of its layers
+    single: bool  # whether it is one layer under its own name
 
     @property
     def label(self) -> str:

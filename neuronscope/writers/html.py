@@ -169,12 +169,7 @@ def _timeline(report: Report) -> Any:
 
 
 def _comparison(found: ReportComparison, name: str) -> dict[str, Any]:
-    """Return what the page shows of a comparison: the layers with the most changes, and how many more there are.
-
-    Args:
-        found: The comparison.
-        name: The other report's name; ``""`` = its phase and step.
-    """
+    """Return what the page shows of a comparison: the layers with the most changes, and how many more there are."""
     changed = sorted(
         (layer for layer in found.layers if layer.died.size or layer.revived.size),
         key=lambda layer: layer.died.size + layer.revived.size,

@@ -31,14 +31,7 @@ BOLD = {"alarm": ("dead", "not_finite"), "bad": ("dead", "dead_share"), "unknown
 
 
 def render(report: Report) -> str:
-    """Write a report as markdown.
-
-    Args:
-        report: The report.
-
-    Returns:
-        Markdown that ends with a line end.
-    """
+    """Write a report as markdown that ends with a line end."""
     blocks = [f"**{plain(report.fault)}**"] if report.fault else []
     basis = plain(wording.based_on(report))
     blocks += [f"## Neuronscope: {plain(wording.title(report))}", f"**{basis}**" if report.provisional else basis]

@@ -147,21 +147,13 @@ def verdict_levels(site: SiteReport) -> ByteArray:
 
 @dataclass(frozen=True)
 class Resolution:
-    """How finely a layer is packed.
+    """How finely a layer is packed."""
 
-    Attributes:
-        columns: Most windows that are kept; they are spread evenly and include the first and the last one.
-        rows: Most rows that are kept; if there are more neurons, neighbours share a row.
-        greys: Steps between "never zero" and "always zero".
-        steps: Whether each neuron's death and revival steps are kept.
-        neurons: Whether each neuron's index, label and fraction are kept.
-    """
-
-    columns: int
-    rows: int
-    greys: int = LEVEL_MAX
-    steps: bool = True
-    neurons: bool = True
+    columns: int  # most windows that are kept; they are spread evenly and include the first and the last one
+    rows: int  # most rows that are kept; if there are more neurons, neighbours share a row
+    greys: int = LEVEL_MAX  # steps between "never zero" and "always zero"
+    steps: bool = True  # whether each neuron's death and revival steps are kept
+    neurons: bool = True  # whether each neuron's index, label and fraction are kept
 
 
 #: From everything to little; the first that fits the budget is taken, or else the last.
@@ -185,23 +177,16 @@ LADDER = (
 
 @dataclass(frozen=True)
 class Packed:
-    """A layer's neurons and history, packed (``N`` neurons, ``R`` rows, ``C`` columns).
+    """A layer's neurons and history, packed (``N`` neurons, ``R`` rows, ``C`` columns)."""
 
-    Attributes:
-        steps: Last step of each column, rising, ``C`` numbers.
-        windows: Number of windows of the history; more than ``C`` if some were left out.
-        rows: ``R``; row ``r`` holds the neurons from ``r * N // R`` up to ``(r + 1) * N // R``, sorted worst first.
-        resolution: What was kept.
-        data: Base64 of the zlib-deflated planes, one after another, each one byte an item: if ``resolution.neurons``,
-            index (4 planes of N, lowest byte first), label and fraction (N each); if ``resolution.steps`` too, death
-            step + 1 and revival step + 1 (4 planes of N each); then share of dead (R × C, row by row; 0 only for
-            none, 255 only for all) and level of the rest (R × C).
-    """
-
-    steps: list[int]
-    windows: int
-    rows: int
-    resolution: Resolution
+    steps: list[int]  # last step of each column, rising, ``C`` numbers
+    windows: int  # number of windows of the history; more than ``C`` if some were left out
+    rows: int  # ``R``; row ``r`` holds the neurons from ``r * N // R`` up to ``(r + 1) * N // R``, sorted worst first
+    resolution: Resolution  # what was kept
+    #: Base64 of the zlib-deflated planes, one after another, each one byte an item: if ``resolution.neurons``, index (4
+    #: planes of N, lowest byte first), label and fraction (N each); if ``resolution.steps`` too, death step + 1 and
+    #: revival step + 1 (4 planes of N each); then share of dead (R × C, row by row; 0 only for none, 255 only for all)
+    #: and level of the rest (R × C).
     data: str
 
 
@@ -237,18 +222,13 @@ def pack(site: SiteReport, budget: int, step: int) -> Packed:
 
 @dataclass(frozen=True)
 class NetworkMap:
-    """The history of all layers, packed (``L`` layers, ``C`` columns).
+    """The history of all layers, packed (``L`` layers, ``C`` columns)."""
 
-    Attributes:
-        steps: Last step of each column, rising, ``C`` numbers.
-        windows: Number of windows; more than ``C`` if some were left out.
-        data: Base64 of the zlib-deflated planes, one after another: neurons (4 planes of L, lowest byte first),
-            dead neurons (4 planes of L × C, layer by layer), level of the rest (L × C, one byte each), and the names of
-            the layers as JSON.
-    """
-
-    steps: list[int]
-    windows: int
+    steps: list[int]  # last step of each column, rising, ``C`` numbers
+    windows: int  # number of windows; more than ``C`` if some were left out
+    #: Base64 of the zlib-deflated planes, one after another: neurons (4 planes of L, lowest byte first), dead neurons
+    #: (4 planes of L × C, layer by layer), level of the rest (L × C, one byte each), and the names of the layers as
+    #: JSON.
     data: str
 
 
@@ -302,15 +282,7 @@ def summarise_histories(
 
 
 def _worst_first(site: SiteReport, levels: ByteArray) -> IntArray:
-    """Sort neurons by label (worst first), earliest death, most dead windows, most zeros.
-
-    Args:
-        site: The layer.
-        levels: Its history, uint8 ``(W, N)``.
-
-    Returns:
-        Indices, int64 ``(N,)``.
-    """
+    """Return the neurons by label (worst first), earliest death, most dead windows, most zeros, int64 ``(N,)``."""
     labels = site.judgement.labels()
     rank = np.where(labels == LABELS.index("unseen"), len(LABELS), labels)
     return np.lexsort(
@@ -356,11 +328,8 @@ def _coarse(plane: ByteArray, greys: int, top: int) -> ByteArray:
 def _bands(levels: ByteArray, rows: int) -> tuple[ByteArray, ByteArray]:
     """Return the share of dead and the level of the rest, uint8 ``(rows, C)`` each.
 
-    The rest of a band is not finite if any of it is; else it is what most of it is; fractions are averaged.
-
-    Args:
-        levels: uint8 ``(C, N)``, neurons sorted worst first.
-        rows: Number of bands.
+    Levels are uint8 ``(C, N)``, neurons sorted worst first. The rest of a band is not finite if any of it is; else it
+    is what most of it is; fractions are averaged.
     """
     columns, neurons = levels.shape
     starts = np.arange(rows) * neurons // rows

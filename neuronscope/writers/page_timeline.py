@@ -24,34 +24,21 @@ _SERIES = (("learning_rate", "learning rate"), ("loss", "loss"), ("gradient_norm
 
 @dataclass(frozen=True)
 class Track:
-    """One drawing of the timeline.
+    """One drawing of the timeline."""
 
-    Attributes:
-        name: What it shows.
-        css: Its CSS class.
-        scale: Its highest value, in words.
-        path: An SVG path over ``0 0 WIDTH HEIGHT``.
-    """
-
-    name: str
+    name: str  # what it shows
     css: str
-    scale: str
-    path: str
+    scale: str  # its highest value, in words
+    path: str  # an SVG path over ``0 0 WIDTH HEIGHT``
 
 
 @dataclass(frozen=True)
 class Timeline:
-    """Drawings over the steps of a run, one below the other.
-
-    Attributes:
-        tracks: The drawings.
-        marks: Where checkpoints were saved, from 0 to ``WIDTH``.
-        ticks: Steps to write below the drawings, evenly spaced from the first to the last.
-    """
+    """Drawings over the steps of a run, one below the other."""
 
     tracks: list[Track]
-    marks: list[float]
-    ticks: list[int]
+    marks: list[float]  # where checkpoints were saved, from 0 to ``WIDTH``
+    ticks: list[int]  # steps to write below the drawings, evenly spaced from the first to the last
 
 
 def timeline(

@@ -50,17 +50,11 @@ _FIELDS = {"label": "u1", "level": "u1", "mean": "<f4", "last_active_step": "<i8
 
 
 class _Rung(NamedTuple):
-    """How finely histories are kept.
+    """How finely histories are kept."""
 
-    Attributes:
-        windows: Most windows.
-        shades: Steps between "never zero" and "always zero"; 0 keeps one for each neuron: its mean over the windows.
-        bits: Bits that a neuron takes in a window, about.
-    """
-
-    windows: int
-    shades: int
-    bits: float
+    windows: int  # most windows
+    shades: int  # steps between "never zero" and "always zero"; 0 keeps one for each neuron: its mean over the windows
+    bits: float  # bits that a neuron takes in a window, about
 
 
 #: Shades where there is no room for all.
@@ -69,14 +63,7 @@ _LADDER = (_Rung(256, LEVEL_MAX, 8), _Rung(64, LEVEL_MAX, 8), _Rung(64, _FEW, 5)
 
 
 def to_bytes(report: Report) -> bytes:
-    """Pack a report.
-
-    Args:
-        report: The report.
-
-    Returns:
-        The bytes: at most some 250 kB for the history, and two or three bytes a neuron.
-    """
+    """Pack a report: at most some 250 kB for the history, and two or three bytes a neuron."""
     rung = next((rung for rung in _LADDER if _size(report, rung) <= BUDGET), _LADDER[-1])
     histories = [_thinned(site.history, rung) for site in report.layers]
     notes = [*report.notes, *_left_out(report, histories, rung)]

@@ -198,11 +198,7 @@ def not_in_totals(site: SiteReport) -> str:
 
 
 def weights(sites: Sequence[SiteReport]) -> list[str]:
-    """Say which weights lead into the neurons of each layer that has idle ones, and which read them.
-
-    Args:
-        sites: The layers that are shown.
-    """
+    """Say which weights lead into the neurons of each layer that has idle ones, and which read them."""
     return [
         f"{visible(site.name)}: {weights_of(site)}"
         for site in sites
@@ -211,11 +207,7 @@ def weights(sites: Sequence[SiteReport]) -> list[str]:
 
 
 def sparse(sites: Sequence[SiteReport]) -> list[str]:
-    """Say of each layer of latents how many never fired, not lately, and how often the others do.
-
-    Args:
-        sites: The layers that are shown.
-    """
+    """Say of each layer of latents how many never fired, not lately, and how often the others do."""
     return [f"{visible(site.name)}: {_sparse(site)}" for site in sites if site.kind == "sparse" and not site.is_unseen]
 
 
@@ -291,11 +283,7 @@ def _sparse(site: SiteReport) -> str:
 
 
 def weights_of(site: SiteReport) -> str:
-    """Say which weights lead into a layer's neurons, and which read them.
-
-    Args:
-        site: The layer, with weights that lead into it.
-    """
+    """Say which weights lead into a layer's neurons, and which read them."""
     rows = _layers(each.layer for each in site.incoming)
     if site.weights_unknown:
         return f"rows of {rows}; not known exactly: {visible(site.weights_unknown)}"
@@ -379,13 +367,7 @@ def severity(site: SiteReport) -> tuple[float, float]:
 
 @dataclass(frozen=True)
 class SiteCells:
-    """The table cells of one layer.
-
-    Attributes:
-        mark: The mark of a layer that is not in the totals; ``""`` for others.
-        tone: ``alarm`` (not finite), ``bad`` (dead neurons), ``warn`` (silent, dormant or cut off), ``unknown``
-            (unseen) or ``calm``.
-    """
+    """The table cells of one layer."""
 
     name: str
     activation: str
@@ -401,8 +383,10 @@ class SiteCells:
     worst: str
     examples: str
     bound: str
+    #: ``alarm`` (not finite), ``bad`` (dead neurons), ``warn`` (silent, dormant or cut off), ``unknown`` (unseen) or
+    #: ``calm``.
     tone: str
-    mark: str = ""
+    mark: str = ""  # the mark of a layer that is not in the totals; ``""`` for others
 
     @property
     def marked_name(self) -> str:

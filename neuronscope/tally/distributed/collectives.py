@@ -32,13 +32,9 @@ def world_size() -> int:
 
 
 def base_group(given: ProcessGroup) -> dist.ProcessGroup | None:
-    """Return the process group whose ranks join their counts.
+    """Return the process group whose ranks join their counts, given the option ``process_group``.
 
-    Args:
-        given: The option ``process_group`` of :func:`neuronscope.watch`.
-
-    Returns:
-        ``None`` if nothing is distributed, or this rank is not in the group.
+    ``None`` if nothing is distributed, or this rank is not in the group.
     """
     if not (dist.is_available() and dist.is_initialized()):
         return None

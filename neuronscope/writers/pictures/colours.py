@@ -75,14 +75,7 @@ SERIES: tuple[Colour, ...] = (
 
 
 def share_colours(shares: FloatArray) -> ByteArray:
-    """Return the colours of dead shares.
-
-    Args:
-        shares: Shares in [0, 1], any shape ``S``, without NaN; exactly 0 has a colour of its own.
-
-    Returns:
-        uint8 ``S + (3,)``.
-    """
+    """Return the colours of dead shares in [0, 1], any shape ``S``, as uint8 ``S + (3,)``; exactly 0 has its own."""
     stops = [stop for stop, _ in _SHARE_STOPS]
     channels = [np.interp(shares, stops, [colour[c] for _, colour in _SHARE_STOPS]) for c in range(3)]
     colours = np.rint(np.stack(channels, axis=-1)).astype(np.uint8)

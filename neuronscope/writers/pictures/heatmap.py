@@ -146,12 +146,9 @@ def _group_of(site: SiteReport) -> IntArray:
 def _layout(site: SiteReport) -> tuple[IntArray, IntArray, int]:
     """Distribute neurons, sorted by :func:`order`, over rows of cells.
 
-    If there are more neurons than rows, every group that is not empty still gets three rows: two dead neurons of four
-    thousand must not vanish in a line too thin to see.
-
-    Returns:
-        First neuron of each row, int64 ``(R,)``; the row at which each of the groups begins, and the end,
-        int64 ``(G + 1,)``; pixels to a row.
+    Return the first neuron of each row, int64 ``(R,)``; the row at which each of the groups begins, and the end, int64
+    ``(G + 1,)``; pixels to a row. If there are more neurons than rows, every group that is not empty still gets three
+    rows: two dead neurons of four thousand must not vanish in a line too thin to see.
     """
     group = _group_of(site)
     sizes = np.array([(group == index).sum() for index in range(len(_GROUPS))])

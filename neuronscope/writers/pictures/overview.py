@@ -40,15 +40,10 @@ _TITLE, _TEXT = 36, 22
 
 
 def overview(report: Report) -> ByteArray:
-    """Draw a report as one picture of all its layers over all its windows.
+    """Draw a report as one picture of all its layers over all its windows, uint8 ``(H, 784, 3)``.
 
-    Args:
-        report: The report.
-
-    Returns:
-        uint8 ``(H, 784, 3)``; 430 high for up to a dozen rows, and 30 more for each line below them: if the
-        picture shows more than dead shares, if some layers are not in the totals, and if the window is too short for
-        the policy.
+    It is 430 high for up to a dozen rows, and 30 more for each line below them: if the picture shows more than dead
+    shares, if some layers are not in the totals, and if the window is too short for the policy.
     """
     rows = rows_of(report, MOST_ROWS)
     height = min(56, max(22, (_HEIGHT - _TOP - _BOTTOM) // max(len(rows), 1)))
@@ -120,15 +115,7 @@ def _subtitle(report: Report, rows: list[Row]) -> str:
 
 
 def _numbers(canvas: Canvas, row: Row, edges: Mapping[str, float], baseline: float, size: int) -> None:
-    """Write a row's shares by label.
-
-    Args:
-        canvas: The picture.
-        row: The row.
-        edges: The right edge of each column, by label.
-        baseline: Where the text stands.
-        size: Size of the text.
-    """
+    """Write a row's shares by label, each at the right edge of its column."""
     for label, edge in edges.items():
         number = getattr(row, label)
         text = share(number, row.observed) if not row.broken else ("NaN" if label == "dead" else "")
@@ -150,16 +137,7 @@ def _strip(row: Row, axis: StepAxis, height: int) -> ByteArray:
 
 
 def _most(values: FloatArray, first: IntArray, last: IntArray) -> FloatArray:
-    """Return the greatest value of each range of windows.
-
-    Args:
-        values: Value of each window, float64 ``(W,)``.
-        first: First window of each range, int64 ``(R,)``.
-        last: Last window of each range plus one, int64 ``(R,)``.
-
-    Returns:
-        float64 ``(R,)``; −1 for an empty range.
-    """
+    """Return the greatest value of each range of windows, float64 ``(R,)``; −1 for an empty range."""
     padded = np.append(values, -1.0)
     most = np.maximum.reduceat(
         padded, np.stack([first, np.maximum(last, first + 1)], axis=1).ravel().clip(0, len(values))

@@ -19,33 +19,19 @@ __all__ = ["Row", "rows_of"]
 
 @dataclass(frozen=True)
 class Row:
-    """One row of an overview (``W`` windows).
-
-    Attributes:
-        label: Its name.
-        mark: The mark of layers that are not in the totals; ``""`` for others.
-        sites: Number of layers in it.
-        steps: Last step of each window, rising, int64 ``(W,)``.
-        share: Dead neurons ÷ observed neurons in each window, float64 ``(W,)``; NaN if none was observed.
-        not_finite: Whether any neuron gave NaN or infinity in each window, bool ``(W,)``.
-        observed: Neurons observed in the report's window.
-        dead: Dead neurons in it.
-        silent: Silent neurons in it.
-        dormant: Dormant neurons in it.
-        broken: Neurons in it that gave NaN or infinity.
-    """
+    """One row of an overview (``W`` windows)."""
 
     label: str
-    mark: str
-    sites: int
-    steps: IntArray
-    share: FloatArray
-    not_finite: BoolArray
-    observed: int
-    dead: int
-    silent: int
-    dormant: int
-    broken: int
+    mark: str  # the mark of layers that are not in the totals; ``""`` for others
+    sites: int  # number of layers in it
+    steps: IntArray  # last step of each window, rising, int64 ``(W,)``
+    share: FloatArray  # dead neurons ÷ observed neurons in each window, float64 ``(W,)``; NaN if none was observed
+    not_finite: BoolArray  # whether any neuron gave NaN or infinity in each window, bool ``(W,)``
+    observed: int  # neurons observed in the report's window
+    dead: int  # dead neurons in it
+    silent: int  # silent neurons in it
+    dormant: int  # dormant neurons in it
+    broken: int  # neurons in it that gave NaN or infinity
 
 
 def rows_of(report: Report, most: int) -> list[Row]:

@@ -240,18 +240,10 @@ def _heatmaps(report: Report) -> list[tuple[str, SiteReport]]:
 
 
 def _add_summary(writer: Any, made: Summary, step: int) -> None:
-    """Write a summary to the event file of a writer.
+    """Write a summary to the event file of a ``SummaryWriter`` or :class:`EncodedEvents`.
 
     A ``SummaryWriter`` has no method for a whole summary. Its ``file_writer`` has: a public attribute in torch and
     tensorboardX, though neither documents it. It is ``None`` after the writer was closed; writing a scalar opens it.
-
-    Args:
-        writer: A ``SummaryWriter`` or :class:`EncodedEvents`.
-        made: The summary.
-        step: The step.
-
-    Raises:
-        UsageError: The writer was closed.
     """
     file_writer = writer.file_writer
     if file_writer is None:

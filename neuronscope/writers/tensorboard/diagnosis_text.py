@@ -31,11 +31,7 @@ COLUMNS = (
 def diagnosis(report: Report) -> str:
     """Write what is wrong with a network as markdown: what happened, why, and what to do come before the numbers.
 
-    Args:
-        report: The report.
-
-    Returns:
-        Markdown that ends with a line end; every name in it is inert.
+    It ends with a line end; every name in it is inert.
     """
     blocks = [f"**{plain(report.fault)}**"] if report.fault else []
     sentences = wording.findings(report)

@@ -148,10 +148,7 @@ class EventFile:
         return type(self), (self.run,)
 
     def append(self, data: bytes) -> None:
-        """Append records: all of them, or none.
-
-        Args:
-            data: Records from :class:`EncodedEvents`.
+        """Append records from :class:`EncodedEvents`: all of them, or none.
 
         Raises:
             OSError: They cannot be written, or would leave too little room on the disk.

@@ -142,16 +142,7 @@ def _changes_of(totals: Totals, since: int | None) -> tuple[int, int]:
 
 
 def _count_changes(first: int, count: int, labels_in: Callable[[int], ByteArray]) -> tuple[int, int]:
-    """Count the deaths and revivals in the windows ``first`` … ``count − 1``.
-
-    Args:
-        first: The first window.
-        count: Number of windows.
-        labels_in: Returns the labels in a window, uint8 ``(N,)``.
-
-    Returns:
-        Deaths and revivals.
-    """
+    """Return the deaths and revivals in the windows from ``first`` on; ``labels_in`` gives a window's labels."""
     start = max(first, 1)
     if start >= count:
         return 0, 0
