@@ -188,14 +188,11 @@ def save_state(folder: Path, key: str, state: dict[str, Any]) -> None:
 
 
 def load_state(folder: Path, key: str) -> dict[str, Any] | None:
-    """Load the state that a callback saved; ``None`` if no callback saved one.
+    """Load the state that a callback saved; ``None`` if none did, StateError if something else wrote the file.
 
     Args:
         folder: The checkpoint's folder.
         key: The callback's ``state_key``.
-
-    Raises:
-        StateError: The file was not written by :func:`save_state`.
     """
     return _load(folder).get(key)
 

@@ -28,13 +28,8 @@ _STATE_VERSION = 1
 class Runs:
     """Makes a scope for each run of one monitor, and hands the counts on.
 
-    Args:
-        options: What is watched, and how often.
-        step_is_model: See :class:`neuronscope.callbacks.phase_gate.PhaseGate`.
-
-    Attributes:
-        scope: The scope that watches the model now, or watched it last; ``None`` before the first run.
-        gate: The scope's gate while it is attached, otherwise ``None``.
+    ``scope`` watches the model now, or watched it last; ``None`` before the first run. ``gate`` is the scope's gate
+    while it is attached, otherwise ``None``.
     """
 
     def __init__(self, options: WatchOptions, *, step_is_model: bool = True) -> None:
@@ -64,9 +59,6 @@ class Runs:
         Args:
             model: The model.
             step: The Trainer's step; 0 before that of a checkpoint is known.
-
-        Raises:
-            NothingToWatchError: The model has no activation.
         """
         before = self.state_dict() if self.scope is not None and step >= self.scope.global_step else None
         self._attach(model, self._loaded or before)

@@ -87,9 +87,6 @@ def write_report(report: Shown, parsed: argparse.Namespace) -> None:
     Args:
         report: The report.
         parsed: The options.
-
-    Raises:
-        UsageError: Some cannot be written.
     """
     tasks: list[tuple[Path | str, Callable[[], None]]] = []
     if not parsed.quiet:
@@ -108,9 +105,6 @@ def check_dead(report: Report | PostmortemReport, limit: float, not_finite: int,
         limit: Percent.
         not_finite: Number of neurons that are NaN or infinite.
         remark: What to add about how sure it is.
-
-    Raises:
-        UsageError: No neuron was examined, so there is nothing to check.
     """
     dead = report.dead_percent
     counted = f"{report.dead:,} of {report.judged_neurons:,} neurons ({dead:.4g} %) are dead{remark}"
@@ -172,9 +166,6 @@ def number_between(text: str, highest: float, what: str) -> float:
         text: The argument.
         highest: The highest number that is allowed.
         what: What was expected, in words.
-
-    Raises:
-        argparse.ArgumentTypeError: It is no such number.
     """
     try:
         number = float(text)

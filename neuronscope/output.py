@@ -37,9 +37,6 @@ def write_if_named(text: str, path: str | Path | None) -> str:
     Args:
         text: The text.
         path: The file; ``None`` = none.
-
-    Raises:
-        OSError: The file cannot be written; the error names ``path``.
     """
     if path is not None:
         write_file(path, text)

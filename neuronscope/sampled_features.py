@@ -207,11 +207,7 @@ def representation(
 
 
 class _Sample:
-    """Keeps the features of some positions of a site, and adds up the magnitudes of its gradients.
-
-    Args:
-        rows: Largest number of positions to keep.
-    """
+    """Keeps the features of some positions of a site, and adds up the magnitudes of its gradients."""
 
     def __init__(self, rows: int) -> None:
         self._rows = rows
@@ -291,7 +287,7 @@ def _ranks(features: Tensor) -> tuple[float, float]:
 
 
 def has_low_gradient(mean_abs_gradient: FloatArray, tau: float) -> BoolArray:
-    """Return which neurons have a GraMa score of at most ``tau``.
+    """Return which neurons have a finite GraMa score of at most ``tau``, bool ``(N,)``.
 
     Nothing is added to the layer's mean, as it is for outputs: the gradients of a mean over a large batch are often
     smaller than that, and the score must not depend on the scale of the loss.
@@ -299,9 +295,6 @@ def has_low_gradient(mean_abs_gradient: FloatArray, tau: float) -> BoolArray:
     Args:
         mean_abs_gradient: Mean of ``|∂L/∂y|`` over positions, float64 ``(N,)``.
         tau: The threshold.
-
-    Returns:
-        bool ``(N,)``; False where the mean is not finite.
     """
     finite = np.isfinite(mean_abs_gradient)
     mean = mean_abs_gradient[finite].mean() if finite.any() else 0.0

@@ -25,16 +25,9 @@ class Chosen(NamedTuple):
 
 
 class Choice:
-    """Chooses the groups that go, and says why others stay.
+    """Chooses the groups that go, and says why others stay, and how many of the idle neurons that a report names.
 
-    Args:
-        structure: The model's weights.
-        ranges: What each layer read in each column; ``None`` if there was no data.
-        idle: The neurons that a report calls idle, by the site's name.
-
-    Attributes:
-        chosen: The groups that go.
-        kept: Why idle neurons stay, and how many.
+    Without ranges of what each layer read in each column, there was no data.
     """
 
     def __init__(self, structure: Structure, ranges: ColumnRanges | None, idle: Mapping[str, Iterable[int]]) -> None:

@@ -16,11 +16,7 @@ __all__ = ["ColumnRanges"]
 
 
 class ColumnRanges:
-    """Smallest and largest values of the columns of layers, which hooks measure while a model runs.
-
-    Args:
-        layers: The layers.
-    """
+    """Smallest and largest values of the columns of layers, which hooks measure while a model runs."""
 
     def __init__(self, layers: Iterable[LayerWeights]) -> None:
         self._layers = [layer for layer in layers if layer.columns]

@@ -136,10 +136,6 @@ def revive_in(scope: Scope, window: Census, optimizer: Optimizers, rule: Rule, *
         optimizer: The optimizer of the model's weights, or several.
         rule: The rule.
         seed: See :func:`revive`.
-
-    Raises:
-        DetachedError: The scope was detached.
-        UsageError: The argument is no optimizer, or the optimizer has no weight of the model.
     """
     try:
         plans, left, held = _plans(scope, window, every_optimizer(optimizer), rule)

@@ -341,9 +341,6 @@ def as_rule(rule: Any, policy: Policy) -> Rule:
     Args:
         rule: A rule, or ``dead`` or ``dormant``.
         policy: The thresholds of the watch, for ``dormant``.
-
-    Raises:
-        UsageError: It is anything else.
     """
     named: dict[str, Rule] = {"dead": Dead(), "dormant": ReDo(policy.dormant_tau)}
     if isinstance(rule, Rule):

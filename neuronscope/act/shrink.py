@@ -252,19 +252,7 @@ def _own_widths(site: SiteReport) -> str:
 
 
 class _Seen:
-    """What a forward over data shows of a model: what goes together, and what each layer reads.
-
-    Args:
-        model: The model.
-        structure: Its weights.
-        batches: The data.
-        call: Runs the model on a batch.
-
-    Attributes:
-        report: The report on the data.
-        ranges: What each layer read in each column.
-        first: The first batch.
-    """
+    """What a forward over data shows of a model: what goes together, and what each layer reads."""
 
     def __init__(
         self, model: nn.Module, structure: Structure, batches: Iterable[Any], call: Callable[[nn.Module, Any], Any]

@@ -24,15 +24,7 @@ _ADDED = "added in"
 
 
 class TiedGroups:
-    """Groups of channels that residual sums tie.
-
-    Args:
-        model: The model.
-        structure: Its weights.
-        call: Runs the model on a batch.
-        batch: A batch.
-        sites: Of each layer and row: the sites and neurons that it leads into.
-    """
+    """Groups of channels that residual sums tie; ``sites`` are the neurons that each row of each layer leads into."""
 
     def __init__(
         self,

@@ -28,11 +28,7 @@ class UnitGroup(NamedTuple):
 
 
 class UnitGroups:
-    """Groups of rows, columns and neurons.
-
-    Args:
-        structure: The weights of the model.
-    """
+    """Groups of rows, columns and neurons."""
 
     def __init__(self, structure: Structure) -> None:
         self._structure = structure

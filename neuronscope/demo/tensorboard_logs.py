@@ -24,12 +24,7 @@ _PICTURES_EVERY = 5
 
 
 class VariantLog:
-    """Write the log of one variant. A context manager that closes the file.
-
-    Args:
-        folder: Folder of the run.
-        neurons: Number of hidden neurons of the network.
-    """
+    """Write the log of one variant. A context manager that closes the file."""
 
     def __init__(self, folder: Path, neurons: int) -> None:
         from torch.utils.tensorboard import SummaryWriter  # takes half a second to import
@@ -74,14 +69,11 @@ class VariantLog:
 
 
 def remove_earlier_logs(folder: Path, variants: Sequence[str]) -> int:
-    """Remove the event files of an earlier demo and nothing else.
+    """Remove the event files of an earlier demo and nothing else; return how many.
 
     Args:
         folder: Folder of all runs.
         variants: Names of all variants, including those that will not be trained now.
-
-    Returns:
-        Number of removed files.
     """
     folders = [place for name in variants for place in (folder / name / EVENT_FOLDER, folder / name)]
     found = [path for place in folders for path in place.glob("events.out.tfevents.*") if path.is_file()]

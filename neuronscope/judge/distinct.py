@@ -158,14 +158,11 @@ class DistinctNeurons:
         return highest[lowest < _OUTSIDE]
 
     def spread(self, values: Sequence[IntArray], masks: Sequence[BoolArray]) -> list[IntArray]:
-        """Give every place of a neuron the value of the place that stands for it.
+        """Give every place of a neuron the value of the place that stands for it: by site, int64 ``(N,)``.
 
         Args:
             values: Values by site, each int64 ``(N,)``.
             masks: The places that stand for a neuron, as from :meth:`stand_ins`, each bool ``(N,)``.
-
-        Returns:
-            Values by site, each int64 ``(N,)``.
         """
         whole = np.zeros(self._size, dtype=np.int64)
         for parts, value, mask in zip(self._parts, values, masks, strict=True):

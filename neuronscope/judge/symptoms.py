@@ -185,14 +185,11 @@ def last_deaths(dead: BoolArray, since: IntArray) -> int | None:
 
 
 def groups(steps: IntArray, length: int) -> list[tuple[int, int]]:
-    """Find groups of deaths close together in time, by the thresholds at the top of this module; largest group first.
+    """Return the first and last step of each group of deaths close together in time, the largest group first.
 
     Args:
         steps: Steps of deaths, ascending, int64 ``(D,)``.
         length: Number of steps of the whole run.
-
-    Returns:
-        First and last step of each group.
 
     >>> groups(np.array([10, 400, 401, 402, 402, 405, 900]), 1000)
     [(400, 405)]

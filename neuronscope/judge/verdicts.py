@@ -214,15 +214,12 @@ def judge(counts: SiteCounts, policy: Policy) -> Judgement:
 
 
 def is_tau_dormant(mean_abs_output: FloatArray, not_finite: BoolArray, tau: float) -> BoolArray:
-    """Return which neurons of a site have a score ``E|y_i| / (mean_k E|y_k| + 1e-9)`` of at most ``tau``.
+    """Return which neurons have a score ``E|y_i| / (mean_k E|y_k| + 1e-9)`` of at most ``tau``, bool ``(N,)``.
 
     Args:
         mean_abs_output: Mean of ``|y|`` over positions, float64 ``(N,)``.
         not_finite: Neurons with NaN or infinite output, which are left out, bool ``(N,)``.
         tau: The threshold.
-
-    Returns:
-        bool ``(N,)``.
     """
     finite = mean_abs_output[~not_finite]
     score = mean_abs_output / ((finite.mean() if finite.size else 0.0) + 1e-9)

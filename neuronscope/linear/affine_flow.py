@@ -102,15 +102,9 @@ class _FunctionCall(NamedTuple):
 
 
 class AffineFlow:
-    """Tracks of which source each tensor of a forward is an affine function.
+    """Tracks of which source each tensor of a forward is an affine function, with the named activations as linear.
 
-    Args:
-        model: The model.
-        acting_linear: Names of the activations to take as linear.
-
-    Attributes:
-        reads_out: Whether the program read numbers that depend on the input, so that it may compute otherwise for
-            another input.
+    ``reads_out``: the program read numbers that depend on the input, so it may compute otherwise for another input.
     """
 
     def __init__(self, model: nn.Module, acting_linear: Collection[str] = ()) -> None:

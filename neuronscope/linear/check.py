@@ -94,11 +94,7 @@ def check_linear(
 
 
 class LinearLayersOfForward:
-    """Finds the layers of one forward between which no nonlinearity lies.
-
-    Args:
-        model: The model.
-    """
+    """Finds the layers of one forward between which no nonlinearity lies."""
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
@@ -133,12 +129,9 @@ class LinearLayersOfForward:
 
 
 class _Following(TorchFunctionMode):
-    """Passes the calls of a forward on to a flow, and measures the slopes of activations.
+    """Passes the calls of a forward on to a flow, and measures the slopes of activations, if there is a place for them.
 
-    Args:
-        flow: The flow.
-        slopes: Where to measure; ``None`` for not at all.
-        keep_going: Whether to warn of an error of our own, and follow no more, rather than to raise it.
+    An error of our own is raised; or, with ``keep_going``, it gives a warning, and no more calls are followed.
     """
 
     def __init__(self, flow: AffineFlow, slopes: dict[str, Slopes] | None, *, keep_going: bool = False) -> None:

@@ -114,13 +114,8 @@ class Totals:
     """Count the neurons of several sites: each unit of a layer once, without assumed axes and without outputs.
 
     Attributes:
-        sites: The sites.
         stand_ins: Which neurons of each site stand for a neuron, one mask by site, bool ``(N,)``; see
             :meth:`neuronscope.judge.distinct.DistinctNeurons.stand_ins`.
-        neurons: Number of neurons.
-
-    Args:
-        sites: The sites, in the order in which they first ran.
     """
 
     def __init__(self, sites: Sequence[SiteReport]) -> None:

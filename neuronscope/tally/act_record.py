@@ -28,11 +28,7 @@ class Before(NamedTuple):
 
 
 class ActRecord:
-    """Hold all acts of a watch, oldest first, in some bytes for each neuron that was revived.
-
-    Attributes:
-        acts: The acts.
-    """
+    """Hold all acts of a watch, oldest first, in some bytes for each neuron that was revived."""
 
     def __init__(self) -> None:
         self.acts: list[Act] = []

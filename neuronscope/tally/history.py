@@ -71,9 +71,6 @@ class _LevelRows:
 
     Reports get a view of the array, without a copy. The rows of a view never change: new rows are written behind them,
     and if an existing row must change, the rows move to a new array first.
-
-    Args:
-        neurons: Length of a row.
     """
 
     def __init__(self, neurons: int) -> None:
@@ -206,11 +203,7 @@ class _Trail:
 
 
 class History:
-    """Record the deaths and revivals at every site in one phase.
-
-    Args:
-        policy: The thresholds for judging windows.
-    """
+    """Record the deaths and revivals at every site in one phase."""
 
     def __init__(self, policy: Policy) -> None:
         self._policy = policy

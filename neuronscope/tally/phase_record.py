@@ -47,14 +47,8 @@ Lacking = Callable[[Iterable[str]], Collection[str]]
 class PhaseRecord:
     """Hold the counters, censuses and history of one phase.
 
-    Attributes:
-        closed: The sum of all closed windows.
-        last: The newest closed window.
-        history: Deaths and revivals by site.
-
-    Args:
-        policy: The thresholds.
-        lock: Held while counts are read and set back, because another thread may be counting.
+    ``closed`` is the sum of all closed windows, ``last`` the newest of them. The lock is held while counts are read and
+    set back, because another thread may be counting.
     """
 
     def __init__(self, policy: Policy, lock: AbstractContextManager[Any] | None = None) -> None:

@@ -45,9 +45,6 @@ def render(found: ReportComparison, top: int = 20) -> str:
     Args:
         found: The comparison.
         top: Most layers that get a row: of more, those in which most died.
-
-    Returns:
-        Lines of text, without a line end at the end.
     """
     page = Page()
     page.line("Neuronscope diff", "bold")

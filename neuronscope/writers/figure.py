@@ -81,12 +81,6 @@ def draw(report: Report, figure: Any = None) -> Figure:
     Args:
         report: The report.
         figure: A ``Figure`` or ``SubFigure`` of matplotlib to draw into; a new one by default.
-
-    Returns:
-        The figure.
-
-    Raises:
-        MissingExtraError: Matplotlib is not installed.
     """
     labels = ("dead", "not finite", "silent", "cut off", "dormant", "unseen")
     sites = sorted(report.layers, key=wording.severity, reverse=True)
@@ -128,9 +122,6 @@ def draw_panels(panels: Panels, figure: Any = None) -> Figure:
     Args:
         panels: What is drawn.
         figure: See :func:`draw`.
-
-    Raises:
-        MissingExtraError: Matplotlib is not installed.
     """
     try:
         from matplotlib.figure import Figure

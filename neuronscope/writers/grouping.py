@@ -50,9 +50,6 @@ def group_sites(names: Sequence[str], most: int) -> list[Group]:
     Args:
         names: Names of the layers, in the order in which they ran.
         most: Most groups, ≥ 1.
-
-    Returns:
-        Groups in the order of their first layer; each layer is in exactly one.
     """
     if len(names) <= most:
         return [Group(name, None, (name,), True) for name in names]

@@ -363,14 +363,11 @@ def _payload(report: Report, shown: list[int], maps: dict[int, Packed], overview
 
 
 def ranges(indices: IntArray, limit: int) -> tuple[str, int]:
-    """Format indices as ranges.
+    """Return indices as text, in ranges, and how many are not in it.
 
     Args:
         indices: Rising, int64 ``(K,)``.
         limit: Most ranges.
-
-    Returns:
-        The text, and how many indices are not in it.
 
     >>> ranges(np.array([0, 1, 2, 5, 7, 8]), 2)
     ('0–2, 5', 2)

@@ -83,9 +83,6 @@ def share_budget(
         pack: Packs a layer within a budget.
         total: Most characters for all layers.
         least: The fewest characters that any layer gets.
-
-    Returns:
-        The packed layers in the order of ``layers``.
     """
     packed: dict[int, PackedT] = {}
     left = total

@@ -118,9 +118,6 @@ def fill(template: Traversable, styles: list[Traversable], scripts: list[Travers
         scripts: Scripts after ``page.js``, joined in this order.
         data: What the scripts read: plain data without NaN and infinity.
         **values: The variables of both templates.
-
-    Returns:
-        The page.
     """
     home = files("neuronscope.writers")
     templates = {"page.html.j2": home / "page.html.j2", "page": template}

@@ -48,7 +48,7 @@ def timeline(
     series: Mapping[str, Sequence[tuple[int, float]]],
     checkpoints: Sequence[int] = (),
 ) -> Timeline | None:
-    """Draw deaths and revivals, and what the training logged.
+    """Draw deaths and revivals, and what the training logged; ``None`` if nothing is dated and nothing was logged.
 
     Args:
         died: Step of each dated death, int64 ``(D,)``.
@@ -56,9 +56,6 @@ def timeline(
         last: Last step of the run, unless there is a later one.
         series: Points ``(step, value)`` of what was logged; see :attr:`neuronscope.report.report.Report.series`.
         checkpoints: Steps at which checkpoints were saved.
-
-    Returns:
-        The drawings; ``None`` if nothing is dated and nothing was logged.
     """
     lines = [(name, css, series[css]) for css, name in _SERIES if len(series.get(css, ())) > 1]
     if not died.size and not revived.size and not lines:

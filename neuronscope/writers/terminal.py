@@ -33,9 +33,6 @@ def render(report: Report, top: int = 20) -> str:
     Args:
         report: The report.
         top: Most layers that get a row: of more, the worst.
-
-    Returns:
-        Lines of text, without a line end at the end.
     """
     page = Page()
     if report.fault:

@@ -46,12 +46,8 @@ def base_group(given: ProcessGroup) -> dist.ProcessGroup | None:
 class Collectives:
     """The collectives of one exchange. Every rank must make the same ones, in the same order.
 
-    Args:
-        group: A group for these collectives alone; by default the library makes one of all ranks.
-
-    Attributes:
-        number: How many were made.
-        bytes: What this rank gave to all of them.
+    They are made on a group for them alone, by default one of all ranks that the library makes. ``number`` is how many
+    were made, ``bytes`` what this rank gave to all of them.
     """
 
     def __init__(self, group: dist.ProcessGroup | None = None) -> None:

@@ -97,16 +97,13 @@ def ticks(low: float, high: float, most: int) -> list[float]:
 
 
 def spread(wanted: list[float], apart: float, low: float, high: float) -> list[float]:
-    """Place labels as near as possible to where they are wanted, so that they do not overlap.
+    """Return places for labels, rising, as near as possible to where they are wanted, so that they do not overlap.
 
     Args:
         wanted: Wanted places, rising.
         apart: Least distance between neighbours.
         low: Lowest place.
         high: Highest place; exceeded only if there is not enough room.
-
-    Returns:
-        The place of each label, rising.
 
     >>> spread([10.0, 11.0, 50.0], 10.0, 0.0, 100.0)
     [5.5, 15.5, 50.0]

@@ -47,12 +47,7 @@ def printable(text: str) -> str:
 
 
 class Canvas:
-    """A picture to draw on.
-
-    Args:
-        width: Width in pixels.
-        height: Height in pixels.
-    """
+    """A picture to draw on, of so many pixels."""
 
     def __init__(self, width: int, height: int) -> None:
         self.height = height
@@ -176,14 +171,11 @@ def draw_steps(canvas: Canvas, axis: StepAxis, top: float, size: int) -> None:
 
 
 def stripes(height: int, width: int) -> ByteArray:
-    """Return slanted stripes, which stand for *not observed*.
+    """Return slanted stripes, which stand for *not observed*, uint8 ``(height, width, 3)``.
 
     Args:
         height: Height in pixels.
         width: Width in pixels.
-
-    Returns:
-        uint8 ``(height, width, 3)``.
     """
     rows, columns = np.ogrid[:height, :width]
     on = (rows + columns) // 3 % 3 == 0

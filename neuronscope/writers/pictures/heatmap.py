@@ -86,15 +86,12 @@ def order(site: SiteReport) -> IntArray:
 
 
 def heatmap(site: SiteReport, phase: str = "train", note: str = "") -> ByteArray:
-    """Draw every neuron of a layer over all its windows.
+    """Draw every neuron of a layer over all its windows, uint8 ``(430, 784, 3)``; 30 higher with a note.
 
     Args:
         site: The layer.
         phase: The phase of the report, for the title.
         note: A line below the picture.
-
-    Returns:
-        uint8 ``(430, 784, 3)``; 30 higher with a note.
     """
     canvas = Canvas(_WIDTH, _TOP + _HEIGHT + _BOTTOM + (30 if note else 0))
     room = _WIDTH - 2 * _MARGIN

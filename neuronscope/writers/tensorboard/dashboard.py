@@ -146,9 +146,6 @@ class Dashboard:
     comes. Scalars go through the writer. Pictures, text and tab go to an event file in the subfolder
     ``neuronscope``, so that they cannot end a training whose disk is full: what cannot be written is left out, with
     one warning.
-
-    Args:
-        writer: ``SummaryWriter`` of ``torch.utils.tensorboard`` or ``tensorboardX``.
     """
 
     def __init__(self, writer: EventWriter) -> None:

@@ -81,9 +81,6 @@ class EncodedEvents:
             img_tensor: uint8 ``(H, W, C)``.
             global_step: The step.
             dataformats: ``HWC``; nothing else is supported.
-
-        Raises:
-            UsageError: ``dataformats`` is not ``HWC``.
         """
         if dataformats != "HWC":
             raise UsageError(f"Expected argument `dataformats` to be 'HWC', but got {dataformats!r}.")
@@ -131,10 +128,7 @@ class EncodedEvents:
 class EventFile:
     """An event file in the subfolder ``neuronscope`` of a run. It is open only while something is appended.
 
-    A copy writes a file of its own.
-
-    Args:
-        run: The run's folder. It is never created here: what a user removed stays removed.
+    A copy writes a file of its own. The run's folder is never created here: what a user removed stays removed.
     """
 
     def __init__(self, run: str) -> None:

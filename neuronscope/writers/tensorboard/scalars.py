@@ -25,7 +25,7 @@ _HAS_STATE = np.array([label not in ("unseen", "not finite", "silent") for label
 
 
 def scalars(report: Report, *, since: int | None = None, per_site: bool = True) -> dict[str, float]:
-    """Return a report's numbers by tag, for any logger.
+    """Return a report's numbers, finite floats by tag in a stable order, for any logger.
 
     Percentages are of the neurons that were observed. Phases other than ``train`` have their name before the metric's:
     ``neuronscope/val_dead_pct``.
@@ -54,9 +54,6 @@ def scalars(report: Report, *, since: int | None = None, per_site: bool = True) 
         since: ``report.global_step`` of the report that was logged before this one, so that deaths between the two are
             counted; ``None`` counts the last window alone.
         per_site: Whether to return the numbers of each layer too.
-
-    Returns:
-        Finite floats by tag, in a stable order.
     """
     sites, totals = report.headline_layers, report.totals
     found = _shares(totals.label_counts())
@@ -114,7 +111,7 @@ def _of_experts(report: Report) -> dict[str, float]:
 
 
 def turnover(history: SiteHistory, since: int | None = None) -> tuple[int, int]:
-    """Count the deaths and revivals in the windows of a history that ended after a step.
+    """Return the deaths and revivals in the windows of a history that ended after a step.
 
     A neuron that was not observed in a window, gave NaN or was silent keeps its state: it neither died nor revived. The
     first window has no deaths: there is nothing to compare it with.
@@ -122,9 +119,6 @@ def turnover(history: SiteHistory, since: int | None = None) -> tuple[int, int]:
     Args:
         history: The history of one layer (``W`` windows, ``N`` neurons).
         since: Step; ``None`` for the last window alone.
-
-    Returns:
-        Deaths and revivals.
     """
     count = len(history.steps)
     first = count - 1 if since is None else int(np.searchsorted(history.steps, since, side="right"))

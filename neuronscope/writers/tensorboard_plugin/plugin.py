@@ -35,11 +35,7 @@ _TAG = re.compile(rf"neuronscope/(\S+_)?{TAG}")
 
 
 class Plugin(TBPlugin):  # type: ignore[misc]  # TensorBoard ships no types
-    """The tab *Neuronscope*.
-
-    Args:
-        context: Holds the data provider.
-    """
+    """The tab *Neuronscope*."""
 
     plugin_name = PLUGIN_NAME
 
