@@ -233,16 +233,8 @@ def _described(model: nn.Module, stretch: Stretch, found: CollapsedMap | None, *
         through_attention=stretch.affine.mixing >= 0,
         basis="proved" if proved else "measured",
         parameters=sum(held.values()),
-        inputs=known.inputs,
-        outputs=known.outputs,
-        rank=known.rank,
-        heads=known.heads,
-        kernel=known.kernel,
         parameters_of_one=known.parameters if found else -1,
-        difference=known.difference,
-        border_share=known.border_share,
-        matrix=_plain(known.matrix),
-        offset=_plain(known.offset),
+        **{**known._asdict(), "matrix": _plain(known.matrix), "offset": _plain(known.offset)},
     )
 
 

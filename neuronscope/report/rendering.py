@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import html
 import importlib
+import json
 import random
 from collections.abc import Mapping
 from pathlib import Path
@@ -70,12 +71,15 @@ class Shown:
         return text
 
     def to_json(self, path: str | Path | None = None) -> str:
-        """Return the report as JSON text, and write it to ``path`` if given.
+        """Return the report as one line of strict JSON (RFC 8259, ASCII), and write it to ``path`` if given.
+
+        Keys are sorted, so that equal reports give the same bytes. ``schema_version`` names the schema.
 
         Raises:
             OSError: The file cannot be written; an existing file is then unchanged.
         """
-        return write_if_named(self._render("json"), path)
+        text = json.dumps(self.to_dict(), allow_nan=False, sort_keys=True, separators=(",", ":")) + "\n"
+        return write_if_named(text, path)
 
     def to_html(self, path: str | Path | None = None) -> str:
         """Return the report as one HTML page without external resources, and write it to ``path`` if given.
@@ -84,6 +88,10 @@ class Shown:
             OSError: The file cannot be written; an existing file is then unchanged.
         """
         return write_if_named(self._render("html"), path)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the report as plain data."""
+        raise NotImplementedError
 
     def _in_short(self) -> str:
         """Return what the report is on and how many neurons are dead, in one line."""

@@ -286,7 +286,7 @@ class Report(Renderable, LayersByName[SiteReport], NeuronCounts):
     """
 
     WRITERS: ClassVar[Mapping[str, str]] = {
-        name: f"neuronscope.writers.{name}" for name in ("terminal", "markdown", "json", "html", "table", "figure")
+        name: f"neuronscope.writers.{name}" for name in ("terminal", "markdown", "html", "table", "figure")
     }
 
     model: str

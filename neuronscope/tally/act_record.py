@@ -6,17 +6,15 @@ from collections import Counter
 from typing import Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
+from neuronscope.arrays import IntArray
 from neuronscope.errors import StateError
 from neuronscope.report.acts import Act
 from neuronscope.tally.census import Tally
 from neuronscope.tally.check_state import array, integer, integers, mapping
 
 __all__ = ["ActRecord", "Before"]
-
-IntArray = npt.NDArray[np.int64]
 
 
 class Before(NamedTuple):

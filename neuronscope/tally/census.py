@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from neuronscope.arrays import FloatArray, IntArray
 from neuronscope.count.counter_tensors import NEVER
 from neuronscope.errors import StateError
 from neuronscope.judge.distinct import DistinctNeurons
@@ -22,9 +23,6 @@ from neuronscope.sites import IncomingRows, ReaderColumns, SiteInfo
 from neuronscope.tally.check_state import MOST, array, integer, mapping
 
 __all__ = ["Census", "Tally"]
-
-IntArray = npt.NDArray[np.int64]
-FloatArray = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True, eq=False)

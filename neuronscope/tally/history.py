@@ -13,22 +13,13 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
+from neuronscope.arrays import ByteArray, IntArray
 from neuronscope.count.counter_tensors import NEVER
 from neuronscope.errors import StateError
 from neuronscope.judge.verdicts import Judgement, Policy, judge
-from neuronscope.report.report import (
-    LEVEL_CUT_OFF,
-    LEVEL_DEAD,
-    LEVEL_DORMANT,
-    LEVEL_MAX,
-    LEVEL_NOT_FINITE,
-    LEVEL_SILENT,
-    LEVEL_UNSEEN,
-    SiteHistory,
-)
+from neuronscope.report.report import LEVEL_MAX, LEVELS, SiteHistory
 from neuronscope.tally.census import Census, Tally
 from neuronscope.tally.check_state import MOST, array, integer, integers, mapping
 
@@ -38,8 +29,6 @@ __all__ = ["History"]
 MAX_WINDOWS = 256
 MAX_BYTES = 64 << 20
 _MIN_WINDOWS = 16
-
-ByteArray = npt.NDArray[np.uint8]
 
 
 def levels(tally: Tally, judgement: Judgement) -> ByteArray:
@@ -54,15 +43,8 @@ def levels(tally: Tally, judgement: Judgement) -> ByteArray:
     # 0 is for exactly 0, and LEVEL_MAX is a verdict.
     codes: ByteArray = np.minimum(np.maximum(shades, 1), LEVEL_MAX - 1).astype(np.uint8)
     codes[zeros == 0] = 0
-    for mask, level in (
-        (judgement.silent, LEVEL_SILENT),
-        (judgement.dormant, LEVEL_DORMANT),
-        (judgement.cut_off, LEVEL_CUT_OFF),
-        (judgement.dead, LEVEL_DEAD),
-        (judgement.not_finite, LEVEL_NOT_FINITE),
-        (judgement.unseen, LEVEL_UNSEEN),
-    ):
-        codes[mask] = level
+    for label, level in LEVELS.items():
+        codes[getattr(judgement, label.replace(" ", "_"))] = level
     return codes
 
 
@@ -122,7 +104,7 @@ class _Trail:
         self.is_dead = np.zeros(neurons, dtype=np.bool_)
 
     def note_changes(
-        self, step: int, tally: Tally, judgement: Judgement, last_active: npt.NDArray[np.int64], observed: Sequence[int]
+        self, step: int, tally: Tally, judgement: Judgement, last_active: IntArray, observed: Sequence[int]
     ) -> None:
         """Record which neurons died and which revived in a closed window.
 

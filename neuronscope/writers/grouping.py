@@ -38,7 +38,10 @@ class Group:
     @property
     def short_last(self) -> str:
         """The last path without the parts at its beginning that the first one has too; empty if there is only one."""
-        return "" if self.last is None else _tail(self.first, self.last)
+        if self.last is None:
+            return ""
+        paths = [_path_parts(self.first), _path_parts(self.last)]
+        return ".".join(paths[1][len(_shared_parents(paths)) :])
 
 
 def group_sites(names: Sequence[str], most: int) -> list[Group]:
@@ -114,12 +117,6 @@ def _neighbours(paths: Sequence[str], most: int) -> list[list[str]]:
 
 def _group(path: str, sites: Sequence[str], last: str | None = None) -> Group:
     return Group(path, last, tuple(sites), len(sites) == 1 and sites[0] == path and last is None)
-
-
-def _tail(first: str, last: str) -> str:
-    """Return ``last`` without the path parts at its beginning that ``first`` has too."""
-    paths = [_path_parts(first), _path_parts(last)]
-    return ".".join(paths[1][len(_shared_parents(paths)) :])
 
 
 def _shared_parents(paths: Sequence[list[str]]) -> list[str]:

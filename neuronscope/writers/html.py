@@ -121,7 +121,12 @@ def _fold(report: Report) -> tuple[list[int], list[str]]:
     indices = range(len(report.layers))
     if len(indices) <= LAYERS:
         return list(indices), []
-    worst = sorted(indices, key=lambda at: (_is_broken(report.layers[at]), wording.severity(report.layers[at])))
+
+    def badness(index: int) -> tuple[bool, tuple[float, float]]:
+        site = report.layers[index]
+        return bool(site.not_finite or site.not_finite_neurons), wording.severity(site)
+
+    worst = sorted(indices, key=badness)
     shown, hidden = worst[-LAYERS:], worst[:-LAYERS]
     ill = sum(any(wording.severity(report.layers[index])) for index in hidden)
     sentences = [f"{plural(ill, 'more layer')} with a smaller share of such neurons than these"] if ill else []
@@ -138,10 +143,6 @@ def _table(rows: list[LayerRow]) -> tuple[list[tuple[str, str]], list[LayerRow]]
     ]
     columns = [COLUMNS[place] for place in kept]
     return columns, [replace(row, cells=[row.cells[place] for place in kept]) for row in rows]
-
-
-def _is_broken(site: SiteReport) -> bool:
-    return bool(site.not_finite or site.not_finite_neurons)
 
 
 def _hint(overview: NetworkMap) -> str:

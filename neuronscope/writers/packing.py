@@ -46,30 +46,21 @@ __all__ = [
     "spread_windows",
     "summarise",
     "summarise_histories",
-    "verdict_levels",
 ]
 
 
-class HasNeurons(Protocol):
-    """A layer of either kind of report."""
-
+class _HasNeurons(Protocol):  # a layer of either kind of report
     @property
-    def neurons(self) -> int:
-        """Number of its neurons."""
-        ...
+    def neurons(self) -> int: ...
 
 
-class HasData(Protocol):
-    """A layer that was packed."""
-
+class _HasData(Protocol):  # a layer that was packed, as base64
     @property
-    def data(self) -> str:
-        """Its bytes as base64."""
-        ...
+    def data(self) -> str: ...
 
 
-LayerT = TypeVar("LayerT", bound=HasNeurons)
-PackedT = TypeVar("PackedT", bound=HasData)
+LayerT = TypeVar("LayerT", bound=_HasNeurons)
+PackedT = TypeVar("PackedT", bound=_HasData)
 RungT = TypeVar("RungT")
 
 
@@ -132,14 +123,16 @@ def fraction_levels(fractions: FloatArray) -> ByteArray:
     return np.where(np.isnan(fractions), LEVEL_UNSEEN, coded).astype(np.uint8)
 
 
-def verdict_levels(site: SiteReport) -> ByteArray:
-    """Return the verdicts on a layer as levels, uint8 ``(N,)``; a neuron without one has its zero-output fraction."""
+def _history(site: SiteReport, step: int) -> tuple[IntArray, ByteArray]:
+    """Return the steps and levels of a layer's windows; of one without any its verdicts, or else fractions of zeros."""
+    if site.history.steps.size:
+        return site.history.steps, site.history.levels
     levels = fraction_levels(site.zero_output_fraction)
     levels[levels == LEVEL_MAX] = LEVEL_MAX - 1  # LEVEL_MAX itself is a verdict
     labels = site.judgement.labels()
     for label, level in LEVELS.items():
         levels[labels == LABELS.index(label)] = level
-    return levels
+    return np.array([max(step, 0)], dtype=np.int64), levels[None, :]
 
 
 @dataclass(frozen=True)
@@ -195,9 +188,7 @@ def pack(site: SiteReport, budget: int, step: int) -> Packed:
         budget: Most characters that ``Packed.data`` should have.
         step: Step of the verdicts, if the layer has no history.
     """
-    steps, levels = site.history.steps, site.history.levels
-    if not steps.size:
-        steps, levels = np.array([max(step, 0)], dtype=np.int64), verdict_levels(site)[None, :]
+    steps, levels = _history(site, step)
     labels, fractions = site.judgement.labels(), fraction_levels(site.zero_output_fraction)
     order = _worst_first(site, levels)
 
@@ -237,12 +228,7 @@ def summarise(sites: Sequence[SiteReport], budget: int, step: int) -> NetworkMap
         budget: Most characters that ``NetworkMap.data`` should have; with few windows it may have more.
         step: Step of the verdicts, for layers that have no history.
     """
-    histories = [
-        (site.history.steps, site.history.levels)
-        if site.history.steps.size
-        else (np.array([max(step, 0)], dtype=np.int64), verdict_levels(site)[None, :])
-        for site in sites
-    ]
+    histories = [_history(site, step) for site in sites]
     return summarise_histories([site.name for site in sites], histories, budget)
 
 

@@ -132,17 +132,14 @@ def _thinned(history: SiteHistory, rung: _Rung) -> tuple[IntArray, ByteArray]:
 
 def _left_out(report: Report, histories: Sequence[tuple[IntArray, ByteArray]], rung: _Rung) -> list[str]:
     """Say in a sentence what is missing of the history."""
-    had, kept = (max(map(len, steps), default=0) for steps in (_steps(report), [steps for steps, _ in histories]))
+    windows = [site.history.steps for site in report.layers], [steps for steps, _ in histories]
+    had, kept = (max(map(len, steps), default=0) for steps in windows)
     lost = [f"it has {count(kept)} of {count(had)} windows"] if kept < had else []
     if 0 < rung.shades < LEVEL_MAX:
         lost.append(f"fractions of zeros in it are rounded to {rung.shades} steps")
     elif not rung.shades:
         lost.append("a neuron that works has one shade, its mean over time")
     return [f"To keep TensorBoard's files small, the history is thinned: {'; '.join(lost)}."] if lost else []
-
-
-def _steps(report: Report) -> list[IntArray]:
-    return [site.history.steps for site in report.layers]
 
 
 def _facts(site: SiteReport, steps: IntArray) -> dict[str, Any]:

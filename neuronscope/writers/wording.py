@@ -474,15 +474,14 @@ def fold(sites: Sequence[SiteReport], limit: int = 40, most: int = 40) -> tuple[
     if len(sites) <= limit:
         return list(sites), []
     found = [index for index, site in enumerate(sites) if _tone(site) != "calm" or site.linear]
-    worst = sorted(found, key=lambda index: _rank(sites[index]), reverse=True)[:most]
+
+    def rank(index: int) -> tuple[bool, bool, tuple[float, float]]:  # those in the totals and those seen come first
+        return sites[index].in_headlines, not sites[index].is_unseen, severity(sites[index])
+
+    worst = sorted(found, key=rank, reverse=True)[:most]
     left_out = []
     if len(found) > most:
         left_out.append(f"… {plural(len(found) - most, 'more layer')} with something to report, none worse than these")
     if len(sites) > len(found):
         left_out.append(f"… {plural(len(sites) - len(found), 'more layer')} with nothing to report")
     return [sites[index] for index in sorted(worst)], left_out
-
-
-def _rank(site: SiteReport) -> tuple[bool, bool, tuple[float, float]]:
-    """Return how early a layer is shown if not all are: those in the totals and those that were seen come first."""
-    return site.in_headlines, not site.is_unseen, severity(site)

@@ -182,7 +182,7 @@ def test_tags_stay_few_and_the_same_in_a_network_of_hundreds_of_sites(tmp_path: 
 def test_charts_of_groups_pool_their_neurons() -> None:
     report = samples.many_sites()
     found = scalars(report)
-    group = groups([site.name for site in report.layers])[-1]
+    group = groups(tuple(site.name for site in report.layers))[-1]
     sites = [report[name] for name in group.sites]
     assert len(sites) > 1
     expected = 100 * sum(site.dead for site in sites) / sum(site.neurons for site in sites)

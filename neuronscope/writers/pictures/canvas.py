@@ -118,6 +118,18 @@ class Canvas:
         if right > left and bottom > top:
             self._draw.rectangle((left, top, right - 1, bottom - 1), fill, outline)
 
+    def notice(self, at: Point, text: str, size: int) -> None:
+        """Write text in a box on the picture.
+
+        Args:
+            at: The middle of the box.
+            text: The text.
+            size: Size of the typeface in pixels.
+        """
+        x, y = at
+        self.box((x - 140, y - 16, x + 140, y + 16), PAPER)
+        self.text(at, text, size, INK, "mm")
+
     def hatch(self, box: Box) -> None:
         """Draw a striped rectangle, which stands for *not observed*."""
         left, top, right, bottom = (round(value) for value in box)

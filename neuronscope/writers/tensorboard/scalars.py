@@ -81,7 +81,7 @@ def _by_layer(report: Report) -> dict[str, float]:
     """Return the shares of each layer, or of each group of layers."""
     places = {site.name: at for at, site in enumerate(report.layers) if site.in_headlines}
     values: dict[str, float] = {}
-    for group in groups(list(places)):
+    for group in groups(tuple(places)):
         found = [places[name] for name in group.sites]
         if report.totals.shared:  # a neuron that two layers share stands at one place in the network's totals
             labels = Totals([report.layers[at] for at in found]).label_counts()
