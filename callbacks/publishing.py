@@ -95,16 +95,10 @@ class _Published:
 
 
 class Publisher:
-    """Writes reports to logs.
+    """Writes reports to logs; the arguments are those of :class:`neuronscope.callbacks.Monitor`.
 
-    Args:
-        images: Whether TensorBoard gets pictures.
-        text: Whether TensorBoard gets the diagnosis.
-        tab: Whether TensorBoard gets the report for Neuronscope's own tab.
-        html: Whether the page is written.
-        drawing_share: Largest share of the run's time that these four may take, for each phase by itself: a run of
-            some seconds is drawn at its end only. With 1 every report is drawn, and training waits if drawing cannot
-            keep up.
+    The share of the run's time is for each phase by itself: a run of some seconds is drawn at its end only. With 1
+    every report is drawn, and training waits if drawing cannot keep up.
 
     Raises:
         UsageError: ``drawing_share`` is not in (0, 1].

@@ -24,25 +24,17 @@ _MOST_AT_ONCE = 1 << 24  # elements of derivatives
 
 
 class CollapsedMap(NamedTuple):
-    """Describes the affine map that a stretch of layers computes."""
+    """The affine map that a stretch of layers computes, in the fields of :mod:`neuronscope.linear.linear_report`."""
 
-    inputs: int  # number of inputs: features at one position, channels of a convolution, or elements of an example
-    outputs: int  # number of outputs, likewise
-    #: Rank of its matrix; of the largest of the heads' matrices if attention lies in between; −1 if not known.
+    inputs: int
+    outputs: int
     rank: int = -1
-    heads: int = 1  # number of matrices: one, or one for each head of attention
-    kernel: tuple[int, ...] = ()  # sizes of the kernel of the one convolution that it is; ``()`` otherwise
-    #: The matrix, float64 or the model's type, ``(outputs, inputs · kernel)``; ``None`` if it was not computed, or if
-    #: there are several heads.
-    matrix: Tensor | None = None
-    offset: Tensor | None = None  # what the map adds, ``(outputs,)``; at one position, if it maps each position
-    #: Largest difference between the layers' output and the map's, as a share of the largest output; ``None`` if it was
-    #: not computed.
+    heads: int = 1
+    kernel: tuple[int, ...] = ()
+    matrix: Tensor | None = None  # float64 or the model's type
+    offset: Tensor | None = None
     difference: float | None = None
-    #: Share of the positions of the result at which one convolution with this kernel gives something else than the
-    #: layers, in [0, 1]. The kernel is that of the middle; towards the borders, layers that pad what other layers gave
-    #: do otherwise. 0 if the map is no convolution.
-    border_share: float = 0.0
+    border_share: float = 0.0  # the kernel is that of the middle
 
     @property
     def parameters(self) -> int:

@@ -23,15 +23,12 @@ if TYPE_CHECKING:
 __all__ = ["LayersByName", "Renderable", "Shown"]
 
 
-class HasName(Protocol):
-    """A layer of any report."""
-
+class _HasName(Protocol):  # a layer of any report
     @property
-    def name(self) -> str:
-        """The layer's name."""
+    def name(self) -> str: ...
 
 
-LayerT = TypeVar("LayerT", bound=HasName)
+LayerT = TypeVar("LayerT", bound=_HasName)
 
 
 class LayersByName(Generic[LayerT]):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from types import SimpleNamespace
 
 from neuronscope.arrays import IntArray
 from neuronscope.report.comparison import LayerComparison, ReportComparison
@@ -24,19 +24,6 @@ COLUMNS = (
 )
 #: Most neurons that a row names.
 NAMED = 6
-
-
-class _ComparisonRow(NamedTuple):
-    name: str
-    neurons: str
-    before: str
-    died: str
-    revived: str
-    broken: str
-    after: str
-    when: str
-    which: str
-    tone: str
 
 
 def render(found: ReportComparison, top: int = 20) -> str:
@@ -70,8 +57,8 @@ def render(found: ReportComparison, top: int = 20) -> str:
     return page.text()
 
 
-def _row(layer: LayerComparison) -> _ComparisonRow:
-    return _ComparisonRow(
+def _row(layer: LayerComparison) -> SimpleNamespace:
+    return SimpleNamespace(
         name=f"{visible(layer.name)}{'' if layer.in_headlines else ' *'}",
         neurons=count(layer.neurons),
         before=_number(layer.dead_before),

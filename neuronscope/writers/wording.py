@@ -39,6 +39,7 @@ __all__ = [
     "fold",
     "glossary",
     "legend",
+    "lists",
     "mark",
     "not_in_totals",
     "provisional_note",
@@ -195,6 +196,21 @@ def not_in_totals(site: SiteReport) -> str:
     if site.assumed:
         return "axis assumed: not in the totals"
     return "output: not in the totals" if site.output else ""
+
+
+def lists(report: Report, shown: Sequence[SiteReport], most: int) -> list[tuple[str, list[str]]]:
+    """Return the lists that follow the table of layers, each below its heading; most are empty.
+
+    Args:
+        report: The report.
+        shown: The layers in the table.
+        most: Most mixtures of experts.
+    """
+    return [
+        ("Latents", sparse(shown)),
+        ("Experts", experts(report, most)),
+        ("Weights of layers with idle neurons", weights(shown)),
+    ]
 
 
 def weights(sites: Sequence[SiteReport]) -> list[str]:

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from neuronscope.arrays import ByteArray
-from neuronscope.errors import UsageError
 
 if TYPE_CHECKING:
     from tensorboard.compat.proto.summary_pb2 import Summary
@@ -73,7 +72,7 @@ class EncodedEvents:
         """The object that takes whole summaries, as in a ``SummaryWriter``."""
         return self
 
-    def add_image(self, tag: str, img_tensor: ByteArray, global_step: int, *, dataformats: str) -> None:
+    def add_image(self, tag: str, img_tensor: ByteArray, global_step: int, *, dataformats: str) -> None:  # noqa: ARG002
         """Add a picture.
 
         Args:
@@ -82,8 +81,6 @@ class EncodedEvents:
             global_step: The step.
             dataformats: ``HWC``; nothing else is supported.
         """
-        if dataformats != "HWC":
-            raise UsageError(f"Expected argument `dataformats` to be 'HWC', but got {dataformats!r}.")
         from PIL import Image
         from tensorboard.compat.proto.summary_pb2 import Summary
 
