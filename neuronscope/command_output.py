@@ -38,11 +38,7 @@ __all__ = [
 EXIT_OK, EXIT_FAILED = 0, 1
 
 #: The formats of files, and what ``--help`` says of them.
-_FORMATS = {
-    "html": "write an HTML page",
-    "json": "write the whole report as JSON",
-    "markdown": "write Markdown",
-}
+_FORMATS = {"html": "write an HTML page", "json": "write the whole report as JSON", "markdown": "write Markdown"}
 
 
 def add_output_options(command: argparse.ArgumentParser, formats: Iterable[str] = _FORMATS) -> None:

@@ -241,10 +241,7 @@ SYMPTOMS = (
     Symptom(
         "dead since the beginning",
         "Born dead: the initialisation or the scale of the input made these neurons dead before the first step.",
-        (
-            Remedy("Use He initialisation with small positive biases, and standardise the input."),
-            _NORMALISE,
-        ),
+        (Remedy("Use He initialisation with small positive biases, and standardise the input."), _NORMALISE),
         "Lu et al. 2019, Dying ReLU and Initialization",
         symptoms.born_plain,
     ),

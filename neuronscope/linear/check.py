@@ -31,10 +31,7 @@ __all__ = ["LinearLayersOfForward", "check_linear"]
 
 
 def check_linear(
-    model: nn.Module,
-    data: Iterable[Any],
-    *,
-    forward: Callable[[nn.Module, Any], Any] | None = None,
+    model: nn.Module, data: Iterable[Any], *, forward: Callable[[nn.Module, Any], Any] | None = None
 ) -> LinearReport:
     """Find the layers of a trained model between which no nonlinearity lies, or none that bends on this data.
 

@@ -290,12 +290,7 @@ class Census(Mapping[str, Tally]):
     """
 
     def __init__(
-        self,
-        tallies: Mapping[str, Tally] | None = None,
-        *,
-        first_step: int = -1,
-        last_step: int = -1,
-        steps: int = 0,
+        self, tallies: Mapping[str, Tally] | None = None, *, first_step: int = -1, last_step: int = -1, steps: int = 0
     ) -> None:
         self._tallies = dict(tallies or {})
         self.first_step = first_step

@@ -50,12 +50,7 @@ def integers(state: Mapping[str, Any], name: str, low: int = 0, high: int = MOST
 
 
 def array(
-    state: Mapping[str, Any],
-    name: str,
-    dtype: torch.dtype,
-    shape: tuple[int, ...],
-    low: float = 0,
-    high: float = MOST,
+    state: Mapping[str, Any], name: str, dtype: torch.dtype, shape: tuple[int, ...], low: float = 0, high: float = MOST
 ) -> npt.NDArray[Any]:
     """Return a tensor of a state as an array of its own.
 

@@ -390,11 +390,7 @@ def _listed(names: Collection[str], most: int = 3) -> str:
 
 
 def scope_state(
-    step: int,
-    records: Mapping[str, PhaseRecord],
-    fault: Fault | None,
-    checkpoints: Sequence[int],
-    acts: ActRecord,
+    step: int, records: Mapping[str, PhaseRecord], fault: Fault | None, checkpoints: Sequence[int], acts: ActRecord
 ) -> dict[str, Any]:
     """Return the state of a watch as tensors and primitives.
 

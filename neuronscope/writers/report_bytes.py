@@ -20,15 +20,7 @@ from neuronscope.arrays import ByteArray, IntArray
 from neuronscope.errors import ReportError
 from neuronscope.judge.verdicts import LABELS, Judgement, is_tau_dormant
 from neuronscope.report.reading import report_from_dict
-from neuronscope.report.report import (
-    LEVEL_MAX,
-    LEVEL_UNSEEN,
-    LEVELS,
-    SITE_COUNTS,
-    Report,
-    SiteHistory,
-    SiteReport,
-)
+from neuronscope.report.report import LEVEL_MAX, LEVEL_UNSEEN, LEVELS, SITE_COUNTS, Report, SiteHistory, SiteReport
 from neuronscope.writers.formatting import count
 from neuronscope.writers.packing import coarse_levels, fraction_levels, spread_windows
 
