@@ -69,7 +69,8 @@ def add_check_option(command: argparse.ArgumentParser, what: str) -> None:
         command: The command.
         what: When the command then exits with code 1, after ``exit with code 1 if``.
     """
-    command.add_argument("--fail-above", type=_percentage, metavar="PCT", help=f"exit with code 1 if {what}")
+    percentage = partial(number_between, highest=100.0, what="a percentage from 0 to 100")
+    command.add_argument("--fail-above", type=percentage, metavar="PCT", help=f"exit with code 1 if {what}")
 
 
 def check_targets(parsed: argparse.Namespace) -> None:
@@ -170,7 +171,3 @@ def number_between(text: str, highest: float, what: str) -> float:
     if not 0.0 <= number <= highest:
         raise argparse.ArgumentTypeError(f"expected {what}, but got {text!r}")
     return number
-
-
-def _percentage(text: str) -> float:
-    return number_between(text, 100.0, "a percentage from 0 to 100")

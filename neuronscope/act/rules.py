@@ -79,17 +79,11 @@ class SiteActivity:
             ]
             for layer in layers
         }
-        return np.array(
-            [
-                sum(
-                    each[columns].sum()
-                    for layer, columns in self.structure.columns(neuron)
-                    for each in sums[layer.path]
-                )
-                for neuron in range(self.window.neurons)
-            ],
-            dtype=np.float64,
-        )
+        found = np.zeros(self.window.neurons)
+        for neuron in range(len(found)):
+            for layer, columns in self.structure.columns(neuron):
+                found[neuron] += sum(each[columns].sum() for each in sums[layer.path])
+        return found
 
 
 @dataclass(frozen=True)

@@ -374,7 +374,7 @@ def test_the_diagnosis_of_many_sites_is_short_and_states_what_it_leaves_out() ->
 
 def test_using_a_closed_writer_raises_an_error(tmp_path: Path) -> None:
     from neuronscope.writers.tensorboard.dashboard import _add_summary
-    from neuronscope.writers.tensorboard.summaries import tab_summary
+    from neuronscope.writers.tensorboard.dashboard import tab_summary
 
     writer = summary_writer("torch", tmp_path)
     writer.close()

@@ -12,8 +12,11 @@ import zlib
 
 from neuronscope.writers.grouping import Group, group_sites
 
-__all__ = ["MOST_CHARTS", "card_name", "group_tag", "groups", "metric", "network_tag", "safe"]
+__all__ = ["MOST_CHARTS", "PLUGIN_NAME", "TAB_TAG", "card_name", "group_tag", "groups", "metric", "network_tag", "safe"]
 
+PLUGIN_NAME = "neuronscope"
+#: Last part of the tags of the tab's reports, after a phase that is not training.
+TAB_TAG = "report"
 #: Most charts of one metric; more layers are grouped by their place in the network.
 MOST_CHARTS = 40
 

@@ -27,11 +27,11 @@ from neuronscope.writers import html
 from neuronscope.writers.formatting import count, visible
 from neuronscope.writers.report_bytes import from_bytes
 from neuronscope.writers.tensorboard.event_file import EVENT_FOLDER
-from neuronscope.writers.tensorboard.summaries import PLUGIN_NAME, TAG
+from neuronscope.writers.tensorboard.tags import PLUGIN_NAME, TAB_TAG
 
 __all__ = ["Plugin"]
 
-_TAG = re.compile(rf"neuronscope/(\S+_)?{TAG}")
+_TAG = re.compile(rf"neuronscope/(\S+_)?{TAB_TAG}")
 
 
 class Plugin(TBPlugin):  # type: ignore[misc]  # TensorBoard ships no types
