@@ -91,8 +91,8 @@ class DeadNeuronCallback(Monitor, BaseCallback):
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy, or what is sent to another process, keeps the counts but neither hooks nor the agent."""
-        own = {"_networks": None, "_step_hooks": (), "_wrapped": (), "model": None, "locals": {}, "globals": {}}
-        return {**super().__getstate__(), **own, "parent": None}
+        none, empty = dict.fromkeys(("_networks", "model", "parent")), dict.fromkeys(("_step_hooks", "_wrapped"), ())
+        return {**super().__getstate__(), **none, **empty, "locals": {}, "globals": {}}
 
     def _on_training_start(self) -> None:
         """Attach to the networks that are trained."""

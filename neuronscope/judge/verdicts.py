@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from neuronscope.arrays import BoolArray, ByteArray, FloatArray, IntArray
+from neuronscope.arrays import BoolArray, ByteArray, FloatArray
 from neuronscope.errors import UsageError
 
-__all__ = ["LABELS", "Judgement", "Policy", "SiteCounts", "Verdict", "is_tau_dormant", "judge", "rate_bound"]
+if TYPE_CHECKING:
+    from neuronscope.tally.census import Tally
+
+__all__ = ["LABELS", "Judgement", "Policy", "Verdict", "is_tau_dormant", "judge", "rate_bound"]
 
 
 #: Every label of a neuron, most serious first. A neuron that meets the criteria of several gets the first of them.
@@ -90,45 +93,6 @@ def rate_bound(examples: int, confidence: float = 0.95) -> float:
     return -math.expm1(math.log(1.0 - confidence) / examples)
 
 
-class SiteCounts(Protocol):
-    """List what :func:`judge` reads of one site with ``N`` neurons.
-
-    A :class:`neuronscope.tally.census.Tally` has them all.
-    """
-
-    @property
-    def kind(self) -> str:
-        """The activation's kind: ``relu-like``, ``smooth``, ``leaky``, ``saturating``, ``gated`` or ``sparse``."""
-
-    @property
-    def linear_when_on(self) -> bool:
-        """Whether the activation is the identity wherever its output is not zero (ReLU)."""
-
-    @property
-    def zero_outputs(self) -> IntArray:
-        """Positions with zero output, int64 ``(N,)``."""
-
-    @property
-    def zero_gradients(self) -> IntArray:
-        """Positions with zero gradient at the pre-activation, int64 ``(N,)``."""
-
-    @property
-    def not_finite_outputs(self) -> IntArray:
-        """Positions with NaN or infinite output, int64 ``(N,)``."""
-
-    @property
-    def mean_abs_output(self) -> FloatArray:
-        """Mean of ``|y|`` over positions, float64 ``(N,)``."""
-
-    @property
-    def positions(self) -> int:
-        """Positions at which each neuron's output was observed."""
-
-    @property
-    def gradient_positions(self) -> int:
-        """Positions at which each neuron's gradient was observed."""
-
-
 @dataclass(frozen=True)
 class Judgement:
     """Hold one mask per label over the ``N`` neurons of one site, each bool ``(N,)``.
@@ -165,11 +129,11 @@ class Judgement:
         return codes
 
 
-def judge(counts: SiteCounts, policy: Policy) -> Judgement:
+def judge(counts: Tally, policy: Policy) -> Judgement:
     """Judge every neuron of one site by its counts over one window.
 
     Args:
-        counts: The site's counts, usually a :class:`neuronscope.tally.census.Tally`.
+        counts: The site's counts.
         policy: The thresholds.
 
     Returns:

@@ -9,15 +9,15 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from neuronscope.arrays import BoolArray, ByteArray
+from neuronscope.arrays import BoolArray, ByteArray, IntArray
 from neuronscope.judge.symptoms import COLLAPSED_SHARE
 from neuronscope.judge.verdicts import LABELS
 from neuronscope.report.expert_layers import expert_layers
-from neuronscope.report.report import Report, SiteHistory, SiteReport
+from neuronscope.report.report import Report, SiteReport
 from neuronscope.report.totals import Totals
 from neuronscope.writers.tensorboard.tags import group_tag, groups, metric, network_tag
 
-__all__ = ["scalars", "turnover"]
+__all__ = ["scalars"]
 
 
 #: Whether a neuron with a label is dead or not; with any other it keeps its state: it neither died nor revived.
@@ -110,34 +110,24 @@ def _of_experts(report: Report) -> dict[str, float]:
     return {f"neuronscope.experts/{metric(name, report.phase)}": value for name, value in found.items()}
 
 
-def turnover(history: SiteHistory, since: int | None = None) -> tuple[int, int]:
-    """Return the deaths and revivals in the windows of a history that ended after a step.
+def _changes_of(totals: Totals, since: int | None) -> tuple[int, int]:
+    """Return the deaths and revivals of neurons in the windows that ended after a step; each neuron counts once."""
+    if totals.shared:
+        steps = totals.steps()
+        return _count_changes(steps, since, lambda window: totals.labels_at(int(steps[window])))
+    histories = [site.history for site in totals.sites if site.in_headlines]
+    changes = [_count_changes(history.steps, since, history.labels) for history in histories]
+    return sum(deaths for deaths, _ in changes), sum(revivals for _, revivals in changes)
+
+
+def _count_changes(steps: IntArray, since: int | None, labels_in: Callable[[int], ByteArray]) -> tuple[int, int]:
+    """Return the deaths and revivals in the windows that ended after a step, or in the last one alone.
 
     A neuron that was not observed in a window, gave NaN or was silent keeps its state: it neither died nor revived. The
     first window has no deaths: there is nothing to compare it with.
-
-    Args:
-        history: The history of one layer (``W`` windows, ``N`` neurons).
-        since: Step; ``None`` for the last window alone.
     """
-    count = len(history.steps)
-    first = count - 1 if since is None else int(np.searchsorted(history.steps, since, side="right"))
-    return _count_changes(first, count, history.labels)
-
-
-def _changes_of(totals: Totals, since: int | None) -> tuple[int, int]:
-    """Count the deaths and revivals of the neurons of several layers, each neuron once; see :func:`turnover`."""
-    if not totals.shared:
-        changes = [turnover(site.history, since) for site in totals.sites if site.in_headlines]
-        return sum(deaths for deaths, _ in changes), sum(revivals for _, revivals in changes)
-    steps = totals.steps()
-    first = len(steps) - 1 if since is None else int(np.searchsorted(steps, since, side="right"))
-    return _count_changes(first, len(steps), lambda window: totals.labels_at(int(steps[window])))
-
-
-def _count_changes(first: int, count: int, labels_in: Callable[[int], ByteArray]) -> tuple[int, int]:
-    """Return the deaths and revivals in the windows from ``first`` on; ``labels_in`` gives a window's labels."""
-    start = max(first, 1)
+    count = len(steps)
+    start = max(count - 1 if since is None else int(np.searchsorted(steps, since, side="right")), 1)
     if start >= count:
         return 0, 0
     dead, known = _state(labels_in(start - 1))
