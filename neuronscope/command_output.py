@@ -11,10 +11,10 @@ import sys
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from neuronscope.errors import UsageError
-from neuronscope.output import check_writable, print_and_flush, write_file
+from neuronscope.output import check_writable, print_and_flush
 from neuronscope.report.rendering import Shown
 from neuronscope.writers.formatting import visible
 
@@ -88,7 +88,7 @@ def write_report(report: Shown, parsed: argparse.Namespace) -> None:
     tasks: list[tuple[Path | str, Callable[[], None]]] = []
     if not parsed.quiet:
         tasks.append(("to standard output", lambda: print_and_flush(f"{report.to_text(parsed.top)}\n")))
-    tasks += [(path, partial(_write, report, kind, path)) for kind, path in _targets(parsed)]
+    tasks += [(path, partial(getattr(report, f"to_{kind}"), path)) for kind, path in _targets(parsed)]
     _write_all(tasks)
 
 
@@ -124,13 +124,6 @@ def fail(reason: str) -> int:
 
 def _targets(parsed: argparse.Namespace) -> list[tuple[str, Path]]:
     return [(kind, path) for kind in _FORMATS if (path := getattr(parsed, kind, None)) is not None]
-
-
-def _write(report: Any, kind: str, path: Path) -> None:
-    if kind == "markdown":
-        write_file(path, report.to_markdown())
-    else:
-        getattr(report, f"to_{kind}")(path)
 
 
 def _write_all(tasks: Iterable[tuple[Path | str, Callable[[], None]]]) -> None:

@@ -116,9 +116,9 @@ class Renderable(Shown):
         rights = 'sandbox="allow-scripts" allow="clipboard-write"'
         return f'<iframe title="Neuronscope report" {rights} style="{style}" srcdoc="{page}"></iframe>'
 
-    def to_markdown(self) -> str:
-        """Return the report as markdown."""
-        return self._render("markdown")
+    def to_markdown(self, path: str | Path | None = None) -> str:
+        """Return the report as markdown, and write it to ``path`` if given; see :meth:`to_html`."""
+        return write_if_named(self._render("markdown"), path)
 
     def to_pandas(self, rows: str = "layer") -> Any:
         """Return the report as a ``pandas.DataFrame``; pandas is optional, and only needed here.

@@ -110,7 +110,7 @@ class NeuronCounts:
         return 100.0 * number / judged if judged else float("nan")
 
 
-class Totals:
+class Totals(NeuronCounts):
     """Count the neurons of several sites: each unit of a layer once, without assumed axes and without outputs.
 
     Attributes:
