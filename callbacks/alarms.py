@@ -6,19 +6,9 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from neuronscope.errors import UsageError
+from neuronscope.judge import symptoms
 from neuronscope.judge.diagnosis import remedy_of
-from neuronscope.judge.symptoms import (
-    COLLAPSED,
-    COLLAPSED_SHARE,
-    GROUP_LEAST,
-    GROUPED,
-    NOT_FINITE,
-    RunFacts,
-    Support,
-    collapsed,
-    died_after,
-    not_finite,
-)
+from neuronscope.judge.symptoms import RunFacts, Support
 from neuronscope.report.report import LEVEL_DEAD, Report
 from neuronscope.report.run_facts import facts_from_report
 from neuronscope.writers.formatting import listed, percent
@@ -55,40 +45,40 @@ class Announcements:
 
     def _may_have_news(self, report: Report) -> bool:
         """Whether a look at each layer's counts leaves open that something is new; the diagnosis takes much longer."""
-        if report.not_finite and NOT_FINITE not in self._said:
+        if report.not_finite and symptoms.NOT_FINITE not in self._said:
             return True
         if report.phase != "train" or report.provisional:
             return False
         grown = 0
         for site in report.headline_layers:
-            if site.neurons > 1 and site.dead >= COLLAPSED_SHARE * site.neurons:
+            if site.neurons > 1 and site.dead >= symptoms.COLLAPSED_SHARE * site.neurons:
                 if site.name not in self._collapsed:
                     return True
                 continue
             before = site.history.levels[-3:-1]
             if len(before):
                 grown += int((site.judgement.dead & (before[0] != LEVEL_DEAD)).sum())
-        return GROUPED not in self._said and grown >= self._mass(report)
+        return symptoms.GROUPED not in self._said and grown >= self._mass(report)
 
     @staticmethod
     def _mass(report: Report) -> float:
-        return max(GROUP_LEAST, MASS_SHARE * report.observed_neurons)
+        return max(symptoms.GROUP_LEAST, MASS_SHARE * report.observed_neurons)
 
     def _findings(self, report: Report, facts: RunFacts) -> Iterator[str]:
-        if report.not_finite and NOT_FINITE not in self._said:
-            yield self._say(NOT_FINITE, not_finite(facts) or _not_finite_outside(report), facts)
+        if report.not_finite and symptoms.NOT_FINITE not in self._said:
+            yield self._say(symptoms.NOT_FINITE, symptoms.not_finite(facts) or _not_finite_outside(report), facts)
         if report.phase != "train" or report.provisional:
             return
         new = replace(facts, layers=tuple(layer for layer in facts.layers if layer.name not in self._collapsed))
-        fallen = collapsed(new)
+        fallen = symptoms.collapsed(new)
         if fallen is not None:
-            yield self._say(COLLAPSED, fallen, new)
+            yield self._say(symptoms.COLLAPSED, fallen, new)
             self._collapsed.update(fallen.layers)
             new = replace(facts, layers=tuple(layer for layer in new.layers if layer.name not in fallen.layers))
         before = report.totals.steps()[-3:-2]
-        died = died_after(new, int(before[0]) if before.size else -1)
-        if died is not None and died.neurons >= self._mass(report) and GROUPED not in self._said:
-            yield self._say(GROUPED, died, new)
+        died = symptoms.died_after(new, int(before[0]) if before.size else -1)
+        if died is not None and died.neurons >= self._mass(report) and symptoms.GROUPED not in self._said:
+            yield self._say(symptoms.GROUPED, died, new)
 
     def _say(self, sign: str, found: Support, facts: RunFacts) -> str:
         self._said.add(sign)

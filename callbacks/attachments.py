@@ -24,12 +24,8 @@ _TRACKERS: dict[str, tuple[str, Callable[[Any], Any]]] = {
 def tracker_of(logger: Any) -> tuple[str, Any] | None:
     """Return which tracker a logger of Lightning or a callback of transformers writes to, and what takes its files.
 
-    Args:
-        logger: The logger or callback; subclasses of theirs are known by their bases' names.
-
-    Returns:
-        ``wandb`` and a run, ``mlflow`` and a client with the run's id (``None`` = the active run), or ``comet`` and an
-        experiment; ``None`` for every other logger.
+    Subclasses are known by their bases' names. That is ``wandb`` and a run, ``mlflow`` and a client with the run's id
+    (``None`` = the active run), or ``comet`` and an experiment; ``None`` for every other logger.
     """
     for kind in type(logger).__mro__:
         if kind.__name__ in _TRACKERS:

@@ -69,14 +69,7 @@ class BackgroundDrawer:
         return type(self), ()
 
     def draw(self, job: Job) -> None:
-        """Queue a job. If no thread can be started, run it here and now.
-
-        Args:
-            job: Draws something; takes no arguments.
-
-        Raises:
-            Exception: An earlier job raised it. This job is queued nevertheless.
-        """
+        """Queue a job. If no thread can be started, run it here and now. Raise what an earlier job raised."""
         with self._changed:
             while len(self._waiting) >= MOST_WAITING:
                 self._changed.wait()
@@ -110,22 +103,14 @@ class BackgroundDrawer:
                 self._error = error
 
     def finish(self) -> None:
-        """Wait until all jobs are done.
-
-        Raises:
-            Exception: A job raised it.
-        """
+        """Wait until all jobs are done, and raise what one of them raised."""
         thread = self._thread
         if thread is not None:
             thread.join()
         self.check()
 
     def check(self) -> None:
-        """Raise the last exception of a job since the previous call, if there was one.
-
-        Raises:
-            Exception: A job raised it.
-        """
+        """Raise the last exception of a job since the previous call, if there was one."""
         error, self._error = self._error, None
         if error is not None:
             raise error

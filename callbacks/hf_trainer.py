@@ -62,19 +62,12 @@ def _callers() -> Iterator[dict[str, Any]]:
 
 
 class Event(NamedTuple):
-    """The arguments of a Trainer's event.
+    """The arguments of a Trainer's event."""
 
-    Attributes:
-        args: ``TrainingArguments``.
-        state: ``TrainerState``.
-        control: ``TrainerControl``.
-        is_log: Whether the event is ``on_log``: the Trainer is logging something itself.
-    """
-
-    args: Any
-    state: Any
-    control: Any
-    is_log: bool = False
+    args: Any  # ``TrainingArguments``
+    state: Any  # ``TrainerState``
+    control: Any  # ``TrainerControl``
+    is_log: bool = False  # whether the event is ``on_log``: the Trainer is logging something itself
 
 
 def trainer_logs(handler: CallbackHandler, own: TrainerCallback, event: Event) -> list[Log]:
@@ -195,14 +188,11 @@ def save_state(folder: Path, key: str, state: dict[str, Any]) -> None:
 
 
 def load_state(folder: Path, key: str) -> dict[str, Any] | None:
-    """Load the state that a callback saved; ``None`` if no callback saved one.
+    """Load the state that a callback saved; ``None`` if none did, StateError if something else wrote the file.
 
     Args:
         folder: The checkpoint's folder.
         key: The callback's ``state_key``.
-
-    Raises:
-        StateError: The file was not written by :func:`save_state`.
     """
     return _load(folder).get(key)
 

@@ -122,18 +122,15 @@ class DeadNeuronMonitor(Monitor, Callback):  # type: ignore[misc]  # the two Cal
         self._give_totals(trainer, self.step(self._step, log_step=self._logged_step))
         if self.attached:
             with self.suppress_errors:
-                self.note_metrics(self._known_metrics(trainer, outputs, before))
+                # What is on an accelerator is known only where a window ends, which waits for it anyway.
+                window_ends = before // self.options.window_steps != self._step // self.options.window_steps
+                self.note_metrics(known_metrics(trainer, outputs, self._logged, synchronise=window_ends))
         if self.prog_bar and self.dead_percent is not None:
             trainer.progress_bar_metrics["dead_pct"] = self.dead_percent
         if self.stop_reason != reason and trainer.is_global_zero:
             logger_of(trainer).info("Neuronscope stops the training: %s", self.stop_reason)
         if self.on_dead == "stop":
             self._stop_together(trainer, before)
-
-    def _known_metrics(self, trainer: Any, outputs: Any, before: int) -> dict[str, Any]:
-        """Return what is known of the batch; what is on an accelerator only where a window ends, which waits anyway."""
-        window = self.options.window_steps
-        return known_metrics(trainer, outputs, self._logged, synchronise=before // window != self._step // window)
 
     def _stop_together(self, trainer: Any, before: int) -> None:
         """Stop if any rank has a reason. The ranks agree at steps that all of them reach, whatever they have seen."""
@@ -192,25 +189,16 @@ class DeadNeuronMonitor(Monitor, Callback):  # type: ignore[misc]  # the two Cal
         """Count this batch as testing."""
         self.begin_batch(inputs=step_inputs(batch, _one_of(trainer.test_dataloaders, dataloader_idx)))
 
-    def on_test_batch_end(
-        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
-        """Count nothing until the next batch."""
-        self.end_batch()
+    on_test_batch_end = on_validation_batch_end
 
     def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """End the pass, which is one window of its phase, before any callback looks for a metric."""
-        self._end_pass(trainer)
-
-    def on_test_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        """End the pass, which is one window of its phase."""
-        self._end_pass(trainer)
-
-    def _end_pass(self, trainer: Any) -> None:
         if not trainer.sanity_checking:
             self._give_totals(trainer, self.end_evaluation(step=logged_step(trainer), final=not _fits(trainer)))
             if _fits(trainer):
                 self._renew(trainer)
+
+    on_test_epoch_end = on_validation_epoch_end
 
     def _renew(self, trainer: Any) -> None:
         """Renew the totals of training, if anything was observed since the last time."""

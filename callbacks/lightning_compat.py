@@ -126,12 +126,7 @@ def step_inputs(batch: Any, loader: Any) -> tuple[Any, ...]:
 
 
 class LightningLog:
-    """One of a Trainer's loggers as a :class:`neuronscope.callbacks.Log`.
-
-    Args:
-        place: Its place in the Trainer's list.
-        logger: The logger.
-    """
+    """One of a Trainer's loggers as a :class:`neuronscope.callbacks.Log`."""
 
     def __init__(self, place: int, logger: Any) -> None:
         self._logger = logger

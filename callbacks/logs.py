@@ -24,8 +24,7 @@ _NAMES = {
 def series_of(metrics: Mapping[str, Any]) -> dict[str, float]:
     """Return the learning rate, the loss and the gradient norm among a trainer's metrics, under these names.
 
-    Args:
-        metrics: Numbers, or tensors of one element, by the trainer's names. What is neither is left out.
+    Metrics are numbers, or tensors of one element, by the trainer's names. What is neither is left out.
 
     >>> loss = torch.tensor(0.75, requires_grad=True)
     >>> series_of({"train/loss": loss, "grad_2.0_norm_total": 3.0, "lr-Adam": 0.001, "eval_loss": 9.0})

@@ -17,14 +17,9 @@ __all__ = ["PhaseGate"]
 class PhaseGate:
     """Switches a scope on and off, batch by batch. A new gate is closed.
 
-    Args:
-        scope: The scope that watches the model.
-        step_is_model: Whether activation functions that a training step calls outside of any module are a part of the
-            model, as in Lightning's ``training_step``. Otherwise they belong to a loss or to other code.
-
-    Attributes:
-        scope: The scope.
-        phase: The phase of the evaluation that runs; ``None`` if none does.
+    Activation functions that a training step calls outside of any module are a part of the model if ``step_is_model``,
+    as in Lightning's ``training_step``. Otherwise they belong to a loss or to other code. ``phase`` is that of the
+    evaluation that runs; ``None`` if none does.
     """
 
     def __init__(self, scope: Scope, *, step_is_model: bool = True) -> None:
@@ -54,13 +49,9 @@ class PhaseGate:
         self._pause_context.enter_context(self.scope.paused())
 
     def end_training_batch(self, step: int) -> bool:
-        """Close the gate after a batch of training.
+        """Close the gate after a batch of training, and return whether the step closed a window.
 
-        Args:
-            step: Optimizer steps taken so far. It stays the same while gradients are accumulated.
-
-        Returns:
-            Whether the step closed a window.
+        ``step`` is the number of optimizer steps taken so far: it stays the same while gradients are accumulated.
         """
         self.scope.close_step()
         closed = step != self.scope.global_step and self.scope.step(step)

@@ -95,16 +95,10 @@ class _Published:
 
 
 class Publisher:
-    """Writes reports to logs.
+    """Writes reports to logs; the arguments are those of :class:`neuronscope.callbacks.Monitor`.
 
-    Args:
-        images: Whether TensorBoard gets pictures.
-        text: Whether TensorBoard gets the diagnosis.
-        tab: Whether TensorBoard gets the report for Neuronscope's own tab.
-        html: Whether the page is written.
-        drawing_share: Largest share of the run's time that these four may take, for each phase by itself: a run of
-            some seconds is drawn at its end only. With 1 every report is drawn, and training waits if drawing cannot
-            keep up.
+    The share of the run's time is for each phase by itself: a run of some seconds is drawn at its end only. With 1
+    every report is drawn, and training waits if drawing cannot keep up.
 
     Raises:
         UsageError: ``drawing_share`` is not in (0, 1].
@@ -169,15 +163,9 @@ class Publisher:
             self._training = report
 
     def _write_pages(self, report: Report, folders: Collection[str], *, picture: bool) -> list[Path]:
-        """Write the report as a page into the folder ``neuronscope`` of each folder, unless it is there.
+        """Write the report as a page, and the overview if wanted, into the folder ``neuronscope`` of each folder.
 
-        Args:
-            report: The report.
-            folders: The folders.
-            picture: Whether the overview is written beside it.
-
-        Returns:
-            Paths of all that is there when drawing is finished.
+        Return the paths of all that is there when drawing is finished.
         """
         written = []
         for folder in folders:

@@ -28,13 +28,8 @@ _STATE_VERSION = 1
 class Runs:
     """Makes a scope for each run of one monitor, and hands the counts on.
 
-    Args:
-        options: What is watched, and how often.
-        step_is_model: See :class:`neuronscope.callbacks.phase_gate.PhaseGate`.
-
-    Attributes:
-        scope: The scope that watches the model now, or watched it last; ``None`` before the first run.
-        gate: The scope's gate while it is attached, otherwise ``None``.
+    ``scope`` watches the model now, or watched it last; ``None`` before the first run. ``gate`` is the scope's gate
+    while it is attached, otherwise ``None``.
     """
 
     def __init__(self, options: WatchOptions, *, step_is_model: bool = True) -> None:
@@ -64,9 +59,6 @@ class Runs:
         Args:
             model: The model.
             step: The Trainer's step; 0 before that of a checkpoint is known.
-
-        Raises:
-            NothingToWatchError: The model has no activation.
         """
         before = self.state_dict() if self.scope is not None and step >= self.scope.global_step else None
         self._attach(model, self._loaded or before)
@@ -75,9 +67,6 @@ class Runs:
 
     def begin_evaluation(self, model: nn.Module) -> None:
         """Attach for a validation or a test alone. The counts of a checkpoint do not replace those of a run.
-
-        Args:
-            model: The model.
 
         Raises:
             NothingToWatchError: The model has no activation.
@@ -97,13 +86,10 @@ class Runs:
             self._open_windows = {}
 
     def detach(self, *, join: bool = True) -> None:
-        """Remove the hooks from the model.
+        """Remove the hooks from the model; ``join=False`` after an exception, which may be this rank's alone.
 
         At the end of training, a window that is long enough is closed for the report. In the state it stays open, so
         that training can continue in it.
-
-        Args:
-            join: Whether every rank calls this; ``False`` after an exception, which may be this rank's alone.
         """
         gate, self.gate = self.gate, None
         if gate is None:
@@ -120,8 +106,7 @@ class Runs:
     def give_up(self, error: Exception) -> None:
         """Count no more after an error of ours, perhaps on this rank alone; no other rank is kept waiting.
 
-        Args:
-            error: The error. Every later report begins with it.
+        Every later report begins with the error.
         """
         if self.scope is not None:
             self.scope.retire(error)
@@ -142,9 +127,6 @@ class Runs:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue what was counted: at once in a training that runs, otherwise when one begins.
-
-        Args:
-            state: The result of :meth:`state_dict`.
 
         Raises:
             StateError: The state is not one of a monitor, or of a later version.

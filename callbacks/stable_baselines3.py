@@ -79,11 +79,7 @@ class DeadNeuronCallback(Monitor, BaseCallback):
     _wrapped: tuple[EvalCallback, ...] = ()
 
     def detach(self, *, join: bool = False) -> None:
-        """Take the hooks off the networks after a training that failed. Counts stay readable; twice is harmless.
-
-        Args:
-            join: See :meth:`neuronscope.callbacks.Monitor.detach`.
-        """
+        """Take the hooks off the networks after a training that failed; see :meth:`Monitor.detach`."""
         for hook in self._step_hooks:
             hook.remove()
         for evaluation in self._wrapped:
@@ -95,15 +91,8 @@ class DeadNeuronCallback(Monitor, BaseCallback):
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy, or what is sent to another process, keeps the counts but neither hooks nor the agent."""
-        own: dict[str, Any] = {
-            "_networks": None,
-            "_step_hooks": (),
-            "_wrapped": (),
-            "model": None,
-            "locals": {},
-            "globals": {},
-        }
-        return {**super().__getstate__(), **own, "model": None, "parent": None}
+        none, empty = dict.fromkeys(("_networks", "model", "parent")), dict.fromkeys(("_step_hooks", "_wrapped"), ())
+        return {**super().__getstate__(), **none, **empty, "locals": {}, "globals": {}}
 
     def _on_training_start(self) -> None:
         """Attach to the networks that are trained."""
@@ -214,11 +203,7 @@ class DeadNeuronCallback(Monitor, BaseCallback):
             self._in_rollout = self._rollout_ends = False
 
     def begin_evaluation(self, phase: str = "val") -> None:
-        """Begin a pass of a phase, in the middle of a rollout too; see :meth:`Monitor.begin_evaluation`.
-
-        Args:
-            phase: ``val`` or ``test``.
-        """
+        """Begin a pass of a phase, in the middle of a rollout too; see :meth:`Monitor.begin_evaluation`."""
         if phase != "rollout":
             self._leave_rollout()
         super().begin_evaluation(phase)
@@ -286,12 +271,7 @@ def _optimizers(policy: nn.Module) -> Iterator[tuple[str, Any]]:
 def _trained(policy: nn.Module, optimizers: Any) -> nn.Module:
     """Return the networks of a policy without those of which no optimizer trains a weight: target networks.
 
-    Args:
-        policy: The policy.
-        optimizers: Its optimizers.
-
-    Returns:
-        The policy itself, or one that holds those of its networks under their names.
+    That is the policy itself, or a network that holds those of its networks under their names.
     """
     trained = {id(weight) for each in optimizers for group in each.param_groups for weight in group["params"]}
     networks, kept = dict(policy.named_children()), {}

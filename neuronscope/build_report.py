@@ -11,7 +11,7 @@ import neuronscope
 from neuronscope.judge.verdicts import Policy, judge
 from neuronscope.report.acts import Act, acts_note
 from neuronscope.report.fault import Fault
-from neuronscope.report.report import NotMeasured, Report, SiteReport, WindowSpan
+from neuronscope.report.report import MEANS, POSITIONS, NotMeasured, Report, SiteReport, WindowSpan
 from neuronscope.sites import INFERENCE
 from neuronscope.tally.census import Census, Tally
 from neuronscope.tally.distributed.sync import Exchanges
@@ -109,11 +109,7 @@ def make_report(
         fault=fault_text,
         series=series or {},
         checkpoints=tuple(checkpoints),
-        versions={
-            "neuronscope": neuronscope.__version__,
-            "numpy": np.__version__,
-            "torch": torch.__version__,
-        },
+        versions={each.__name__: each.__version__ for each in (neuronscope, np, torch)},
         acts=tuple(acts),
     )
 
@@ -161,13 +157,8 @@ def _site(name: str, tally: Tally | None, total: Tally, record: PhaseRecord, pol
     return SiteReport(
         name=name,
         neurons=tally.neurons,
-        positions=tally.positions,
-        gradient_positions=tally.gradient_positions,
-        examples=tally.examples,
         not_finite=tally.not_finite,
-        zero_output_fraction=tally.zero_output_fraction,
-        zero_gradient_fraction=tally.zero_gradient_fraction,
-        mean_abs_output=tally.mean_abs_output,
+        **{each: getattr(tally, each) for each in (*POSITIONS, *MEANS)},
         last_active_step=total.last_active_step,
         idle_positions=total.idle_positions,
         judgement=judge(tally, policy),
@@ -179,9 +170,7 @@ def _site(name: str, tally: Tally | None, total: Tally, record: PhaseRecord, pol
 def _notes(census: Census, broken_since: Collection[str]) -> tuple[str, ...]:
     """Return the notes on NaN, infinity, missing gradients, and several gradients of one output.
 
-    Args:
-        census: The judged window.
-        broken_since: Names of sites that gave NaN or infinity after it closed.
+    ``broken_since`` names the sites that gave NaN or infinity after the window closed.
     """
     if not census:
         return ("Nothing was observed: no activation was measured in this phase.",)
@@ -215,12 +204,7 @@ def _notes(census: Census, broken_since: Collection[str]) -> tuple[str, ...]:
 
 
 def _acting_linear(sites: Sequence[SiteReport], policy: Policy) -> tuple[str, ...]:
-    """Return the note on layers whose activation bent nothing in the judged window, if there are any.
-
-    Args:
-        sites: The layers of the report.
-        policy: The thresholds.
-    """
+    """Return the note on layers whose activation bent nothing in the judged window, if there are any."""
     found = [
         site
         for site in sites

@@ -24,13 +24,7 @@ OK, WRONG_USE, INTERRUPTED = 0, 2, 130
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the ``neuronscope`` command.
-
-    Args:
-        arguments: The arguments after the command's name; taken from ``sys.argv`` if not given.
-
-    Returns:
-        The exit code.
+    """Run the ``neuronscope`` command with arguments, by default those of ``sys.argv``, and return the exit code.
 
     >>> main(["--version"])
     Traceback (most recent call last):

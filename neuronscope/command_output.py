@@ -11,10 +11,10 @@ import sys
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from neuronscope.errors import UsageError
-from neuronscope.output import check_writable, print_and_flush, write_file
+from neuronscope.output import check_writable, print_and_flush
 from neuronscope.report.rendering import Shown
 from neuronscope.writers.formatting import visible
 
@@ -38,11 +38,7 @@ __all__ = [
 EXIT_OK, EXIT_FAILED = 0, 1
 
 #: The formats of files, and what ``--help`` says of them.
-_FORMATS = {
-    "html": "write an HTML page",
-    "json": "write the whole report as JSON",
-    "markdown": "write Markdown",
-}
+_FORMATS = {"html": "write an HTML page", "json": "write the whole report as JSON", "markdown": "write Markdown"}
 
 
 def add_output_options(command: argparse.ArgumentParser, formats: Iterable[str] = _FORMATS) -> None:
@@ -73,15 +69,12 @@ def add_check_option(command: argparse.ArgumentParser, what: str) -> None:
         command: The command.
         what: When the command then exits with code 1, after ``exit with code 1 if``.
     """
-    command.add_argument("--fail-above", type=_percentage, metavar="PCT", help=f"exit with code 1 if {what}")
+    percentage = partial(number_between, highest=100.0, what="a percentage from 0 to 100")
+    command.add_argument("--fail-above", type=percentage, metavar="PCT", help=f"exit with code 1 if {what}")
 
 
 def check_targets(parsed: argparse.Namespace) -> None:
-    """Check, before the long work begins, that the files can be written.
-
-    Raises:
-        UsageError: Some cannot.
-    """
+    """Raise UsageError before the long work begins if a file cannot be written."""
     _write_all((path, partial(check_writable, path)) for _, path in _targets(parsed))
 
 
@@ -91,14 +84,11 @@ def write_report(report: Shown, parsed: argparse.Namespace) -> None:
     Args:
         report: The report.
         parsed: The options.
-
-    Raises:
-        UsageError: Some cannot be written.
     """
     tasks: list[tuple[Path | str, Callable[[], None]]] = []
     if not parsed.quiet:
         tasks.append(("to standard output", lambda: print_and_flush(f"{report.to_text(parsed.top)}\n")))
-    tasks += [(path, partial(_write, report, kind, path)) for kind, path in _targets(parsed)]
+    tasks += [(path, partial(getattr(report, f"to_{kind}"), path)) for kind, path in _targets(parsed)]
     _write_all(tasks)
 
 
@@ -112,9 +102,6 @@ def check_dead(report: Report | PostmortemReport, limit: float, not_finite: int,
         limit: Percent.
         not_finite: Number of neurons that are NaN or infinite.
         remark: What to add about how sure it is.
-
-    Raises:
-        UsageError: No neuron was examined, so there is nothing to check.
     """
     dead = report.dead_percent
     counted = f"{report.dead:,} of {report.judged_neurons:,} neurons ({dead:.4g} %) are dead{remark}"
@@ -139,22 +126,8 @@ def _targets(parsed: argparse.Namespace) -> list[tuple[str, Path]]:
     return [(kind, path) for kind in _FORMATS if (path := getattr(parsed, kind, None)) is not None]
 
 
-def _write(report: Any, kind: str, path: Path) -> None:
-    if kind == "markdown":
-        write_file(path, report.to_markdown())
-    else:
-        getattr(report, f"to_{kind}")(path)
-
-
 def _write_all(tasks: Iterable[tuple[Path | str, Callable[[], None]]]) -> None:
-    """Write to every target, even if one before it failed.
-
-    Args:
-        tasks: The name of each target for messages, and a function that writes to it.
-
-    Raises:
-        UsageError: Some targets cannot be written to.
-    """
+    """Call the function of each target, named for messages, even if one before it failed; then raise what failed."""
 
     def failure(target: Path | str, write: Callable[[], None]) -> str:
         try:
@@ -183,9 +156,6 @@ def number_between(text: str, highest: float, what: str) -> float:
         text: The argument.
         highest: The highest number that is allowed.
         what: What was expected, in words.
-
-    Raises:
-        argparse.ArgumentTypeError: It is no such number.
     """
     try:
         number = float(text)
@@ -194,7 +164,3 @@ def number_between(text: str, highest: float, what: str) -> float:
     if not 0.0 <= number <= highest:
         raise argparse.ArgumentTypeError(f"expected {what}, but got {text!r}")
     return number
-
-
-def _percentage(text: str) -> float:
-    return number_between(text, 100.0, "a percentage from 0 to 100")

@@ -60,11 +60,7 @@ class NeuronscopeWarning(UserWarning):
 
 
 def warn_user(message: str) -> None:
-    """Warn with the line of the user's code that called Neuronscope, however many of its own functions lie between.
-
-    Args:
-        message: What is wrong, and what to do.
-    """
+    """Warn with the line of the user's code that called Neuronscope, however many of its own functions lie between."""
     level = 2
     above: FrameType | None = sys._getframe(1)
     while above is not None and above.f_globals.get("__name__", "").partition(".")[0] in ("neuronscope", "contextlib"):

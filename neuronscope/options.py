@@ -169,9 +169,6 @@ def positive_integer(name: str, value: Any) -> int:
     Args:
         name: The argument's name, for the error message.
         value: The value that the user gave.
-
-    Raises:
-        UsageError: ``value`` is anything else.
     """
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise UsageError(f"Expected argument `{name}` to be an integer of at least 1, but got {value!r}.")

@@ -15,14 +15,7 @@ __all__ = ["check_writable", "discard_output", "print_and_flush", "write_file", 
 
 
 def check_writable(path: str | Path) -> None:
-    """Raise early what :func:`write_file` would raise later, as far as that is known without writing.
-
-    Args:
-        path: Where the file will be written.
-
-    Raises:
-        OSError: ``path`` is a folder, its folder does not exist, or writing is not permitted.
-    """
+    """Raise early the OSError that :func:`write_file` would raise later, as far as it is known without writing."""
     path = Path(path)
     folder = Path(os.path.realpath(path)).parent
     if not folder.is_dir():
@@ -44,9 +37,6 @@ def write_if_named(text: str, path: str | Path | None) -> str:
     Args:
         text: The text.
         path: The file; ``None`` = none.
-
-    Raises:
-        OSError: The file cannot be written; the error names ``path``.
     """
     if path is not None:
         write_file(path, text)

@@ -91,11 +91,7 @@ def in_float64(model: nn.Module, call: Callable[[nn.Module, Any], Any], batch: A
 
 
 def as_float64(batch: Any) -> Any:
-    """Return a batch with its floating-point tensors in float64; a tensor that is given twice stays one.
-
-    Args:
-        batch: The batch.
-    """
+    """Return a batch with its floating-point tensors in float64; a tensor that is given twice stays one."""
     known: dict[int, Tensor] = {}
     return map_tensors(lambda x: known.setdefault(id(x), x.double() if x.is_floating_point() else x), batch)
 

@@ -207,11 +207,7 @@ def representation(
 
 
 class _Sample:
-    """Keeps the features of some positions of a site, and adds up the magnitudes of its gradients.
-
-    Args:
-        rows: Largest number of positions to keep.
-    """
+    """Keeps the features of some positions of a site, and adds up the magnitudes of its gradients."""
 
     def __init__(self, rows: int) -> None:
         self._rows = rows
@@ -222,12 +218,7 @@ class _Sample:
         self._gradient_positions = 0
 
     def add(self, y: Tensor, layout: NeuronLayout) -> None:
-        """Keep every n-th position of a call, and ask for its gradient.
-
-        Args:
-            y: The output of the activation.
-            layout: Where its neurons lie.
-        """
+        """Keep every n-th position of a call's output, and ask for its gradient."""
         features = _by_position(y.detach(), layout)
         self._kept.append(features[-self._seen % self._stride :: self._stride].double())
         self._seen += len(features)
@@ -296,7 +287,7 @@ def _ranks(features: Tensor) -> tuple[float, float]:
 
 
 def has_low_gradient(mean_abs_gradient: FloatArray, tau: float) -> BoolArray:
-    """Return which neurons have a GraMa score of at most ``tau``.
+    """Return which neurons have a finite GraMa score of at most ``tau``, bool ``(N,)``.
 
     Nothing is added to the layer's mean, as it is for outputs: the gradients of a mean over a large batch are often
     smaller than that, and the score must not depend on the scale of the loss.
@@ -304,9 +295,6 @@ def has_low_gradient(mean_abs_gradient: FloatArray, tau: float) -> BoolArray:
     Args:
         mean_abs_gradient: Mean of ``|∂L/∂y|`` over positions, float64 ``(N,)``.
         tau: The threshold.
-
-    Returns:
-        bool ``(N,)``; False where the mean is not finite.
     """
     finite = np.isfinite(mean_abs_gradient)
     mean = mean_abs_gradient[finite].mean() if finite.any() else 0.0

@@ -84,9 +84,6 @@ def run_over(
         loss: See there.
         forward: See there.
         first: Runs the first batch, given how the model is called and the batch, and returns the output.
-
-    Raises:
-        UsageError: ``data`` has no batch, or is no data.
     """
     batches = 0
     with scope, only_counted_by(scope, model), model_state_restored(model), nothing_fused():

@@ -365,12 +365,9 @@ class Scope:
             del self._checkpoints[: _MOST_CHECKPOINTS // 2 : 2]
 
     def note_metrics(self, **values: float) -> None:
-        """Note what training logged at the current step, so that reports show it beside the deaths.
+        """Note ``learning_rate``, ``loss`` and ``gradient_norm`` of now, so that reports show them beside deaths.
 
         The callbacks do this.
-
-        Args:
-            **values: ``learning_rate``, ``loss`` and ``gradient_norm``, as far as they are known.
 
         Raises:
             UsageError: There is no such series.
@@ -445,10 +442,8 @@ class Scope:
     def share_examples(self, examples: int | None) -> None:
         """Count the examples of all training forwards until the next call once at each site: all see the same ones.
 
-        For training loops that run several networks on one batch, or one network several times.
-
-        Args:
-            examples: Their number; ``None`` = each forward has its own, as the option ``examples`` counts them.
+        For training loops that run several networks on one batch, or one network several times. ``None`` = each forward
+        has its own, as the option ``examples`` counts them.
         """
         with self._lock:
             if not self.detached:
@@ -465,10 +460,8 @@ class Scope:
     def retire(self, fault: Exception | None = None) -> None:
         """Stop counting for good, but stay usable. For callbacks, after an error inside Neuronscope or in the callback.
 
-        The callback must still call :meth:`step` and :meth:`detach`, so that no other rank waits for this one.
-
-        Args:
-            fault: The error; every later report shows it.
+        The callback must still call :meth:`step` and :meth:`detach`, so that no other rank waits for this one. Every
+        later report shows the error.
         """
         if fault is not None and (self._fault is None or self._fault.earlier):
             self._fault = Fault.from_error(fault, self._step)
@@ -488,29 +481,17 @@ class Scope:
         return self._phases.record("train").closed
 
     def note_act(self, act: Act) -> None:
-        """Record an act. For :func:`neuronscope.revive`.
-
-        Args:
-            act: What was done.
-        """
+        """Record an act. For :func:`neuronscope.revive`."""
         with self._lock:
             self.act_record.note(act, self.closed_windows[act.site])
 
     def agrees(self, number: int) -> bool:
-        """Return whether the number is the same on all ranks, which must act on the same neurons. All must call this.
-
-        Args:
-            number: From 0 to 2**31.
-        """
+        """Return whether the number, from 0 to 2**31, is the same on all ranks; all must call this."""
         return self._ranks.agree(number)
 
     @hidden
     def layer_readers(self, layer: str) -> tuple[tuple[ReaderColumns, ...], tuple[str, ...]]:
-        """Return which columns read a layer's units before any activation, and how else they are read.
-
-        Args:
-            layer: Path of the layer.
-        """
+        """Return which columns read a layer's units before any activation, and how else they are read."""
         return self._hooks.recorder.sites.layer_readers(layer)
 
     def _count_step(self, step: int | None = None) -> bool:

@@ -37,8 +37,7 @@ _NUMBER = re.compile(r"\.(\d+)(?=\.|$)")
 def expert_number(layer: str) -> tuple[int, int, int] | None:
     """Return where the number of an expert begins and ends in a layer's path, and the number; ``None`` without one.
 
-    Args:
-        layer: Path of the layer. If no part of it is named as experts are, a number at its end is taken.
+    If no part of the path is named as experts are, a number at its end is taken.
 
     >>> expert_number("layers.2.experts.5.0"), expert_number("mlp.w1.3"), expert_number("layers.2.up")
     ((17, 18, 5), (7, 8, 3), None)
@@ -116,11 +115,7 @@ class IncomingRows(NamedTuple):
     step: int
 
     def of(self, neuron: int) -> int | None:
-        """Return the row that leads into a neuron of the site, or ``None``.
-
-        Args:
-            neuron: The neuron's number in the site.
-        """
+        """Return the row that leads into a neuron of the site, or ``None``."""
         place = neuron - self.neuron
         return self.row + place * self.step if 0 <= place < self.neurons else None
 
@@ -154,11 +149,7 @@ class ReaderColumns(NamedTuple):
     column_step: int
 
     def of(self, neuron: int) -> list[int]:
-        """Return the columns that read a neuron of the site; ``[]`` if there are none.
-
-        Args:
-            neuron: The neuron's number in the site.
-        """
+        """Return the columns that read a neuron of the site; ``[]`` if there are none."""
         place = neuron - self.neuron
         if not 0 <= place < self.neurons:
             return []

@@ -17,28 +17,17 @@ __all__ = ["Choice", "Chosen"]
 
 
 class Chosen(NamedTuple):
-    """A group that goes.
-
-    Attributes:
-        group: The group.
-        constants: Of each layer that read it and got a constant other than zero: the value of each column.
-    """
+    """A group that goes."""
 
     group: UnitGroup
+    #: Of each layer that read it and got a constant other than zero: the value of each column.
     constants: dict[str, list[float]]
 
 
 class Choice:
-    """Chooses the groups that go, and says why others stay.
+    """Chooses the groups that go, and says why others stay, and how many of the idle neurons that a report names.
 
-    Args:
-        structure: The model's weights.
-        ranges: What each layer read in each column; ``None`` if there was no data.
-        idle: The neurons that a report calls idle, by the site's name.
-
-    Attributes:
-        chosen: The groups that go.
-        kept: Why idle neurons stay, and how many.
+    Without ranges of what each layer read in each column, there was no data.
     """
 
     def __init__(self, structure: Structure, ranges: ColumnRanges | None, idle: Mapping[str, Iterable[int]]) -> None:
@@ -49,11 +38,7 @@ class Choice:
         self._idle = {(site, neuron) for site, neurons in idle.items() for neuron in neurons}
 
     def add(self, groups: Iterable[UnitGroup]) -> None:
-        """Choose those of some groups that can go.
-
-        Args:
-            groups: The groups.
-        """
+        """Choose those of some groups that can go."""
         for group in groups:
             constants: dict[str, list[float]] = {}
             reason = group.blocked or self._find_constants(group, constants)

@@ -16,11 +16,7 @@ __all__ = ["ColumnRanges"]
 
 
 class ColumnRanges:
-    """Smallest and largest values of the columns of layers, which hooks measure while a model runs.
-
-    Args:
-        layers: The layers.
-    """
+    """Smallest and largest values of the columns of layers, which hooks measure while a model runs."""
 
     def __init__(self, layers: Iterable[LayerWeights]) -> None:
         self._layers = [layer for layer in layers if layer.columns]
@@ -57,11 +53,7 @@ class ColumnRanges:
         self._ranges[path] = low, high
 
     def measured_at(self, path: str) -> bool:
-        """Whether a layer was seen to read anything; one whose weight a function was given was not.
-
-        Args:
-            path: Path of the layer.
-        """
+        """Whether a layer was seen to read anything; one whose weight a function was given was not."""
         return path in self._ranges
 
     def constants(self, path: str, columns: list[int]) -> list[float] | None:

@@ -136,10 +136,6 @@ def revive_in(scope: Scope, window: Census, optimizer: Optimizers, rule: Rule, *
         optimizer: The optimizer of the model's weights, or several.
         rule: The rule.
         seed: See :func:`revive`.
-
-    Raises:
-        DetachedError: The scope was detached.
-        UsageError: The argument is no optimizer, or the optimizer has no weight of the model.
     """
     try:
         plans, left, held = _plans(scope, window, every_optimizer(optimizer), rule)
@@ -219,13 +215,7 @@ def _plans(
 
 
 def _silent(window: Census, tally: Tally, last: IntArray) -> FloatArray:
-    """Return for how many examples each neuron of a site is silent, float64 ``(N,)``.
-
-    Args:
-        window: The newest closed window.
-        tally: The site's counts in it.
-        last: The step before the silence, int64 ``(N,)``.
-    """
+    """Return for how many examples each neuron of a site is silent since its ``last`` step, float64 ``(N,)``."""
     each_step = (tally.examples or tally.positions) / (window.last_step - window.first_step + 1)
     return (window.last_step - last).astype(np.float64) * each_step
 
@@ -317,11 +307,7 @@ def _checksums(plans: Sequence[_Intended], fresh: Mapping[str, Mapping[str, Tens
 
 
 def _initialised(layer: LayerWeights, rule: Rule) -> dict[str, Tensor]:
-    """Return the tensors of a copy of a layer on the CPU that its initialiser has filled.
-
-    Raises:
-        UsageError: It has no initialiser.
-    """
+    """Return the tensors of a copy of a layer on the CPU that its initialiser has filled."""
     module: Any = layer.module
     copy: Any = object.__new__(type(module))  # no hook of the layer's, and none of its numbers
     parameters = {

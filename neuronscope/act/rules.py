@@ -79,17 +79,11 @@ class SiteActivity:
             ]
             for layer in layers
         }
-        return np.array(
-            [
-                sum(
-                    each[columns].sum()
-                    for layer, columns in self.structure.columns(neuron)
-                    for each in sums[layer.path]
-                )
-                for neuron in range(self.window.neurons)
-            ],
-            dtype=np.float64,
-        )
+        found = np.zeros(self.window.neurons)
+        for neuron in range(len(found)):
+            for layer, columns in self.structure.columns(neuron):
+                found[neuron] += sum(each[columns].sum() for each in sums[layer.path])
+        return found
 
 
 @dataclass(frozen=True)
@@ -104,11 +98,7 @@ class Rule:
     init: Callable[[nn.Module], Any] | None = field(default=None, repr=False, compare=False, kw_only=True)
 
     def choose(self, site: SiteActivity) -> BoolArray:
-        """Return which neurons to revive, bool ``(N,)``.
-
-        Args:
-            site: The site.
-        """
+        """Return which neurons to revive, bool ``(N,)``."""
         raise NotImplementedError(f"{type(self).__name__} has no `choose(site)`")
 
     def refine(self, layer: LayerWeights, fresh: Mapping[str, Tensor], rows: Sequence[int]) -> None:
@@ -345,9 +335,6 @@ def as_rule(rule: Any, policy: Policy) -> Rule:
     Args:
         rule: A rule, or ``dead`` or ``dormant``.
         policy: The thresholds of the watch, for ``dormant``.
-
-    Raises:
-        UsageError: It is anything else.
     """
     named: dict[str, Rule] = {"dead": Dead(), "dormant": ReDo(policy.dormant_tau)}
     if isinstance(rule, Rule):

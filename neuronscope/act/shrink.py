@@ -45,17 +45,11 @@ _SAMPLE = 2**20
 
 
 class Difference(NamedTuple):
-    """How far the outputs of two models are apart.
+    """How far the outputs of two models are apart."""
 
-    Attributes:
-        largest: The largest absolute difference.
-        scale: The largest absolute output, but for fill values, as −10⁹ in masked places.
-        relative: The largest difference relative to that output of the same tensor, or to a fill value itself.
-    """
-
-    largest: float
-    scale: float
-    relative: float
+    largest: float  # the largest absolute difference
+    scale: float  # the largest absolute output, but for fill values, as −10⁹ in masked places
+    relative: float  # the largest difference relative to that output of the same tensor, or to a fill value itself
 
 
 @dataclass(frozen=True)
@@ -199,11 +193,7 @@ def shrink(
 
 
 def _narrowed(choice: Choice, *, same_widths: bool) -> Choice:
-    """Return a choice after all that must stay was taken out of it.
-
-    Raises:
-        UsageError: There are idle neurons, and all must stay.
-    """
+    """Return a choice after all that must stay was taken out of it. Raise if there are idle neurons, and all must."""
     choice.leave_one()
     if same_widths:
         choice.level()
@@ -215,21 +205,13 @@ def _narrowed(choice: Choice, *, same_widths: bool) -> Choice:
 
 
 def _require_fit(site: str, fits: bool) -> None:
-    """Check that a report is on the model.
-
-    Raises:
-        UsageError: A site has other neurons in the model.
-    """
+    """Raise if a site of a report has other neurons in the model."""
     if not fits:
         raise UsageError(f"Expected a report on this model, but its neurons of `{site}` are not those of the model.")
 
 
 def _require_plain(model: nn.Module) -> None:
-    """Check that a model can be followed and copied.
-
-    Raises:
-        UsageError: A part of it is compiled or scripted, or its weights are distributed.
-    """
+    """Raise if a model cannot be followed and copied: a part is compiled or scripted, or its weights distributed."""
     if path := next((name for name, weight in model.named_parameters() if is_distributed(weight)), None):
         raise UsageError(f"Expected a model whose weights are whole, but `{path}` is distributed among ranks.")
     for name, module in model.named_modules():
@@ -270,19 +252,7 @@ def _own_widths(site: SiteReport) -> str:
 
 
 class _Seen:
-    """What a forward over data shows of a model: what goes together, and what each layer reads.
-
-    Args:
-        model: The model.
-        structure: Its weights.
-        batches: The data.
-        call: Runs the model on a batch.
-
-    Attributes:
-        report: The report on the data.
-        ranges: What each layer read in each column.
-        first: The first batch.
-    """
+    """What a forward over data shows of a model: what goes together, and what each layer reads."""
 
     def __init__(
         self, model: nn.Module, structure: Structure, batches: Iterable[Any], call: Callable[[nn.Module, Any], Any]
@@ -339,11 +309,7 @@ def _device(model: nn.Module) -> torch.device:
 
 
 def _without(model: nn.Module, choice: Choice) -> Shrunk:
-    """Return a copy of a model without what was chosen.
-
-    Raises:
-        UsageError: The model cannot be copied.
-    """
+    """Return a copy of a model without what was chosen."""
     try:
         small = copy.deepcopy(model)
     except Exception as error:
@@ -378,11 +344,7 @@ def _parameters(model: nn.Module) -> int:
 
 
 def _checked(shrunk: Shrunk, model: nn.Module, batches: Iterable[Any], call: Callable[[nn.Module, Any], Any]) -> Shrunk:
-    """Run both models on the data, and return the record with how far their outputs are apart.
-
-    Raises:
-        UsageError: The smaller model does not run, or does not compute the same.
-    """
+    """Run both models on the data, and return the record with how far their outputs are apart. Raise if that is far."""
     number, own = _compare(model, shrunk.model, batches, call)
     floats = [each.dtype for each in model.parameters() if each.is_floating_point()]
     step = max((torch.finfo(dtype).eps for dtype in floats), default=0.0)
@@ -404,11 +366,7 @@ def _checked(shrunk: Shrunk, model: nn.Module, batches: Iterable[Any], call: Cal
 def _compare(
     model: nn.Module, small: nn.Module, batches: Iterable[Any], call: Callable[[nn.Module, Any], Any]
 ) -> tuple[int, Difference]:
-    """Run two models on the same batches; return the number of batches, and how far the outputs are apart.
-
-    Raises:
-        UsageError: The smaller one does not run, or returns something else.
-    """
+    """Run two models on the same batches; return the number of batches, and how far the outputs are apart."""
     largest, scale, relative, number = 0.0, 0.0, 0.0, 0
     with evaluated(model), evaluated(small), torch.random.fork_rng():
         for batch in batches:

@@ -27,46 +27,29 @@ _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
 class Part(NamedTuple):
-    """A parameter or buffer, and the dimension that the rows or columns of its layer index.
+    """A parameter or buffer, and the dimension that the rows or columns of its layer index."""
 
-    Attributes:
-        name: Its name in the module.
-        tensor: The parameter or buffer.
-        dim: The dimension.
-    """
-
-    name: str
+    name: str  # its name in the module
     tensor: Tensor
     dim: int
 
     def of(self, index: int) -> Tensor:
-        """Return a view of what belongs to one row or column.
-
-        Args:
-            index: The row or column.
-        """
+        """Return a view of what belongs to one row or column."""
         return self.tensor.select(self.dim, index)
 
 
 class LayerWeights(NamedTuple):
-    """The tensors of a layer.
-
-    Attributes:
-        path: Path of the layer.
-        module: Its module; an empty one if it has none, as a bare parameter.
-        rows: What has one entry for each unit that the layer gives: its weight, bias, running statistics.
-        columns: What has one entry for each unit that the layer reads: its weight, but for norms and depthwise
-            convolutions, which take units one by one.
-        one_by_one: Whether unit ``i`` that it gives is made of unit ``i`` that it reads alone.
-        unknown: Why its tensors are not known; ``""`` if they are.
-    """
+    """The tensors of a layer."""
 
     path: str
-    module: nn.Module
+    module: nn.Module  # its module; an empty one if it has none, as a bare parameter
+    #: What has one entry for each unit that the layer gives: its weight, bias, running statistics.
     rows: tuple[Part, ...] = ()
+    #: What has one entry for each unit that the layer reads: its weight, but for norms and depthwise convolutions,
+    #: which take units one by one.
     columns: tuple[Part, ...] = ()
-    one_by_one: bool = False
-    unknown: str = ""
+    one_by_one: bool = False  # whether unit ``i`` that it gives is made of unit ``i`` that it reads alone
+    unknown: str = ""  # why its tensors are not known; ``""`` if they are
 
     @property
     def units(self) -> int:
@@ -122,23 +105,14 @@ class LayerWeights(NamedTuple):
 
 @dataclass(frozen=True)
 class SiteStructure:
-    """The weights of the neurons of one site.
-
-    Attributes:
-        name: The site's name.
-        neurons: Number of its neurons.
-        incoming: Which rows of which layers lead into which neurons.
-        readers: Which columns of which layers read which neurons.
-        unknown: Why this is not known exactly, in words; ``""`` if it is. Then one must not act on the neurons.
-        layers: The tensors of these layers, by path.
-    """
+    """The weights of the neurons of one site."""
 
     name: str
     neurons: int
-    incoming: tuple[IncomingRows, ...]
-    readers: tuple[ReaderColumns, ...]
-    unknown: str
-    layers: Mapping[str, LayerWeights]
+    incoming: tuple[IncomingRows, ...]  # which rows of which layers lead into which neurons
+    readers: tuple[ReaderColumns, ...]  # which columns of which layers read which neurons
+    unknown: str  # why this is not known exactly, in words; ``""`` if it is. Then one must not act on the neurons
+    layers: Mapping[str, LayerWeights]  # the tensors of these layers, by path
 
     @property
     def unknown_layers(self) -> str:
@@ -146,20 +120,12 @@ class SiteStructure:
         return next((layer.unknown for layer in self.layers.values() if layer.unknown), "")
 
     def rows(self, neuron: int) -> list[tuple[LayerWeights, int]]:
-        """Return the rows that lead into a neuron: of each layer, its row.
-
-        Args:
-            neuron: The neuron's number in the site.
-        """
+        """Return the rows that lead into a neuron: of each layer, its row."""
         found = [(self.layers[each.layer], each.of(neuron)) for each in self.incoming]
         return [(layer, row) for layer, row in found if row is not None]
 
     def columns(self, neuron: int) -> list[tuple[LayerWeights, list[int]]]:
-        """Return the columns that read a neuron: of each layer, its columns.
-
-        Args:
-            neuron: The neuron's number in the site.
-        """
+        """Return the columns that read a neuron: of each layer, its columns."""
         found = [(self.layers[each.layer], each.of(neuron)) for each in self.readers]
         return [(layer, columns) for layer, columns in found if columns]
 
@@ -185,11 +151,7 @@ class Structure:
         self._layers: dict[str, LayerWeights] = {}
 
     def layer(self, path: str) -> LayerWeights:
-        """Return the tensors of a layer.
-
-        Args:
-            path: Its path, as sites and readers name it.
-        """
+        """Return the tensors of a layer, by its path as sites and readers name it."""
         if path not in self._layers:
             module = self._modules.get("" if path == "(root)" else path)
             self._layers[path] = LayerWeights.of(path, module, whole_units=self._whole_units)

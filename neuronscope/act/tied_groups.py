@@ -24,15 +24,7 @@ _ADDED = "added in"
 
 
 class TiedGroups:
-    """Groups of channels that residual sums tie.
-
-    Args:
-        model: The model.
-        structure: Its weights.
-        call: Runs the model on a batch.
-        batch: A batch.
-        sites: Of each layer and row: the sites and neurons that it leads into.
-    """
+    """Groups of channels that residual sums tie; ``sites`` are the neurons that each row of each layer leads into."""
 
     def __init__(
         self,
@@ -50,11 +42,7 @@ class TiedGroups:
         self._modules: dict[str, nn.Module] = {}
 
     def resolved(self, groups: Iterable[UnitGroup]) -> Iterator[UnitGroup]:
-        """Yield groups; in place of those that only a sum keeps, what the sum ties, if torch-pruning knows it.
-
-        Args:
-            groups: The groups.
-        """
+        """Yield groups; in place of those that only a sum keeps, what the sum ties, if torch-pruning knows it."""
         for group in groups:
             rows = [(layer, row) for layer, own in group.rows.items() for row in own]
             if self._seen.intersection(rows):

@@ -19,27 +19,16 @@ __all__ = ["UnitGroup", "UnitGroups"]
 
 
 class UnitGroup(NamedTuple):
-    """Rows, columns and neurons that go together.
+    """Rows, columns and neurons that go together."""
 
-    Attributes:
-        rows: The rows of each layer.
-        columns: The columns of each layer that does not take units one by one.
-        neurons: The neurons of each site.
-        blocked: Why they must stay; ``""`` if they can go.
-    """
-
-    rows: dict[str, list[int]]
-    columns: dict[str, list[int]]
-    neurons: dict[str, list[int]]
-    blocked: str
+    rows: dict[str, list[int]]  # the rows of each layer
+    columns: dict[str, list[int]]  # the columns of each layer that does not take units one by one
+    neurons: dict[str, list[int]]  # the neurons of each site
+    blocked: str  # why they must stay; ``""`` if they can go
 
 
 class UnitGroups:
-    """Groups of rows, columns and neurons.
-
-    Args:
-        structure: The weights of the model.
-    """
+    """Groups of rows, columns and neurons."""
 
     def __init__(self, structure: Structure) -> None:
         self._structure = structure
@@ -120,11 +109,7 @@ class UnitGroups:
         self._edges.append((one, other))
 
     def of(self, neurons: Mapping[str, Iterable[int]]) -> Iterator[UnitGroup]:
-        """Yield the groups of some neurons, each group once.
-
-        Args:
-            neurons: The neurons of each site.
-        """
+        """Yield the groups of some neurons, each group once."""
         labels = self._labels()
         reasons: dict[int, dict[str, None]] = {}
         for nodes, reason in self._blocked:

@@ -22,9 +22,6 @@ _READ = ("in_features", "in_channels", "num_features", "nx")
 def widths_of(module: nn.Module) -> dict[str, int | bool]:
     """Return the numbers that a layer keeps of its widths, and whether it has a bias.
 
-    Args:
-        module: The layer.
-
     >>> widths_of(nn.Linear(3, 2))
     {'in_features': 3, 'out_features': 2, 'bias': True}
     """
@@ -59,16 +56,13 @@ def leave_out(layer: LayerWeights, rows: Collection[int], columns: Collection[in
 
 
 def set_widths(model: nn.Module, widths: Mapping[str, Mapping[str, Any]]) -> nn.Module:
-    """Give the layers of a model the widths that a record says, in place; their new weights are not initialised.
+    """Give a model's layers, in place, the widths that a record says; return it. New weights are not initialised.
 
     Load a checkpoint of the smaller model afterwards.
 
     Args:
         model: The model, with the widths that it was written with.
         widths: Of each layer, by its path: the numbers that it keeps, as the record of a smaller model holds them.
-
-    Returns:
-        The model.
 
     Raises:
         UsageError: A layer is missing, or keeps other numbers.
@@ -114,12 +108,7 @@ def fold_columns(layer: LayerWeights, columns: Sequence[int], values: Sequence[f
 
 
 def _add_bias(module: nn.Module, added: Tensor) -> None:
-    """Add to the bias of a layer; a layer without one gets one.
-
-    Args:
-        module: The layer.
-        added: What to add, one number for each unit.
-    """
+    """Add one number for each unit to the bias of a layer; a layer without one gets one."""
     held, weight = module._parameters["bias"], module.get_parameter("weight")
     total = added if held is None else held.detach().double() + added
     module._parameters["bias"] = nn.Parameter(total.to(weight.dtype), requires_grad=weight.requires_grad)

@@ -59,7 +59,6 @@ class PostmortemReport(Renderable):
             name: f"neuronscope.checkpoints.writers.postmortem_{name}"
             for name in ("terminal", "markdown", "html", "table", "figure")
         },
-        "json": "neuronscope.writers.json",
     }
 
     path: str

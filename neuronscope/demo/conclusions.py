@@ -46,11 +46,7 @@ def headline(comparison: Comparison) -> str:
 
 
 def findings(comparison: Comparison) -> list[str]:
-    """Return what the numbers show, as paragraphs of one or two sentences.
-
-    Args:
-        comparison: All runs.
-    """
+    """Return what the numbers show, as paragraphs of one or two sentences."""
     sentences = [
         *_relu(comparison),
         *_others(comparison),

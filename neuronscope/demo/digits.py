@@ -20,19 +20,12 @@ _SPLIT_SEED = 0
 
 @dataclass(frozen=True)
 class Digits:
-    """Hold the images, as rows of standardised pixels, and the digits that they show.
+    """Hold the images, as rows of standardised pixels, and the digits that they show."""
 
-    Attributes:
-        train_x: float32 ``(1437, 64)``.
-        train_y: int64 ``(1437,)``, 0 … 9.
-        test_x: float32 ``(360, 64)``.
-        test_y: int64 ``(360,)``.
-    """
-
-    train_x: Tensor
-    train_y: Tensor
-    test_x: Tensor
-    test_y: Tensor
+    train_x: Tensor  # float32 ``(1437, 64)``
+    train_y: Tensor  # int64 ``(1437,)``, 0 … 9
+    test_x: Tensor  # float32 ``(360, 64)``
+    test_y: Tensor  # int64 ``(360,)``
 
 
 def load_digits() -> Digits:

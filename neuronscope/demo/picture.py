@@ -14,17 +14,9 @@ from neuronscope.demo.conclusions import headline
 from neuronscope.demo.results import Comparison
 from neuronscope.errors import MissingExtraError
 from neuronscope.writers.formatting import percent
+from neuronscope.writers.pictures import colours
 from neuronscope.writers.pictures.axis import spread
-from neuronscope.writers.pictures.colours import (
-    ALIVE_LOW,
-    DEAD,
-    DORMANT,
-    SERIES,
-    UNSEEN_STRIPE,
-    Colour,
-    as_hex,
-    mix,
-)
+from neuronscope.writers.pictures.colours import Colour, as_hex, mix
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -37,11 +29,11 @@ PAPER, INK, MUTED, FRAME = (247, 246, 243), (33, 37, 43), (80, 86, 94), (205, 20
 
 #: The variants that have lines, their short names and colours; more lines could not be told apart.
 _LINES = {
-    "ReLU": ("ReLU", SERIES[0]),
-    "GELU": ("GELU", SERIES[2]),
-    "SiLU": ("SiLU", SERIES[3]),
-    "ReLU-BatchNorm": ("with BN", SERIES[6]),
-    "ReLU-no-spike": ("no spike", SERIES[7]),
+    "ReLU": ("ReLU", colours.SERIES[0]),
+    "GELU": ("GELU", colours.SERIES[2]),
+    "SiLU": ("SiLU", colours.SERIES[3]),
+    "ReLU-BatchNorm": ("with BN", colours.SERIES[6]),
+    "ReLU-no-spike": ("no spike", colours.SERIES[7]),
 }
 
 #: As narrow as what is in it allows: on a phone, the picture is as wide as the screen and still can be read.
@@ -103,11 +95,7 @@ def house_style() -> Iterator[None]:
 
 @house_style()
 def comparison_png(result: Comparison) -> bytes:
-    """Return the picture of a comparison as PNG, 1200 x 1380 pixels.
-
-    Raises:
-        MissingExtraError: matplotlib is not installed.
-    """
+    """Return the picture of a comparison as PNG, 1200 x 1380 pixels."""
     content = io.BytesIO()
     figure = draw_comparison(result)
     figure.savefig(content, format="png", metadata={"Software": None}, pil_kwargs={"optimize": True})
@@ -116,11 +104,7 @@ def comparison_png(result: Comparison) -> bytes:
 
 @house_style()
 def draw_comparison(result: Comparison) -> Figure:
-    """Draw a comparison and return the figure. Lines are means over the seeds; bands and whiskers ± one deviation.
-
-    Raises:
-        MissingExtraError: matplotlib is not installed.
-    """
+    """Draw a comparison and return the figure. Lines are means over the seeds; bands and whiskers ± one deviation."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=_INCHES, dpi=_DPI)
@@ -133,7 +117,7 @@ def draw_comparison(result: Comparison) -> Figure:
     _draw_shares(dormant, result, names, "Dormant, not dead", "dormant")
     before, after = (result.runs[0].scans[place].step for place in result.around_spike)
     for panel in (dead, dormant):
-        panel.axvspan(before, after, color=as_hex(UNSEEN_STRIPE), alpha=0.4, linewidth=0, zorder=0.5)
+        panel.axvspan(before, after, color=as_hex(colours.UNSEEN_STRIPE), alpha=0.4, linewidth=0, zorder=0.5)
         panel.set_xlabel("optimizer step", fontsize=9.5, labelpad=2)
     spike = f"learning rate × {result.recipe['spike_factor']:g}"
     dead.annotate(
@@ -158,15 +142,7 @@ def _subtitle(result: Comparison) -> str:
 
 
 def _draw_shares(panel: Axes, result: Comparison, names: list[str], title: str, label: str) -> None:
-    """Draw one fraction of the neurons over the steps, and name each line at its end.
-
-    Args:
-        panel: The axes.
-        result: The comparison.
-        names: Names of the variants to draw.
-        title: Title of the panel.
-        label: A field of :class:`~neuronscope.demo.results.Moment` that has a number for each layer.
-    """
+    """Draw one fraction of the neurons over the steps (a field of ``Moment``), and name each line at its end."""
     panel.set_title(title, x=-0.311, pad=17)
     panel.grid(axis="x", visible=False)
     steps = [scan.step for scan in result.runs[0].scans]
@@ -192,10 +168,7 @@ def _draw_shares(panel: Axes, result: Comparison, names: list[str], title: str, 
 def _name_lines(panel: Axes, step: int, ends: list[tuple[float, str, str]]) -> None:
     """Write a label to the right of each line's end, with enough distance between labels to read them.
 
-    Args:
-        panel: The axes.
-        step: The last step.
-        ends: Value, label and colour of each line, ascending by value.
+    ``ends`` has value, label and colour of each line, ascending by value.
     """
     height = panel.get_position().height * _INCHES[1] * 72
     most = panel.get_ylim()[1]
@@ -213,14 +186,15 @@ def _draw_ends(panel: Axes, result: Comparison) -> None:
     panel.set_title("At the end, %", x=(_LEFT * _INCHES[0] - _BARS[0]) / _BARS[2], pad=4)
     panel.grid(visible=False)
     columns: list[tuple[str, Colour, Callable[[str], str]]] = [
-        ("dead", DEAD, lambda name: _percentage(result, name, "dead")),
-        ("dormant", mix(DORMANT, INK, 0.35), lambda name: _percentage(result, name, "dormant")),
+        ("dead", colours.DEAD, lambda name: _percentage(result, name, "dead")),
+        ("dormant", mix(colours.DORMANT, INK, 0.35), lambda name: _percentage(result, name, "dormant")),
         ("accuracy", INK, lambda name: _accuracy(result, name)),
     ]
     places = [edge / _INCHES[0] for edge in _COLUMNS]
     for row, (name, network) in enumerate(result.networks.items()):
         dead, dormant = result.share(name, "dead"), result.share(name, "dormant")
-        for start, length, fill in ((0, 1, ALIVE_LOW), (0, dead, DEAD), (dead, dormant, DORMANT)):
+        parts = ((0, 1, colours.ALIVE_LOW), (0, dead, colours.DEAD), (dead, dormant, colours.DORMANT))
+        for start, length, fill in parts:
             panel.barh(row, length, 0.66, start, color=as_hex(fill))
         colour, weight = (_text_colour(name), "bold") if name in _LINES else (as_hex(INK), "normal")
         panel.annotate(

@@ -49,10 +49,6 @@ def run_demo(
         console: Where to print; standard output by default.
         processes: Number of processes that train; 1 = this one. The results do not depend on it. If it is not 1, the
             main module of the program must be one that can be imported.
-
-    Raises:
-        MissingExtraError: scikit-learn or matplotlib is not installed.
-        UsageError: ``out`` is not a writable folder, or ``seeds`` is below 1.
     """
     if seeds < 1:
         raise UsageError(f"Expected the number of seeds to be at least 1, but got {seeds}.")

@@ -27,25 +27,15 @@ ACTIVATIONS = {nn.Identity: Activation("identity", "leaky")}
 
 @dataclass(frozen=True)
 class Recipe:
-    """Hold the settings that all runs share.
+    """Hold the settings that all runs share."""
 
-    Attributes:
-        layers: Number of hidden layers.
-        width: Number of neurons in each; gated networks have fewer, see :meth:`Variant.width`.
-        epochs: Number of passes over the training images.
-        batch_size: Number of images in a batch.
-        learning_rate: Learning rate of Adam.
-        spike_factor: Factor on the learning rate in the epochs of the spike.
-        spike_epochs: First and last epoch of the spike, counted from 1.
-    """
-
-    layers: int = 6
-    width: int = 64
-    epochs: int = 20
-    batch_size: int = 32
-    learning_rate: float = 1e-3
-    spike_factor: float = 20.0
-    spike_epochs: tuple[int, int] = (6, 7)
+    layers: int = 6  # number of hidden layers
+    width: int = 64  # number of neurons in each; gated networks have fewer, see :meth:`Variant.width`
+    epochs: int = 20  # number of passes over the training images
+    batch_size: int = 32  # number of images in a batch
+    learning_rate: float = 1e-3  # learning rate of Adam
+    spike_factor: float = 20.0  # factor on the learning rate in the epochs of the spike
+    spike_epochs: tuple[int, int] = (6, 7)  # first and last epoch of the spike, counted from 1
 
     def rate(self, epoch: int, *, spike: bool) -> float:
         """Return the learning rate of an epoch.
@@ -69,32 +59,18 @@ class SwiGLU(nn.Module):
 
 @dataclass(frozen=True)
 class Variant:
-    """Describe one variant of the comparison.
+    """Describe one variant of the comparison."""
 
-    Attributes:
-        name: Name in folders and JSON.
-        label: Name in tables and sentences.
-        activation: A function that makes an activation module.
-        gated: Whether the activation makes one neuron of two features.
-        batch_norm: Whether each layer is normalised over the batch before its activation.
-        layer_norm: Whether each layer's neurons are normalised after the activation, image by image.
-        spike: Whether the learning rate has the spike.
-    """
-
-    name: str
-    label: str
-    activation: Callable[[], nn.Module]
-    gated: bool = False
-    batch_norm: bool = False
-    layer_norm: bool = False
-    spike: bool = True
+    name: str  # name in folders and JSON
+    label: str  # name in tables and sentences
+    activation: Callable[[], nn.Module]  # a function that makes an activation module
+    gated: bool = False  # whether the activation makes one neuron of two features
+    batch_norm: bool = False  # whether each layer is normalised over the batch before its activation
+    layer_norm: bool = False  # whether each layer's neurons are normalised after the activation, image by image
+    spike: bool = True  # whether the learning rate has the spike
 
     def width(self, recipe: Recipe) -> int:
-        """Return the number of neurons in a layer: the recipe's, or with gates as many as cost the same parameters.
-
-        Args:
-            recipe: The settings that all runs share.
-        """
+        """Return the number of neurons in a layer: the recipe's, or with gates as many as cost the same parameters."""
         if not self.gated:
             return recipe.width
 
@@ -157,11 +133,7 @@ def build_network(variant: Variant, recipe: Recipe, seed: int) -> nn.Sequential:
 
 
 def build_classifier(seed: int) -> nn.Linear:
-    """Build a linear classifier, with the initialisation of the networks: what a network without activations equals.
-
-    Args:
-        seed: Seed of the weights.
-    """
+    """Build a linear classifier, with the initialisation of the networks: what a network without activations equals."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return _linear(_PIXELS, _DIGITS)

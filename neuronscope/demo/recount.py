@@ -45,13 +45,9 @@ def gradient_reach(network: nn.Sequential, images: Tensor, digits: Tensor) -> fl
 
 
 def product_of_layers(network: nn.Sequential) -> tuple[Tensor, Tensor]:
-    """Multiply the linear layers of a network without activations, in float64.
+    """Return the product of a network's linear layers, float64 ``(10, 64)``, and its offset, float64 ``(10,)``.
 
-    Args:
-        network: The network; all that is not :class:`torch.nn.Linear` is taken to do nothing.
-
-    Returns:
-        The product, float64 ``(10, 64)``, and what is added to its outputs, float64 ``(10,)``.
+    Whatever is not :class:`torch.nn.Linear` is taken to do nothing.
     """
     first, *others = (layer for layer in network if isinstance(layer, nn.Linear))
     matrix, offset = first.weight.detach().double(), first.bias.detach().double()

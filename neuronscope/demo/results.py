@@ -16,119 +16,71 @@ _SCHEMA_VERSION = 2
 
 @dataclass(frozen=True)
 class Network:
-    """Describe the networks of a variant.
+    """Describe the networks of a variant."""
 
-    Attributes:
-        label: The variant's name in tables and sentences.
-        neurons: Number of hidden neurons; all layers have as many.
-        parameters: Number of parameters.
-    """
-
-    label: str
-    neurons: int
+    label: str  # the variant's name in tables and sentences
+    neurons: int  # number of hidden neurons; all layers have as many
     parameters: int
 
 
 @dataclass(frozen=True)
 class Moment:
-    """Hold the numbers of a scan between two epochs, over the whole training set with fixed weights (``L`` layers).
+    """Hold the numbers of a scan between two epochs, over the whole training set with fixed weights (``L`` layers)."""
 
-    Attributes:
-        step: Number of optimizer steps taken.
-        dead: Dead neurons in each layer, ``(L,)``.
-        silent: Neurons in each layer with zero output for every image, but with gradient, ``(L,)``.
-        dormant: Dormant neurons in each layer, neither dead nor silent, ``(L,)``.
-        cut_off: Neurons in each layer that fire but get no gradient, ``(L,)``.
-        zero_outputs: Fraction of all outputs that are exactly zero.
-        zero_gradients: Fraction of all gradients at the pre-activations that are exactly zero.
-        not_finite: Number of NaN and infinite outputs.
-    """
-
-    step: int
-    dead: tuple[int, ...]
-    silent: tuple[int, ...]
-    dormant: tuple[int, ...]
-    cut_off: tuple[int, ...]
-    zero_outputs: float
-    zero_gradients: float
-    not_finite: int
+    step: int  # number of optimizer steps taken
+    dead: tuple[int, ...]  # dead neurons in each layer, ``(L,)``
+    silent: tuple[int, ...]  # neurons in each layer with zero output for every image, but with gradient, ``(L,)``
+    dormant: tuple[int, ...]  # dormant neurons in each layer, neither dead nor silent, ``(L,)``
+    cut_off: tuple[int, ...]  # neurons in each layer that fire but get no gradient, ``(L,)``
+    zero_outputs: float  # fraction of all outputs that are exactly zero
+    zero_gradients: float  # fraction of all gradients at the pre-activations that are exactly zero
+    not_finite: int  # number of NaN and infinite outputs
 
 
 @dataclass(frozen=True)
 class Epoch:
-    """Hold the numbers of one epoch, watched during training as one window (``L`` layers).
+    """Hold the numbers of one epoch, watched during training as one window (``L`` layers)."""
 
-    Attributes:
-        step: Number of optimizer steps taken at its end.
-        dead: Neurons in each layer that were dead during the whole epoch, ``(L,)``.
-        dormant: Dormant (not dead) neurons in each layer, ``(L,)``.
-        loss: Mean training loss.
-        accuracy: Fraction of the test images classified correctly at its end.
-    """
-
-    step: int
-    dead: tuple[int, ...]
-    dormant: tuple[int, ...]
-    loss: float
-    accuracy: float
+    step: int  # number of optimizer steps taken at its end
+    dead: tuple[int, ...]  # neurons in each layer that were dead during the whole epoch, ``(L,)``
+    dormant: tuple[int, ...]  # dormant (not dead) neurons in each layer, ``(L,)``
+    loss: float  # mean training loss
+    accuracy: float  # fraction of the test images classified correctly at its end
 
 
 @dataclass(frozen=True)
 class Collapse:
-    """Hold what the layers of a network without activations come to: one linear map.
+    """Hold what the layers of a network without activations come to: one linear map."""
 
-    Attributes:
-        layers: Number of layers that are one map, the last one included.
-        inputs: Number of inputs of the map.
-        outputs: Number of outputs.
-        rank: Rank of its matrix.
-        parameters: Number of parameters of one layer that computes it.
-        difference: Largest difference between the network's outputs, in float32, and those of the product of its
-            layers, in float64, over all images, as a share of the largest output.
-        equal: Whether rounding to float32 explains the difference, and :func:`neuronscope.check_linear` finds the same
-            product.
-        classifier_accuracy: Fraction of the test images that a linear classifier, trained in the same way, gets right.
-    """
-
-    layers: int
-    inputs: int
+    layers: int  # number of layers that are one map, the last one included
+    inputs: int  # number of inputs of the map
     outputs: int
-    rank: int
-    parameters: int
+    rank: int  # rank of its matrix
+    parameters: int  # number of parameters of one layer that computes it
+    #: Largest difference between the network's outputs, in float32, and those of the product of its layers, in float64,
+    #: over all images, as a share of the largest output.
     difference: float
+    #: Whether rounding to float32 explains the difference, and :func:`neuronscope.check_linear` finds the same product.
     equal: bool
+    #: Fraction of the test images that a linear classifier, trained in the same way, gets right.
     classifier_accuracy: float
 
 
 @dataclass(frozen=True)
 class Run:
-    """Hold the numbers of one training run.
-
-    Attributes:
-        variant: The variant's name.
-        seed: The seed.
-        scans: Scans before the first epoch and after each one.
-        epochs: The epochs.
-        died: Neurons dead at the end that were not dead at the start.
-        revived: Neurons dead at the start that were not dead at the end.
-        recount_agrees: Whether the slow recount finds the same dead neurons at the end as the library.
-        seconds: Duration of the run.
-        gradient_reach: Before the first step, the gradient at the first layer ÷ that at the last hidden one.
-        slopes: The slope below zero that each layer has learned, if its activation learns one.
-        collapse: The one linear map that the network is, if it has no activation.
-    """
+    """Hold the numbers of one training run."""
 
     variant: str
     seed: int
-    scans: tuple[Moment, ...]
+    scans: tuple[Moment, ...]  # scans before the first epoch and after each one
     epochs: tuple[Epoch, ...]
-    died: int
-    revived: int
-    recount_agrees: bool
-    seconds: float
-    gradient_reach: float = 1.0
-    slopes: tuple[float, ...] = ()
-    collapse: Collapse | None = None
+    died: int  # neurons dead at the end that were not dead at the start
+    revived: int  # neurons dead at the start that were not dead at the end
+    recount_agrees: bool  # whether the slow recount finds the same dead neurons at the end as the library
+    seconds: float  # duration of the run
+    gradient_reach: float = 1.0  # before the first step, the gradient at the first layer ÷ that at the last hidden one
+    slopes: tuple[float, ...] = ()  # the slope below zero that each layer has learned, if its activation learns one
+    collapse: Collapse | None = None  # the one linear map that the network is, if it has no activation
 
     @property
     def start(self) -> Moment:
@@ -148,19 +100,12 @@ class Run:
 
 @dataclass(frozen=True)
 class Spread:
-    """Summarize a number over the seeds.
-
-    Attributes:
-        mean: The mean.
-        deviation: The sample standard deviation; ``None`` if there is only one seed.
-        least: The minimum.
-        most: The maximum.
-    """
+    """Summarize a number over the seeds."""
 
     mean: float
-    deviation: float | None
-    least: float
-    most: float
+    deviation: float | None  # the sample standard deviation; ``None`` if there is only one seed
+    least: float  # the minimum
+    most: float  # the maximum
 
     @classmethod
     def of(cls, values: Iterable[float]) -> Spread:
@@ -192,19 +137,12 @@ NUMBERS: dict[str, Callable[[Run], float]] = {
 
 @dataclass(frozen=True)
 class Comparison:
-    """Hold all runs of the comparison.
+    """Hold all runs of the comparison."""
 
-    Attributes:
-        recipe: The settings that all runs share, as plain data.
-        networks: The variants by name, in the order in which they are shown.
-        runs: The runs, variant by variant.
-        versions: Versions of the software that made them.
-    """
-
-    recipe: dict[str, Any]
-    networks: dict[str, Network]
-    runs: tuple[Run, ...]
-    versions: dict[str, str]
+    recipe: dict[str, Any]  # the settings that all runs share, as plain data
+    networks: dict[str, Network]  # the variants by name, in the order in which they are shown
+    runs: tuple[Run, ...]  # the runs, variant by variant
+    versions: dict[str, str]  # versions of the software that made them
 
     @property
     def seeds(self) -> list[int]:

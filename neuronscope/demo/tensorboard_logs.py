@@ -24,12 +24,7 @@ _PICTURES_EVERY = 5
 
 
 class VariantLog:
-    """Write the log of one variant. A context manager that closes the file.
-
-    Args:
-        folder: Folder of the run.
-        neurons: Number of hidden neurons of the network.
-    """
+    """Write the log of one variant. A context manager that closes the file."""
 
     def __init__(self, folder: Path, neurons: int) -> None:
         from torch.utils.tensorboard import SummaryWriter  # takes half a second to import
@@ -62,11 +57,7 @@ class VariantLog:
         self._writer.add_scalar("training/test_accuracy", epoch.accuracy, epoch.step)
 
     def means(self, runs: Sequence[Run]) -> None:
-        """Write the means over the seeds, from the scans before the first and after each epoch.
-
-        Args:
-            runs: The runs of the variant, one per seed.
-        """
+        """Write the means over a variant's runs, one per seed, from the scans before the first and after each epoch."""
         group = f"mean_of_{len(runs)}_seeds" if len(runs) > 1 else "one_seed"
         for moments in zip(*(run.scans for run in runs), strict=True):
             for name in ("dead", "dormant"):
@@ -78,14 +69,11 @@ class VariantLog:
 
 
 def remove_earlier_logs(folder: Path, variants: Sequence[str]) -> int:
-    """Remove the event files of an earlier demo and nothing else.
+    """Remove the event files of an earlier demo and nothing else; return how many.
 
     Args:
         folder: Folder of all runs.
         variants: Names of all variants, including those that will not be trained now.
-
-    Returns:
-        Number of removed files.
     """
     folders = [place for name in variants for place in (folder / name / EVENT_FOLDER, folder / name)]
     found = [path for place in folders for path in place.glob("events.out.tfevents.*") if path.is_file()]

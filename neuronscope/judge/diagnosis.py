@@ -23,30 +23,22 @@ GUESS = "Likely cause"
 
 @dataclass(frozen=True)
 class Remedy:
-    """Hold one piece of advice and the conditions under which it applies.
+    """Hold one piece of advice and the conditions under which it applies."""
 
-    Attributes:
-        text: A sentence. ``{before}`` is replaced by the step before which checkpoints do not show the symptom yet,
-            ``{last}`` by the last one that was saved before it, and ``{where}`` by the layers that the advice is for,
-            if it is not for all of the symptom's layers.
-        dated: ``True``: applies only if that step is known. ``False``: applies only if no step is known at all.
-            ``None``: always applies.
-        kinds: Applies only if some layer's activation is of one of these kinds; ``unknown`` = no layer's kind is known.
-            Empty: always applies.
-        normalises: Applies only if some layer is not known to be normalised already.
-    """
-
+    #: A sentence. ``{before}`` is replaced by the step before which checkpoints do not show the symptom yet, ``{last}``
+    #: by the last one that was saved before it, and ``{where}`` by the layers that the advice is for, if it is not for
+    #: all of the symptom's layers.
     text: str
+    #: ``True``: applies only if that step is known. ``False``: applies only if no step is known at all. ``None``:
+    #: always applies.
     dated: bool | None = None
+    #: Applies only if some layer's activation is of one of these kinds; ``unknown`` = no layer's kind is known. Empty:
+    #: always applies.
     kinds: tuple[str, ...] = ()
-    normalises: bool = False
+    normalises: bool = False  # applies only if some layer is not known to be normalised already
 
     def where(self, layers: Sequence[LayerFacts]) -> str:
-        """Return `` of <layers>``, the layers of the advice's kinds; empty if all layers are of them.
-
-        Args:
-            layers: The layers that show the symptom.
-        """
+        """Return `` of <layers>``, those of the symptom's layers that are of the advice's kinds; empty if all are."""
         names = [layer.name for layer in layers if layer.kind in self.kinds]
         if not names or len(names) == len(layers):
             return ""
@@ -75,23 +67,15 @@ _NORMALISE = Remedy("Normalise before the activation.", normalises=True)
 
 @dataclass(frozen=True)
 class Symptom:
-    """Hold one row of the table.
+    """Hold one row of the table."""
 
-    Attributes:
-        name: The symptom in a few words.
-        cause: The likely cause, as a sentence.
-        remedies: What to do; only the remedies that apply are shown.
-        source: Source of this knowledge; ``""`` if it is arithmetic.
-        test: A function that returns the evidence in the facts, or ``None`` without evidence.
-        certain: Whether the cause follows from the evidence; otherwise it is the likely one.
-    """
-
-    name: str
-    cause: str
-    remedies: tuple[Remedy, ...]
-    source: str
+    name: str  # the symptom in a few words
+    cause: str  # the likely cause, as a sentence
+    remedies: tuple[Remedy, ...]  # what to do; only the remedies that apply are shown
+    source: str  # source of this knowledge; ``""`` if it is arithmetic
+    #: A function that returns the evidence in the facts, or ``None`` without evidence.
     test: Callable[[RunFacts], Support | None]
-    certain: bool = False
+    certain: bool = False  # whether the cause follows from the evidence; otherwise it is the likely one
 
     def remedy(self, support: Support, facts: RunFacts) -> str:
         """Return the remedies that apply, as one text.
@@ -257,10 +241,7 @@ SYMPTOMS = (
     Symptom(
         "dead since the beginning",
         "Born dead: the initialisation or the scale of the input made these neurons dead before the first step.",
-        (
-            Remedy("Use He initialisation with small positive biases, and standardise the input."),
-            _NORMALISE,
-        ),
+        (Remedy("Use He initialisation with small positive biases, and standardise the input."), _NORMALISE),
         "Lu et al. 2019, Dying ReLU and Initialization",
         symptoms.born_plain,
     ),

@@ -107,16 +107,11 @@ class DistinctNeurons:
         return int((self._lowest(self._keys(self._alive())) < _OUTSIDE).sum())
 
     def label(self, labels: Sequence[ByteArray]) -> ByteArray:
-        """Return one label for each distinct neuron in the totals.
+        """Return one label for each distinct neuron in the totals, uint8 ``(D,)``, by those at each site, ``(N,)``.
 
         Where a product of a gate was observed, its label counts. Otherwise, the most serious label of the sites at
-        which the neuron was observed counts. A neuron that no site observed is unseen.
-
-        Args:
-            labels: Indices into :data:`neuronscope.judge.verdicts.LABELS` by site, each uint8 ``(N,)``.
-
-        Returns:
-            uint8 ``(D,)``, ordered by layer and unit. ``D`` and the order do not depend on the labels.
+        which the neuron was observed counts. A neuron that no site observed is unseen. The order is by layer and unit;
+        neither it nor ``D`` depends on the labels, which are indices into :data:`neuronscope.judge.verdicts.LABELS`.
         """
         lowest = self._lowest(self._keys(labels))
         return np.asarray(lowest[lowest < _OUTSIDE] % _STEP, dtype=np.uint8)
@@ -124,14 +119,9 @@ class DistinctNeurons:
     def stand_ins(self, labels: Sequence[ByteArray]) -> tuple[BoolArray, ...]:
         """Return which place stands for each distinct neuron: the one that gives it its label, see :meth:`label`.
 
-        Of several such places, the first stands for it. A place at a site out of headlines stands for a neuron only if
-        no site in headlines has it.
-
-        Args:
-            labels: Indices into :data:`neuronscope.judge.verdicts.LABELS` by site, each uint8 ``(N,)``.
-
-        Returns:
-            One mask by site, bool ``(N,)``. Each distinct neuron is in exactly one of them, once.
+        There is one mask by site, bool ``(N,)``; each distinct neuron is in exactly one of them, once. Of several such
+        places, the first stands for it. A place at a site out of headlines stands for a neuron only if no site in
+        headlines has it.
         """
         keys = self._keys(labels)
         lowest = self._lowest(keys)
@@ -148,8 +138,7 @@ class DistinctNeurons:
     def homes(self) -> tuple[BoolArray, ...]:
         """Return one place for each distinct neuron that does not depend on labels: the product, else the first site.
 
-        Returns:
-            One mask by site, bool ``(N,)``, as from :meth:`stand_ins`.
+        There is one mask by site, bool ``(N,)``, as from :meth:`stand_ins`.
         """
         return self.stand_ins(self._alive())
 
@@ -157,12 +146,7 @@ class DistinctNeurons:
         """Return the highest value of each distinct neuron in the totals over the places that may be its home.
 
         These are the products of a gate if the neuron has one, else all its places in headlines: see :meth:`homes`.
-
-        Args:
-            values: Values by site, each int64 ``(N,)``, ≥ 0.
-
-        Returns:
-            int64 ``(D,)``, ordered by layer and unit.
+        Values are given by site, each int64 ``(N,)``, ≥ 0, and returned by layer and unit, int64 ``(D,)``.
         """
         keys = self._keys(self._alive())
         lowest = self._lowest(keys)
@@ -174,14 +158,11 @@ class DistinctNeurons:
         return highest[lowest < _OUTSIDE]
 
     def spread(self, values: Sequence[IntArray], masks: Sequence[BoolArray]) -> list[IntArray]:
-        """Give every place of a neuron the value of the place that stands for it.
+        """Give every place of a neuron the value of the place that stands for it: by site, int64 ``(N,)``.
 
         Args:
             values: Values by site, each int64 ``(N,)``.
             masks: The places that stand for a neuron, as from :meth:`stand_ins`, each bool ``(N,)``.
-
-        Returns:
-            Values by site, each int64 ``(N,)``.
         """
         whole = np.zeros(self._size, dtype=np.int64)
         for parts, value, mask in zip(self._parts, values, masks, strict=True):

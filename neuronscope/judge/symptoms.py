@@ -78,35 +78,22 @@ SHRUNK_SHARE = 0.5
 
 @dataclass(frozen=True, eq=False)
 class LayerFacts:
-    """Hold the facts about one layer of ``N`` neurons that symptoms are tested on.
-
-    Attributes:
-        name: Name of the layer.
-        dead: Neurons that are certainly dead or get no gradient, bool ``(N,)``.
-        since: Step of each neuron's death, int64 ``(N,)``: −1 = dead from the start, :data:`UNDATED` = not known.
-        drifted: Number of neurons whose pre-activation is proved to be below zero for every input.
-        not_finite: Number of neurons with NaN or infinite weights or outputs.
-        unread: Number of neurons whose output nothing reads.
-        silent: Number of silent neurons: zero output at every position, but gradient arrives.
-        dead_norm: Median norm of the dead neurons' incoming weights ÷ that of the others; ``None`` = not known.
-        may_have_collapsed: Whether the whole layer gets no gradient, because it collapsed or was frozen.
-        idle: Number of neurons that get no gradient only because the whole layer gets none.
-        kind: Kind of the activation (``relu-like``, ``smooth`` …); ``""`` = not known.
-        normalised: Whether a normalisation is known to come before the activation or the weights.
-    """
+    """Hold the facts about one layer of ``N`` neurons that symptoms are tested on."""
 
     name: str
-    dead: BoolArray
+    dead: BoolArray  # neurons that are certainly dead or get no gradient, bool ``(N,)``
+    #: Step of each neuron's death, int64 ``(N,)``: −1 = dead from the start, :data:`UNDATED` = not known.
     since: IntArray
-    drifted: int = 0
-    not_finite: int = 0
-    unread: int = 0
-    silent: int = 0
+    drifted: int = 0  # number of neurons whose pre-activation is proved to be below zero for every input
+    not_finite: int = 0  # number of neurons with NaN or infinite weights or outputs
+    unread: int = 0  # number of neurons whose output nothing reads
+    silent: int = 0  # number of silent neurons: zero output at every position, but gradient arrives
+    #: Median norm of the dead neurons' incoming weights ÷ that of the others; ``None`` = not known.
     dead_norm: float | None = None
-    may_have_collapsed: bool = False
-    idle: int = 0
-    kind: str = ""
-    normalised: bool = False
+    may_have_collapsed: bool = False  # whether the whole layer gets no gradient, because it collapsed or was frozen
+    idle: int = 0  # number of neurons that get no gradient only because the whole layer gets none
+    kind: str = ""  # kind of the activation (``relu-like``, ``smooth`` …); ``""`` = not known
+    normalised: bool = False  # whether a normalisation is known to come before the activation or the weights
 
     @property
     def width(self) -> int:
@@ -116,34 +103,25 @@ class LayerFacts:
 
 @dataclass(frozen=True, eq=False)
 class RunFacts:
-    """Hold the facts about a whole run that symptoms are tested on.
+    """Hold the facts about a whole run that symptoms are tested on."""
 
-    Attributes:
-        layers: The layers, starting at the input.
-        step: Number of optimizer steps taken; ``None`` = not known.
-        learning_rates: Last known learning rates of the optimizer's parameter groups.
-        decay: Fraction by which weight decay shrinks weights per step: the largest last known ``lr · weight_decay`` of
-            a group; 0 = none or not known.
-        clocked: Whether steps were derived from the optimizer's state. They are then the earliest possible steps,
-            usually about 20 steps too early.
-        estimated: Whether some steps are estimates by a clock, too early or too late.
-        input_offset: ‖mean‖ ÷ ‖standard deviation‖ of the network's input; ``None`` = not known.
-        observed_every: Maximum number of steps between two observations of a monitor. A death may have happened up to
-            this many steps before its date.
-        checkpoints: Steps at which checkpoints were saved, as far as known, ascending.
-        in_training: Whether the network was seen in training. In a scan or an evaluation, a neuron that never fired may
-            have died long before.
-    """
-
-    layers: tuple[LayerFacts, ...]
-    step: int | None = None
-    learning_rates: tuple[float, ...] = ()
+    layers: tuple[LayerFacts, ...]  # the layers, starting at the input
+    step: int | None = None  # number of optimizer steps taken; ``None`` = not known
+    learning_rates: tuple[float, ...] = ()  # last known learning rates of the optimizer's parameter groups
+    #: Fraction by which weight decay shrinks weights per step: the largest last known ``lr · weight_decay`` of a group;
+    #: 0 = none or not known.
     decay: float = 0.0
+    #: Whether steps were derived from the optimizer's state. They are then the earliest possible steps, usually about
+    #: 20 steps too early.
     clocked: bool = False
-    estimated: bool = False
-    input_offset: float | None = None
+    estimated: bool = False  # whether some steps are estimates by a clock, too early or too late
+    input_offset: float | None = None  # ‖mean‖ ÷ ‖standard deviation‖ of the network's input; ``None`` = not known
+    #: Maximum number of steps between two observations of a monitor. A death may have happened up to this many steps
+    #: before its date.
     observed_every: int = 1
-    checkpoints: tuple[int, ...] = ()
+    checkpoints: tuple[int, ...] = ()  # steps at which checkpoints were saved, as far as known, ascending
+    #: Whether the network was seen in training. In a scan or an evaluation, a neuron that never fired may have died
+    #: long before.
     in_training: bool = True
 
     def dated(self) -> IntArray:
@@ -176,21 +154,13 @@ class RunFacts:
 
 @dataclass(frozen=True)
 class Support:
-    """Hold the evidence for a symptom.
+    """Hold the evidence for a symptom."""
 
-    Attributes:
-        evidence: One or two sentences: how many neurons, in which layers, at which steps.
-        neurons: Number of neurons that show the symptom.
-        layers: Names of the layers that show it, the most affected first.
-        steps: First and last step that it concerns; ``None`` if no step is known.
-        before: The step before which checkpoints do not show it yet; ``None`` if no such step is known.
-    """
-
-    evidence: str
-    neurons: int
-    layers: tuple[str, ...]
-    steps: tuple[int, int] | None = None
-    before: int | None = None
+    evidence: str  # one or two sentences: how many neurons, in which layers, at which steps
+    neurons: int  # number of neurons that show the symptom
+    layers: tuple[str, ...]  # names of the layers that show it, the most affected first
+    steps: tuple[int, int] | None = None  # first and last step that it concerns; ``None`` if no step is known
+    before: int | None = None  # the step before which checkpoints do not show it yet; ``None`` if no such step is known
 
 
 def last_deaths(dead: BoolArray, since: IntArray) -> int | None:
@@ -215,14 +185,11 @@ def last_deaths(dead: BoolArray, since: IntArray) -> int | None:
 
 
 def groups(steps: IntArray, length: int) -> list[tuple[int, int]]:
-    """Find groups of deaths close together in time, by the thresholds at the top of this module; largest group first.
+    """Return the first and last step of each group of deaths close together in time, the largest group first.
 
     Args:
         steps: Steps of deaths, ascending, int64 ``(D,)``.
         length: Number of steps of the whole run.
-
-    Returns:
-        First and last step of each group.
 
     >>> groups(np.array([10, 400, 401, 402, 402, 405, 900]), 1000)
     [(400, 405)]
@@ -249,11 +216,7 @@ def _spacing(steps: IntArray) -> int:
 
 
 def _affected(counts: Sequence[tuple[str, int, int]]) -> tuple[str, tuple[str, ...]]:
-    """Return the affected layers, the worst first, as text and as names.
-
-    Args:
-        counts: Name, number of affected neurons and width of each layer.
-    """
+    """Return the affected layers, the worst first, as text and as names, given each one's name, number and width."""
     affected = sorted((count for count in counts if count[1]), key=lambda count: -count[1] / count[2])
     shown = ", ".join(f"{name} ({count:,} of {width:,})" for name, count, width in affected[:4])
     more = f" and {len(affected) - 4:,} more" if len(affected) > 4 else ""
@@ -261,12 +224,7 @@ def _affected(counts: Sequence[tuple[str, int, int]]) -> tuple[str, tuple[str, .
 
 
 def _count(facts: RunFacts, mask: Callable[[LayerFacts], Any]) -> tuple[int, str, tuple[str, ...]]:
-    """Return the number of affected neurons and the affected layers, as text and as names.
-
-    Args:
-        facts: The facts about the run.
-        mask: A function that returns the affected neurons of a layer, as a mask or as their number.
-    """
+    """Return the number of affected neurons, which ``mask`` gives, and the affected layers, as text and as names."""
     counts = [(layer.name, int(np.sum(mask(layer))), layer.width) for layer in facts.layers]
     layers, names = _affected(counts)
     return sum(count for _, count, _ in counts), layers, names
@@ -436,9 +394,7 @@ def _decayed(layer: LayerFacts, facts: RunFacts) -> float:
 def _test_for(field: str, sentence: str) -> Callable[[RunFacts], Support | None]:
     """Return a test for neurons whose number in each layer is a field of :class:`LayerFacts`.
 
-    Args:
-        field: The field's name.
-        sentence: The evidence, with ``{layers}`` and one of ``{neurons}`` or ``{neurons_are}``; ``{they_get}`` agrees.
+    The evidence is a sentence with ``{layers}`` and one of ``{neurons}`` or ``{neurons_are}``; ``{they_get}`` agrees.
     """
 
     def test(facts: RunFacts) -> Support | None:

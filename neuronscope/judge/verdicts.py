@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from neuronscope.arrays import BoolArray, ByteArray, FloatArray, IntArray
+from neuronscope.arrays import BoolArray, ByteArray, FloatArray
 from neuronscope.errors import UsageError
 
-__all__ = ["LABELS", "Judgement", "Policy", "SiteCounts", "Verdict", "is_tau_dormant", "judge", "rate_bound"]
+if TYPE_CHECKING:
+    from neuronscope.tally.census import Tally
+
+__all__ = ["LABELS", "Judgement", "Policy", "Verdict", "is_tau_dormant", "judge", "rate_bound"]
 
 
 #: Every label of a neuron, most serious first. A neuron that meets the criteria of several gets the first of them.
@@ -90,45 +93,6 @@ def rate_bound(examples: int, confidence: float = 0.95) -> float:
     return -math.expm1(math.log(1.0 - confidence) / examples)
 
 
-class SiteCounts(Protocol):
-    """List what :func:`judge` reads of one site with ``N`` neurons.
-
-    A :class:`neuronscope.tally.census.Tally` has them all.
-    """
-
-    @property
-    def kind(self) -> str:
-        """The activation's kind: ``relu-like``, ``smooth``, ``leaky``, ``saturating``, ``gated`` or ``sparse``."""
-
-    @property
-    def linear_when_on(self) -> bool:
-        """Whether the activation is the identity wherever its output is not zero (ReLU)."""
-
-    @property
-    def zero_outputs(self) -> IntArray:
-        """Positions with zero output, int64 ``(N,)``."""
-
-    @property
-    def zero_gradients(self) -> IntArray:
-        """Positions with zero gradient at the pre-activation, int64 ``(N,)``."""
-
-    @property
-    def not_finite_outputs(self) -> IntArray:
-        """Positions with NaN or infinite output, int64 ``(N,)``."""
-
-    @property
-    def mean_abs_output(self) -> FloatArray:
-        """Mean of ``|y|`` over positions, float64 ``(N,)``."""
-
-    @property
-    def positions(self) -> int:
-        """Positions at which each neuron's output was observed."""
-
-    @property
-    def gradient_positions(self) -> int:
-        """Positions at which each neuron's gradient was observed."""
-
-
 @dataclass(frozen=True)
 class Judgement:
     """Hold one mask per label over the ``N`` neurons of one site, each bool ``(N,)``.
@@ -165,64 +129,43 @@ class Judgement:
         return codes
 
 
-def judge(counts: SiteCounts, policy: Policy) -> Judgement:
+def judge(counts: Tally, policy: Policy) -> Judgement:
     """Judge every neuron of one site by its counts over one window.
 
     Args:
-        counts: The site's counts, usually a :class:`neuronscope.tally.census.Tally`.
+        counts: The site's counts.
         policy: The thresholds.
 
     Returns:
         One mask per label, each bool ``(N,)``.
     """
-    shape = counts.zero_outputs.shape
+    none = np.zeros(counts.zero_outputs.shape, dtype=np.bool_)
     if counts.positions == 0:
-        none = np.zeros(shape, dtype=np.bool_)
-        return Judgement(none, none, none, none, none, none, np.ones(shape, dtype=np.bool_), none)
+        return Judgement(none, none, none, none, none, none, ~none, none)
     not_finite = counts.not_finite_outputs > 0
-    never_fired = counts.zero_outputs == counts.positions
-    never_fired &= ~not_finite
+    never_fired = (counts.zero_outputs == counts.positions) & ~not_finite
     seen_gradients = counts.gradient_positions > 0
-    no_gradient = (
-        counts.zero_gradients == counts.gradient_positions if seen_gradients else np.zeros(shape, dtype=np.bool_)
-    )
-    if counts.kind == "leaky":  # never dead by output: its slope lets gradient through everywhere
-        dead = np.zeros(shape, dtype=np.bool_)
-    else:
-        dead = never_fired & no_gradient if seen_gradients else never_fired
-    silent = never_fired & ~no_gradient if seen_gradients else np.zeros(shape, dtype=np.bool_)
+    no_gradient = counts.zero_gradients == counts.gradient_positions if seen_gradients else none
+    # A leaky unit is never dead by output: its slope lets gradient through everywhere.
+    dead = none if counts.kind == "leaky" else never_fired & no_gradient if seen_gradients else never_fired
+    silent = never_fired & ~no_gradient if seen_gradients else none
     # Cut off: fires but gets no gradient. A leaky unit is never dead, so it is cut off even if it does not fire.
     cut_off = no_gradient & ~dead & ~not_finite
-    if counts.kind == "sparse":  # a latent that seldom fires is as it should be
-        tau_dormant = np.zeros(shape, dtype=np.bool_)
-    else:
+    tau_dormant = none  # a latent that seldom fires is as it should be
+    if counts.kind != "sparse":
         tau_dormant = is_tau_dormant(counts.mean_abs_output, not_finite, policy.dormant_tau)
     dormant = tau_dormant & ~dead & ~silent & ~cut_off
-    linear = np.zeros(shape, dtype=np.bool_)
-    if counts.linear_when_on:
-        linear = (counts.zero_outputs == 0) & ~not_finite & ~cut_off & ~dormant
-    return Judgement(
-        dead=dead,
-        silent=silent,
-        dormant=dormant,
-        cut_off=cut_off,
-        linear=linear,
-        not_finite=not_finite,
-        unseen=np.zeros(shape, dtype=np.bool_),
-        tau_dormant=tau_dormant,
-    )
+    linear = (counts.zero_outputs == 0) & ~not_finite & ~cut_off & ~dormant if counts.linear_when_on else none
+    return Judgement(dead, silent, dormant, cut_off, linear, not_finite, none, tau_dormant)
 
 
 def is_tau_dormant(mean_abs_output: FloatArray, not_finite: BoolArray, tau: float) -> BoolArray:
-    """Return which neurons of a site have a score ``E|y_i| / (mean_k E|y_k| + 1e-9)`` of at most ``tau``.
+    """Return which neurons have a score ``E|y_i| / (mean_k E|y_k| + 1e-9)`` of at most ``tau``, bool ``(N,)``.
 
     Args:
         mean_abs_output: Mean of ``|y|`` over positions, float64 ``(N,)``.
         not_finite: Neurons with NaN or infinite output, which are left out, bool ``(N,)``.
         tau: The threshold.
-
-    Returns:
-        bool ``(N,)``.
     """
     finite = mean_abs_output[~not_finite]
     score = mean_abs_output / ((finite.mean() if finite.size else 0.0) + 1e-9)

@@ -39,61 +39,38 @@ _Kwargs = Mapping[str, Any]
 
 
 class Made(NamedTuple):
-    """Says where a tensor was made.
+    """Says where a tensor was made."""
 
-    Attributes:
-        call: Number of the call of a torch function in the forward; −1 for the inputs, −2 if it was no call.
-        output: Number of the tensor among what the call returned, or among the inputs or the tensors that no call gave.
-    """
-
-    call: int
+    call: int  # number of the call of a torch function in the forward; −1 for the inputs, −2 if it was no call
+    #: Number of the tensor among what the call returned, or among the inputs or the tensors that no call gave.
     output: int
 
 
 class Passed(NamedTuple):
-    """A layer, or an activation that acts linear, between a source and a tensor.
+    """A layer, or an activation that acts linear, between a source and a tensor."""
 
-    Attributes:
-        call: Number of its call in the forward.
-        name: Path of the layer, or name of the activation's site.
-        kind: ``layer``, ``norm`` or ``activation``.
-    """
-
-    call: int
-    name: str
-    kind: str
+    call: int  # number of its call in the forward
+    name: str  # path of the layer, or name of the activation's site
+    kind: str  # ``layer``, ``norm`` or ``activation``
 
 
 class Affine(NamedTuple):
-    """Says of which source a tensor is an affine function.
+    """Says of which source a tensor is an affine function."""
 
-    Attributes:
-        source: Where the source was made.
-        passed: What lies between, in the order of the calls.
-        end: Where the output of the last layer was made.
-        places: :data:`EACH_POSITION`, :data:`CONVOLUTION` or :data:`WHOLE`; ``""`` if no layer was passed.
-        moved: Whether elements were moved since the last layer.
-        mixing: Number of the call in which attention mixed positions, by weights that depend on the data; −1 if none.
-    """
-
-    source: Made
-    passed: tuple[Passed, ...]
-    end: Made
-    places: str = ""
-    moved: bool = False
+    source: Made  # where the source was made
+    passed: tuple[Passed, ...]  # what lies between, in the order of the calls
+    end: Made  # where the output of the last layer was made
+    places: str = ""  # :data:`EACH_POSITION`, :data:`CONVOLUTION` or :data:`WHOLE`; ``""`` if no layer was passed
+    moved: bool = False  # whether elements were moved since the last layer
+    #: Number of the call in which attention mixed positions, by weights that depend on the data; −1 if none.
     mixing: int = -1
 
 
 class Stretch(NamedTuple):
-    """Two or more layers that compute one affine map.
-
-    Attributes:
-        affine: The map.
-        source_name: What the source is, in words.
-    """
+    """Two or more layers that compute one affine map."""
 
     affine: Affine
-    source_name: str
+    source_name: str  # what the source is, in words
 
     @property
     def layers(self) -> tuple[str, ...]:
@@ -112,39 +89,22 @@ class Stretch(NamedTuple):
 
 
 class _FunctionCall(NamedTuple):
-    """A call of a torch function, at least one argument of which depends on the input.
-
-    Attributes:
-        function: The function.
-        args: Its positional arguments.
-        kwargs: Its keyword arguments.
-        kind: In which way it is affine; see :mod:`neuronscope.linear.affine_functions`.
-        tensors: All tensors among its arguments.
-        data: What those of them are that depend on the input.
-        passes: The layer or the activation that the call is.
-        output: The first tensor that it returned.
-    """
+    """A call of a torch function, at least one argument of which depends on the input."""
 
     function: Function
     args: _Args
     kwargs: _Kwargs
-    kind: str
-    tensors: Sequence[Tensor]
-    data: Sequence[Affine]
-    passes: Passed
-    output: Tensor
+    kind: str  # in which way it is affine; see :mod:`neuronscope.linear.affine_functions`
+    tensors: Sequence[Tensor]  # all tensors among its arguments
+    data: Sequence[Affine]  # what those of them are that depend on the input
+    passes: Passed  # the layer or the activation that the call is
+    output: Tensor  # the first tensor that it returned
 
 
 class AffineFlow:
-    """Tracks of which source each tensor of a forward is an affine function.
+    """Tracks of which source each tensor of a forward is an affine function, with the named activations as linear.
 
-    Args:
-        model: The model.
-        acting_linear: Names of the activations to take as linear.
-
-    Attributes:
-        reads_out: Whether the program read numbers that depend on the input, so that it may compute otherwise for
-            another input.
+    ``reads_out``: the program read numbers that depend on the input, so it may compute otherwise for another input.
     """
 
     def __init__(self, model: nn.Module, acting_linear: Collection[str] = ()) -> None:
@@ -161,11 +121,7 @@ class AffineFlow:
         self._strays = 0
 
     def begin(self, inputs: Any) -> None:
-        """Begin a forward.
-
-        Args:
-            inputs: The model's arguments, nested.
-        """
+        """Begin a forward on these arguments of the model, nested."""
         for facts in (self._known, self._versions, self._sources, self._found, self._site_calls, self.neurons):
             facts.clear()
         self._call = -1
@@ -177,11 +133,7 @@ class AffineFlow:
             self._put_source(tensor, Made(-1, number), "the input")
 
     def end(self, outputs: Any) -> list[Stretch]:
-        """End a forward, and return its stretches.
-
-        Args:
-            outputs: What the model returned, nested.
-        """
+        """End a forward that returned these outputs, nested, and return its stretches."""
         for tensor in all_tensors(outputs):
             self.note_writes(tensor)
             self._close([self._known.get(tensor)])
@@ -205,10 +157,9 @@ class AffineFlow:
         return self._lookup(tensor) is not None
 
     def note_writes(self, values: Any) -> None:
-        """Note which tensors were written into, as by ``h[0] = x``, since a call gave them. Call it before each call.
+        """Note which tensors were written into, as by ``h[0] = x``, since a call gave them.
 
-        Args:
-            values: What the call is given, nested.
+        Call it before each call with what the call is given, nested.
         """
         for tensor in nested_tensors(values):
             version = self._versions.get(tensor)
@@ -412,13 +363,7 @@ def _is_part(stretch: Stretch, other: Stretch) -> bool:
 
 
 def _is_alike(factor: Tensor, dimensions: int, places: str) -> bool:
-    """Whether a constant factor is the same at all positions.
-
-    Args:
-        factor: The factor.
-        dimensions: How many dimensions the product has.
-        places: Where the units lie, as in :class:`Affine`.
-    """
+    """Whether a constant factor of a product with so many dimensions is the same at all positions."""
     units = {EACH_POSITION: dimensions - 1, CONVOLUTION: 1}.get(places, -1)
     sizes = (1,) * (dimensions - factor.dim()) + tuple(factor.shape)
     return all(size == 1 or dim == units for dim, size in enumerate(sizes))

@@ -31,10 +31,7 @@ __all__ = ["LinearLayersOfForward", "check_linear"]
 
 
 def check_linear(
-    model: nn.Module,
-    data: Iterable[Any],
-    *,
-    forward: Callable[[nn.Module, Any], Any] | None = None,
+    model: nn.Module, data: Iterable[Any], *, forward: Callable[[nn.Module, Any], Any] | None = None
 ) -> LinearReport:
     """Find the layers of a trained model between which no nonlinearity lies, or none that bends on this data.
 
@@ -94,11 +91,7 @@ def check_linear(
 
 
 class LinearLayersOfForward:
-    """Finds the layers of one forward between which no nonlinearity lies.
-
-    Args:
-        model: The model.
-    """
+    """Finds the layers of one forward between which no nonlinearity lies."""
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
@@ -133,12 +126,9 @@ class LinearLayersOfForward:
 
 
 class _Following(TorchFunctionMode):
-    """Passes the calls of a forward on to a flow, and measures the slopes of activations.
+    """Passes the calls of a forward on to a flow, and measures the slopes of activations, if there is a place for them.
 
-    Args:
-        flow: The flow.
-        slopes: Where to measure; ``None`` for not at all.
-        keep_going: Whether to warn of an error of our own, and follow no more, rather than to raise it.
+    An error of our own is raised; or, with ``keep_going``, it gives a warning, and no more calls are followed.
     """
 
     def __init__(self, flow: AffineFlow, slopes: dict[str, Slopes] | None, *, keep_going: bool = False) -> None:
@@ -205,14 +195,7 @@ def _followed(
 def _maps(
     model: nn.Module, call: Callable[[nn.Module, Any], Any], batch: Any, stretches: list[Stretch]
 ) -> list[CollapsedMap | None]:
-    """Return the map of each stretch, ``None`` where none could be computed.
-
-    Args:
-        model: The model.
-        call: Runs the model on a batch.
-        batch: The first batch.
-        stretches: What to compute.
-    """
+    """Return the map of each stretch, ``None`` where none could be computed."""
     exact, inputs = in_float64(model, call, batch) or (model, batch)
 
     def run(inputs: Any) -> Any:
@@ -247,16 +230,8 @@ def _described(model: nn.Module, stretch: Stretch, found: CollapsedMap | None, *
         through_attention=stretch.affine.mixing >= 0,
         basis="proved" if proved else "measured",
         parameters=sum(held.values()),
-        inputs=known.inputs,
-        outputs=known.outputs,
-        rank=known.rank,
-        heads=known.heads,
-        kernel=known.kernel,
         parameters_of_one=known.parameters if found else -1,
-        difference=known.difference,
-        border_share=known.border_share,
-        matrix=_plain(known.matrix),
-        offset=_plain(known.offset),
+        **{**known._asdict(), "matrix": _plain(known.matrix), "offset": _plain(known.offset)},
     )
 
 

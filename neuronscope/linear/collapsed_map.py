@@ -24,33 +24,17 @@ _MOST_AT_ONCE = 1 << 24  # elements of derivatives
 
 
 class CollapsedMap(NamedTuple):
-    """Describes the affine map that a stretch of layers computes.
-
-    Attributes:
-        inputs: Number of inputs: features at one position, channels of a convolution, or elements of an example.
-        outputs: Number of outputs, likewise.
-        rank: Rank of its matrix; of the largest of the heads' matrices if attention lies in between; −1 if not known.
-        heads: Number of matrices: one, or one for each head of attention.
-        kernel: Sizes of the kernel of the one convolution that it is; ``()`` otherwise.
-        matrix: The matrix, float64 or the model's type, ``(outputs, inputs · kernel)``; ``None`` if it was not
-            computed, or if there are several heads.
-        offset: What the map adds, ``(outputs,)``; at one position, if it maps each position.
-        difference: Largest difference between the layers' output and the map's, as a share of the largest output;
-            ``None`` if it was not computed.
-        border_share: Share of the positions of the result at which one convolution with this kernel gives something
-            else than the layers, in [0, 1]. The kernel is that of the middle; towards the borders, layers that pad
-            what other layers gave do otherwise. 0 if the map is no convolution.
-    """
+    """The affine map that a stretch of layers computes, in the fields of :mod:`neuronscope.linear.linear_report`."""
 
     inputs: int
     outputs: int
     rank: int = -1
     heads: int = 1
     kernel: tuple[int, ...] = ()
-    matrix: Tensor | None = None
+    matrix: Tensor | None = None  # float64 or the model's type
     offset: Tensor | None = None
     difference: float | None = None
-    border_share: float = 0.0
+    border_share: float = 0.0  # the kernel is that of the middle
 
     @property
     def parameters(self) -> int:
@@ -82,19 +66,7 @@ def collapsed_map(run: Callable[[Any], Any], inputs: Any, stretch: Stretch, *, p
 def _of_places(
     places: str, run: Callable[[Any], Any], inputs: Any, stretch: Stretch, once: Replayed, *, proved: bool
 ) -> CollapsedMap | None:
-    """Return the map of an example, of a position or of a convolution; ``None`` if it is no convolution.
-
-    Args:
-        places: As in :class:`~neuronscope.linear.affine_flow.Affine`.
-        run: Runs the model on inputs.
-        inputs: One batch.
-        stretch: The stretch.
-        once: The forward up to the end of the stretch.
-        proved: Whether it is affine for every input.
-
-    Raises:
-        ValueError: As :func:`collapsed_map`.
-    """
+    """Return the map of an example, of a position or of a convolution; ``None`` if it is no convolution."""
     affine, source, result = stretch.affine, once.source, once.result
     rows, columns, kernel_of = _places(places, source, result)
     if len(rows) * source[0].numel() > MOST_ELEMENTS:
@@ -205,13 +177,7 @@ def _widths(places: str, source: Tensor, result: Tensor) -> tuple[int, int]:
 def _places(
     places: str, source: Tensor, result: Tensor
 ) -> tuple[Tensor, int, Callable[[Tensor], tuple[Tensor, tuple[int, ...]]]]:
-    """Return which outputs of an example to compute, how many inputs they have, and what makes the map of their rows.
-
-    Args:
-        places: As in :class:`~neuronscope.linear.affine_flow.Affine`.
-        source: The source, ``(B, …)``.
-        result: The map's result, ``(B, …)``.
-    """
+    """Return which outputs of an example to compute, how many inputs they have, and what makes the map of rows."""
     every = torch.arange(result[0].numel(), device=result.device).reshape(result[0].shape)
     if places == EACH_POSITION and source.shape[:-1] == result.shape[:-1]:
         width = source.shape[-1]
@@ -237,14 +203,7 @@ def _places(
 
 
 def _by_heads(run: Callable[[Any], Any], inputs: Any, stretch: Stretch, once: Replayed) -> CollapsedMap:
-    """Return the map of a value projection and an output projection, one for each head.
-
-    Args:
-        run: Runs the model on inputs.
-        inputs: One batch.
-        stretch: The stretch, with attention in it.
-        once: The forward up to the end of the stretch: source ``(B, T, inputs)``, result ``(B, T, outputs)``.
-    """
+    """Return the map of a value projection and an output projection, one for each head."""
     source, result = once.source, once.result
     width, outputs = source.shape[-1], result.shape[-1]
     unknown = CollapsedMap(width, outputs)

@@ -21,19 +21,13 @@ Replace = Callable[[Tensor], Tensor]
 
 
 class Replayed(NamedTuple):
-    """What a part of a forward gave.
+    """What a part of a forward gave."""
 
-    Attributes:
-        source: What stood in the source's place.
-        result: What the map gave.
-        mixing: The arguments of the call in which attention mixed positions, by position and by name.
-        heads: Number of heads of the values that attention mixes; 1 if they are not apart.
-    """
-
-    source: Tensor
-    result: Tensor
+    source: Tensor  # what stood in the source's place
+    result: Tensor  # what the map gave
+    #: The arguments of the call in which attention mixed positions, by position and by name.
     mixing: tuple[tuple[Any, ...], Mapping[str, Any]]
-    heads: int
+    heads: int  # number of heads of the values that attention mixes; 1 if they are not apart
 
 
 def replay(
@@ -83,12 +77,7 @@ class _Piece(TorchFunctionMode):
         self._call = -1
 
     def with_source(self, value: Any, source: Tensor) -> Any:
-        """Return nested inputs or outputs with the source, which is one of their tensors, replaced.
-
-        Args:
-            value: The inputs or outputs.
-            source: The source.
-        """
+        """Return nested inputs or outputs with the source, which is one of their tensors, replaced."""
         return map_tensors(lambda tensor: self._replacement(tensor) if tensor is source else tensor, value)
 
     def _replacement(self, source: Tensor) -> Tensor:

@@ -59,11 +59,9 @@ class Slopes:
 
     @staticmethod
     def _by_neuron(values: Tensor, origin: Origin) -> tuple[Tensor, Tensor]:
-        """Return the smallest and the largest of some values for each neuron, each ``(N,)``.
+        """Return the smallest and the largest of an activation's values for each neuron, each ``(N,)``.
 
-        Args:
-            values: Values of each element, of the shape of the activation's input.
-            origin: What the input is; if its units are not known, each element of an example is a neuron.
+        If the units of its input are not known, each element of an example is a neuron.
         """
         if origin.units is None:
             flat = values.reshape(len(values), -1) if values.dim() else values.reshape(1, 1)

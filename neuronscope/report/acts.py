@@ -36,10 +36,7 @@ class Act:
 
 
 def acts_note(acts: Sequence[Act]) -> str:
-    """Return a sentence on all acts; ``""`` if there are none.
-
-    Args:
-        acts: The acts, oldest first.
+    """Return a sentence on all acts, oldest first; ``""`` if there are none.
 
     >>> acts_note([Act(100, "fc/relu", (0, 3), "Dead()", 0, 99), Act(200, "fc/relu", (3,), "Dead()", 100, 199)])
     'Revived so far: 3 neurons at 2 steps (fc/relu 3), last 1 at step 200 by Dead(). Counts from before are of the old \

@@ -82,7 +82,6 @@ class ReportComparison(Shown):
 
     WRITERS: ClassVar[Mapping[str, str]] = {
         "terminal": "neuronscope.writers.comparison_text",
-        "json": "neuronscope.writers.json",
         "html": "neuronscope.writers.html",
     }
 

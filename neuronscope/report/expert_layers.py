@@ -16,17 +16,11 @@ __all__ = ["ExpertLayer", "expert_layers"]
 
 @dataclass(frozen=True)
 class ExpertLayer:
-    """The experts of one mixture (``E`` experts).
+    """The experts of one mixture (``E`` experts)."""
 
-    Attributes:
-        name: Name of the site with ``*`` in place of the expert's number: ``mlp.experts.w1.*/relu``.
-        numbers: The number of each expert, in rising order.
-        experts: The site of each expert.
-    """
-
-    name: str
-    numbers: tuple[int, ...]
-    experts: tuple[SiteReport, ...]
+    name: str  # name of the site with ``*`` in place of the expert's number: ``mlp.experts.w1.*/relu``
+    numbers: tuple[int, ...]  # the number of each expert, in rising order
+    experts: tuple[SiteReport, ...]  # the site of each expert
 
     @property
     def tokens(self) -> IntArray:
@@ -59,9 +53,6 @@ def expert_layers(layers: Iterable[SiteReport]) -> list[ExpertLayer]:
     ``expert``, ``experts`` or ``moe``; or if the number is at the end, as that of a matrix in a stack, and they were
     given different numbers of tokens. Of several activations of the same units the last one is taken: the product of
     a gate.
-
-    Args:
-        layers: The layers.
     """
     found: dict[str, dict[str, dict[int, SiteReport]]] = {}  # pattern on the layer → that on the site → number → site
     for site in layers:

@@ -15,18 +15,13 @@ _MAX_LENGTH = 300
 class Fault(NamedTuple):
     """Describe an error inside Neuronscope that ended a watch.
 
-    Attributes:
-        step: Number of optimizer steps taken when it happened.
-        error: Type and message of the exception, in one line.
-        earlier: Whether it ended an earlier run, whose saved counts were loaded into this one.
-
     >>> str(Fault.from_error(ValueError("no"), 12))
     'Neuronscope stopped watching at step 12 because of an internal error; later steps are not counted. ValueError: no'
     """
 
-    step: int
-    error: str
-    earlier: bool = False
+    step: int  # number of optimizer steps taken when it happened
+    error: str  # type and message of the exception, in one line
+    earlier: bool = False  # whether it ended an earlier run, whose saved counts were loaded into this one
 
     @classmethod
     def from_error(cls, error: Exception, step: int) -> Fault:

@@ -39,15 +39,12 @@ def read_json(path: str | Path) -> Any:
 
 
 def check_version(version: Any, expected: int, source: str) -> None:
-    """Check the version of a schema.
+    """Raise ReportError if the version of a schema is not the expected one.
 
     Args:
         version: That of the file.
         expected: The one that can be read.
         source: Where it comes from, for messages.
-
-    Raises:
-        ReportError: It is another one.
     """
     if version != expected:
         age = "an older" if isinstance(version, int) and version < expected else "another"
@@ -199,11 +196,7 @@ class Fields:
         return dict(found)
 
     def fail(self, reason: str) -> NoReturn:
-        """Refuse the object.
-
-        Raises:
-            DamagedError: Always, with the reason.
-        """
+        """Refuse the object with a reason."""
         raise DamagedError(f"{self._place.rstrip('.')} {reason}")
 
 

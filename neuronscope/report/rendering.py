@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import html
 import importlib
+import json
 import random
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,15 +23,12 @@ if TYPE_CHECKING:
 __all__ = ["LayersByName", "Renderable", "Shown"]
 
 
-class HasName(Protocol):
-    """A layer of any report."""
-
+class _HasName(Protocol):  # a layer of any report
     @property
-    def name(self) -> str:
-        """The layer's name."""
+    def name(self) -> str: ...
 
 
-LayerT = TypeVar("LayerT", bound=HasName)
+LayerT = TypeVar("LayerT", bound=_HasName)
 
 
 class LayersByName(Generic[LayerT]):
@@ -39,11 +37,7 @@ class LayersByName(Generic[LayerT]):
     layers: tuple[LayerT, ...]
 
     def __getitem__(self, name: str) -> LayerT:
-        """Return the layer with this name.
-
-        Raises:
-            KeyError: There is no such layer.
-        """
+        """Return the layer with this name; without one, raise KeyError."""
         for layer in self.layers:
             if layer.name == name:
                 return layer
@@ -69,21 +63,20 @@ class Shown:
         return self.to_text()
 
     def to_text(self, top: int = 20) -> str:
-        """Return the report as text for a terminal.
-
-        Args:
-            top: Most layers that get a row of the table: of more, the worst.
-        """
+        """Return the report as text for a terminal, with a row for at most ``top`` layers: of more, the worst."""
         text: str = self._writer("terminal").render(self, top)
         return text
 
     def to_json(self, path: str | Path | None = None) -> str:
-        """Return the report as JSON text, and write it to ``path`` if given.
+        """Return the report as one line of strict JSON (RFC 8259, ASCII), and write it to ``path`` if given.
+
+        Keys are sorted, so that equal reports give the same bytes. ``schema_version`` names the schema.
 
         Raises:
             OSError: The file cannot be written; an existing file is then unchanged.
         """
-        return write_if_named(self._render("json"), path)
+        text = json.dumps(self.to_dict(), allow_nan=False, sort_keys=True, separators=(",", ":")) + "\n"
+        return write_if_named(text, path)
 
     def to_html(self, path: str | Path | None = None) -> str:
         """Return the report as one HTML page without external resources, and write it to ``path`` if given.
@@ -92,6 +85,10 @@ class Shown:
             OSError: The file cannot be written; an existing file is then unchanged.
         """
         return write_if_named(self._render("html"), path)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the report as plain data."""
+        raise NotImplementedError
 
     def _in_short(self) -> str:
         """Return what the report is on and how many neurons are dead, in one line."""
@@ -119,9 +116,9 @@ class Renderable(Shown):
         rights = 'sandbox="allow-scripts" allow="clipboard-write"'
         return f'<iframe title="Neuronscope report" {rights} style="{style}" srcdoc="{page}"></iframe>'
 
-    def to_markdown(self) -> str:
-        """Return the report as markdown."""
-        return self._render("markdown")
+    def to_markdown(self, path: str | Path | None = None) -> str:
+        """Return the report as markdown, and write it to ``path`` if given; see :meth:`to_html`."""
+        return write_if_named(self._render("markdown"), path)
 
     def to_pandas(self, rows: str = "layer") -> Any:
         """Return the report as a ``pandas.DataFrame``; pandas is optional, and only needed here.

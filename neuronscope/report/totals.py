@@ -22,11 +22,7 @@ class NeuronCounts:
     """Counts neurons by what is known of them: those of a site, or those in a report's totals."""
 
     def count(self, mask: Callable[[SiteReport], BoolArray]) -> int:
-        """Return the number of neurons with some property.
-
-        Args:
-            mask: Returns which neurons of a site have the property, bool ``(N,)``.
-        """
+        """Return the number of neurons for which a mask of a site, bool ``(N,)``, is true."""
         raise NotImplementedError
 
     @property
@@ -114,17 +110,12 @@ class NeuronCounts:
         return 100.0 * number / judged if judged else float("nan")
 
 
-class Totals:
+class Totals(NeuronCounts):
     """Count the neurons of several sites: each unit of a layer once, without assumed axes and without outputs.
 
     Attributes:
-        sites: The sites.
         stand_ins: Which neurons of each site stand for a neuron, one mask by site, bool ``(N,)``; see
             :meth:`neuronscope.judge.distinct.DistinctNeurons.stand_ins`.
-        neurons: Number of neurons.
-
-    Args:
-        sites: The sites, in the order in which they first ran.
     """
 
     def __init__(self, sites: Sequence[SiteReport]) -> None:
@@ -140,11 +131,7 @@ class Totals:
         return self.neurons < sum(site.neurons for site in self.sites if site.in_headlines)
 
     def count(self, mask: Callable[[SiteReport], BoolArray]) -> int:
-        """Return the number of neurons with some property.
-
-        Args:
-            mask: Returns which neurons of a site have the property, bool ``(N,)``.
-        """
+        """Return the number of neurons for which a mask of a site, bool ``(N,)``, is true."""
         return sum(
             int((mask(site) & stands_in).sum())
             for site, stands_in in zip(self.sites, self.stand_ins, strict=True)
@@ -176,11 +163,7 @@ class Totals:
         return int(self._distinct.highest([site.history.deaths for site in self.sites]).sum())
 
     def sites_with(self, mask: Callable[[SiteReport], BoolArray]) -> list[SiteReport]:
-        """Return the sites at which neurons with some property are counted. A gate of a product is not one.
-
-        Args:
-            mask: Returns which neurons of a site have the property, bool ``(N,)``.
-        """
+        """Return the sites at which neurons are counted for which a mask is true. A gate of a product is not one."""
         return [
             site
             for site, stands_in in zip(self.sites, self.stand_ins, strict=True)
@@ -188,16 +171,11 @@ class Totals:
         ]
 
     def at_home(self, values: Sequence[IntArray]) -> Iterator[tuple[SiteReport, IntArray]]:
-        """Yield the values of distinct neurons, each at one site: the product of its gate, else its first site.
+        """Yield each site with the values of the neurons that are counted there, int64 ``(M,)``, given those by site.
 
-        The site of a neuron does not depend on its label, so that a site's share of dead neurons means something. A
-        site with no such neurons is left out.
-
-        Args:
-            values: Values by site, each int64 ``(N,)``; the value at the place that stands for a neuron counts.
-
-        Yields:
-            A site, and the values of the neurons that are counted there, int64 ``(M,)``.
+        A neuron's site is the product of its gate, else its first site. It does not depend on its label, so that a
+        site's share of dead neurons means something. The value at the place that stands for a neuron counts. A site
+        with no such neurons is left out.
         """
         spread = self._distinct.spread(values, self.stand_ins)
         for site, value, home in zip(self.sites, spread, self._distinct.homes(), strict=True):
@@ -210,14 +188,10 @@ class Totals:
         return np.unique(np.concatenate(steps)) if steps else np.zeros(0, dtype=np.int64)
 
     def labels_at(self, step: int) -> ByteArray:
-        """Return the label of each neuron in one window of the history.
+        """Return the label of each neuron in the window of the history that ends at a step, uint8 ``(D,)``.
 
-        Args:
-            step: Last step of the window.
-
-        Returns:
-            Indices into :data:`neuronscope.judge.verdicts.LABELS`, uint8 ``(D,)``, in the same order for every window.
-            A neuron that was never off counts as alive here.
+        They are indices into :data:`neuronscope.judge.verdicts.LABELS`, in the same order for every window. A neuron
+        that was never off counts as alive here.
         """
         labels = []
         for site in self.sites:

@@ -6,9 +6,9 @@ from collections import Counter
 from typing import Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
+from neuronscope.arrays import IntArray
 from neuronscope.errors import StateError
 from neuronscope.report.acts import Act
 from neuronscope.tally.census import Tally
@@ -16,29 +16,17 @@ from neuronscope.tally.check_state import array, integer, integers, mapping
 
 __all__ = ["ActRecord", "Before"]
 
-IntArray = npt.NDArray[np.int64]
-
 
 class Before(NamedTuple):
-    """What belongs to the old weights of each of a site's ``N`` neurons: counts up to its newest revival.
+    """What belongs to the old weights of each of a site's ``N`` neurons: counts up to its newest revival."""
 
-    Attributes:
-        zero_outputs: Zero outputs until then, int64 ``(N,)``.
-        positions: Positions until then, int64 ``(N,)``.
-        step: The step of the revival; 0 for a neuron that was never revived. int64 ``(N,)``.
-    """
-
-    zero_outputs: IntArray
-    positions: IntArray
-    step: IntArray
+    zero_outputs: IntArray  # zero outputs until then, int64 ``(N,)``
+    positions: IntArray  # positions until then, int64 ``(N,)``
+    step: IntArray  # the step of the revival; 0 for a neuron that was never revived. int64 ``(N,)``
 
 
 class ActRecord:
-    """Hold all acts of a watch, oldest first, in some bytes for each neuron that was revived.
-
-    Attributes:
-        acts: The acts.
-    """
+    """Hold all acts of a watch, oldest first, in some bytes for each neuron that was revived."""
 
     def __init__(self) -> None:
         self.acts: list[Act] = []
@@ -51,11 +39,7 @@ class ActRecord:
         return self.acts[-1].last_step if self.acts else -1
 
     def revived(self, site: str) -> int:
-        """Return how many neurons of a site were revived, each as often as it was.
-
-        Args:
-            site: The site's name.
-        """
+        """Return how many neurons of a site were revived, each as often as it was."""
         return self._revived[site]
 
     def before(self, site: str, neurons: int) -> Before:

@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from neuronscope.arrays import FloatArray, IntArray
 from neuronscope.count.counter_tensors import NEVER
 from neuronscope.errors import StateError
 from neuronscope.judge.distinct import DistinctNeurons
@@ -22,9 +23,6 @@ from neuronscope.sites import IncomingRows, ReaderColumns, SiteInfo
 from neuronscope.tally.check_state import MOST, array, integer, mapping
 
 __all__ = ["Census", "Tally"]
-
-IntArray = npt.NDArray[np.int64]
-FloatArray = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True, eq=False)
@@ -178,13 +176,9 @@ class Tally:
         return _fraction(self.abs_sum, self.positions)
 
     def idle_since(self, last_active_step: IntArray) -> IntArray:
-        """Return how many positions of running counts are in the steps after some other ones.
+        """Return how many positions of running counts are in the steps after each neuron's given one, int64 ``(N,)``.
 
-        Args:
-            last_active_step: A step for each neuron, int64 ``(N,)``; −1 = before all of them.
-
-        Returns:
-            int64 ``(N,)``. What was counted since the newest step that was noted belongs to the step after it.
+        −1 = before all of them. What was counted since the newest step that was noted belongs to the step after it.
         """
         steps = np.array([step for step, _ in self.step_positions], dtype=np.int64)
         until = np.array([0, *(positions for _, positions in self.step_positions)], dtype=np.int64)
@@ -296,12 +290,7 @@ class Census(Mapping[str, Tally]):
     """
 
     def __init__(
-        self,
-        tallies: Mapping[str, Tally] | None = None,
-        *,
-        first_step: int = -1,
-        last_step: int = -1,
-        steps: int = 0,
+        self, tallies: Mapping[str, Tally] | None = None, *, first_step: int = -1, last_step: int = -1, steps: int = 0
     ) -> None:
         self._tallies = dict(tallies or {})
         self.first_step = first_step
@@ -381,12 +370,7 @@ class Census(Mapping[str, Tally]):
 
 
 def _read_info(state: Mapping[str, Any]) -> SiteInfo:
-    """Return the description of a site that :meth:`Tally.state_dict` saved.
-
-    Raises:
-        TypeError: A field is unknown or missing.
-        ValueError: A field is not what it can be.
-    """
+    """Return the description of a site that :meth:`Tally.state_dict` saved; raise an error if it is none."""
     units = tuple((str(layer), int(start), int(stop), int(step)) for layer, start, stop, step in state.get("units", ()))
     if any(step == 0 or min(start, stop) < -1 for _, start, stop, step in units):
         raise ValueError("a run of units is not (layer, start, stop, step)")

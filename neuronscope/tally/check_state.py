@@ -1,4 +1,7 @@
-"""Check the parts of a saved state: a file may be damaged, and what is wrong must not come out later as a count."""
+"""Check the parts of a saved state: a file may be damaged, and what is wrong must not come out later as a count.
+
+Each function raises ValueError if the part is anything else than what it returns.
+"""
 
 from __future__ import annotations
 
@@ -22,9 +25,6 @@ def integer(state: Mapping[str, Any], name: str, low: int = 0, high: int = MOST)
         name: Its key.
         low: The least that it can be.
         high: The most that it can be.
-
-    Raises:
-        ValueError: It is anything else.
     """
     value = state[name]
     if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
@@ -40,9 +40,6 @@ def integers(state: Mapping[str, Any], name: str, low: int = 0, high: int = MOST
         name: Its key.
         low: The least that each can be.
         high: The most that each can be.
-
-    Raises:
-        ValueError: It is anything else.
     """
     value = state[name]
     if isinstance(value, torch.Tensor):
@@ -53,12 +50,7 @@ def integers(state: Mapping[str, Any], name: str, low: int = 0, high: int = MOST
 
 
 def array(
-    state: Mapping[str, Any],
-    name: str,
-    dtype: torch.dtype,
-    shape: tuple[int, ...],
-    low: float = 0,
-    high: float = MOST,
+    state: Mapping[str, Any], name: str, dtype: torch.dtype, shape: tuple[int, ...], low: float = 0, high: float = MOST
 ) -> npt.NDArray[Any]:
     """Return a tensor of a state as an array of its own.
 
@@ -69,9 +61,6 @@ def array(
         shape: Its shape.
         low: The least that each number can be.
         high: The most that each number can be.
-
-    Raises:
-        ValueError: It is anything else, or a number is NaN.
     """
     value = state[name]
     if not isinstance(value, torch.Tensor) or value.layout != torch.strided or value.is_meta:
@@ -91,9 +80,6 @@ def mapping(state: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     Args:
         state: The state.
         name: Its key.
-
-    Raises:
-        ValueError: It is anything else.
     """
     value = state[name]
     if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):

@@ -39,11 +39,7 @@ _PER_NEURON: dict[str, tuple[Callable[[AnyArray, AnyArray], AnyArray], float]] =
 
 
 def read_tallies(sites: Sequence[tuple[SiteInfo, SiteCounters]]) -> list[Tally]:
-    """Return a tally for each site, copied from its running counters. Synchronizes with their devices.
-
-    Args:
-        sites: Description and counters of each site.
-    """
+    """Return a tally for each site, copied from its running counters. Synchronizes with their devices."""
     all_counters = {id(each): each for _, counters in sites for each in (counters, counters.gate) if each is not None}
     scratch = ScratchBuffers()
     for counters in all_counters.values():
@@ -69,9 +65,7 @@ def _parts(counters: SiteCounters) -> list[CounterTensors]:
 def _read(counters: SiteCounters, copies: Iterator[AnyArray]) -> dict[str, AnyArray]:
     """Return everything that was counted, as int64 and float64, by the names of :class:`CounterTensors`.
 
-    Args:
-        counters: The counters.
-        copies: What they hold, as :func:`_held_by` says.
+    ``copies`` are of what :func:`_held_by` yields.
     """
     counts: dict[str, AnyArray] = {"traced": next(copies), "traced_gradients": next(copies)}
     parts = [dict(zip(_PER_NEURON, copies, strict=False)) for _ in _parts(counters)]

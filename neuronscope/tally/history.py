@@ -13,22 +13,13 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
+from neuronscope.arrays import ByteArray, IntArray
 from neuronscope.count.counter_tensors import NEVER
 from neuronscope.errors import StateError
 from neuronscope.judge.verdicts import Judgement, Policy, judge
-from neuronscope.report.report import (
-    LEVEL_CUT_OFF,
-    LEVEL_DEAD,
-    LEVEL_DORMANT,
-    LEVEL_MAX,
-    LEVEL_NOT_FINITE,
-    LEVEL_SILENT,
-    LEVEL_UNSEEN,
-    SiteHistory,
-)
+from neuronscope.report.report import LEVEL_MAX, LEVELS, SiteHistory
 from neuronscope.tally.census import Census, Tally
 from neuronscope.tally.check_state import MOST, array, integer, integers, mapping
 
@@ -38,8 +29,6 @@ __all__ = ["History"]
 MAX_WINDOWS = 256
 MAX_BYTES = 64 << 20
 _MIN_WINDOWS = 16
-
-ByteArray = npt.NDArray[np.uint8]
 
 
 def levels(tally: Tally, judgement: Judgement) -> ByteArray:
@@ -54,15 +43,8 @@ def levels(tally: Tally, judgement: Judgement) -> ByteArray:
     # 0 is for exactly 0, and LEVEL_MAX is a verdict.
     codes: ByteArray = np.minimum(np.maximum(shades, 1), LEVEL_MAX - 1).astype(np.uint8)
     codes[zeros == 0] = 0
-    for mask, level in (
-        (judgement.silent, LEVEL_SILENT),
-        (judgement.dormant, LEVEL_DORMANT),
-        (judgement.cut_off, LEVEL_CUT_OFF),
-        (judgement.dead, LEVEL_DEAD),
-        (judgement.not_finite, LEVEL_NOT_FINITE),
-        (judgement.unseen, LEVEL_UNSEEN),
-    ):
-        codes[mask] = level
+    for label, level in LEVELS.items():
+        codes[getattr(judgement, label.replace(" ", "_"))] = level
     return codes
 
 
@@ -71,9 +53,6 @@ class _LevelRows:
 
     Reports get a view of the array, without a copy. The rows of a view never change: new rows are written behind them,
     and if an existing row must change, the rows move to a new array first.
-
-    Args:
-        neurons: Length of a row.
     """
 
     def __init__(self, neurons: int) -> None:
@@ -91,11 +70,7 @@ class _LevelRows:
         self._count += 1
 
     def keep(self, places: Sequence[int]) -> None:
-        """Keep only some rows.
-
-        Args:
-            places: Their indices, ascending.
-        """
+        """Keep only the rows at some places, ascending."""
         if list(places) != [*range(len(places))]:
             self._array, self._viewed = self._array[places], 0
         self._count = len(places)
@@ -129,16 +104,12 @@ class _Trail:
         self.is_dead = np.zeros(neurons, dtype=np.bool_)
 
     def note_changes(
-        self, step: int, tally: Tally, judgement: Judgement, last_active: npt.NDArray[np.int64], observed: Sequence[int]
+        self, step: int, tally: Tally, judgement: Judgement, last_active: IntArray, observed: Sequence[int]
     ) -> None:
         """Record which neurons died and which revived in a closed window.
 
-        Args:
-            step: Last step of the window.
-            tally: The counts of the window.
-            judgement: The verdicts on it.
-            last_active: Last step at which each neuron fired, int64 ``(N,)``.
-            observed: Steps observed in this window and the one before it, ascending.
+        ``last_active`` is the last step at which each neuron fired, int64 ``(N,)``; ``observed`` are the steps observed
+        in this window and the one before it, ascending.
         """
         died = judgement.dead & ~self.is_dead & (last_active >= 0)
         if died.any():
@@ -152,16 +123,9 @@ class _Trail:
         self.is_dead = (self.is_dead & ~revived) | judgement.dead
 
     def add_window(self, index: int, stride: int, step: int, tally: Tally, judgement: Judgement) -> None:
-        """Store the levels and totals of a closed window.
+        """Store the levels and totals of a closed window, of which ``index`` were closed before.
 
         The previous window was stored as the newest; it is dropped now unless its index is a multiple of the stride.
-
-        Args:
-            index: Number of windows closed before this one.
-            stride: Every how many windows one is kept.
-            step: Last step of the window.
-            tally: The counts of the window.
-            judgement: The verdicts on it.
         """
         if self.indices and self.indices[-1] % stride:
             self._keep([*range(len(self.indices) - 1)])
@@ -201,11 +165,7 @@ class _Trail:
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> _Trail:
-        """Return the history that :meth:`state_dict` saved.
-
-        Raises:
-            ValueError: A part of it is not what it can be.
-        """
+        """Return the history that :meth:`state_dict` saved; raise ValueError if a part of it is not what it can be."""
         neurons = len(state["died_step"])
         trail = cls(neurons)
         trail.indices = integers(state, "indices")
@@ -225,11 +185,7 @@ class _Trail:
 
 
 class History:
-    """Record the deaths and revivals at every site in one phase.
-
-    Args:
-        policy: The thresholds for judging windows.
-    """
+    """Record the deaths and revivals at every site in one phase."""
 
     def __init__(self, policy: Policy) -> None:
         self._policy = policy
@@ -281,11 +237,7 @@ class History:
         return (self._trails.get(name) or _Trail(neurons)).snapshot()
 
     def state_dict(self, without: Collection[str] = ()) -> dict[str, Any]:
-        """Return the history as tensors and primitives.
-
-        Args:
-            without: Names of sites that are left out.
-        """
+        """Return the history as tensors and primitives, without the named sites."""
         return {
             "windows": self._windows,
             "stride": self._stride,

@@ -47,14 +47,8 @@ Lacking = Callable[[Iterable[str]], Collection[str]]
 class PhaseRecord:
     """Hold the counters, censuses and history of one phase.
 
-    Attributes:
-        closed: The sum of all closed windows.
-        last: The newest closed window.
-        history: Deaths and revivals by site.
-
-    Args:
-        policy: The thresholds.
-        lock: Held while counts are read and set back, because another thread may be counting.
+    ``closed`` is the sum of all closed windows, ``last`` the newest of them. The lock is held while counts are read and
+    set back, because another thread may be counting.
     """
 
     def __init__(self, policy: Policy, lock: AbstractContextManager[Any] | None = None) -> None:
@@ -95,21 +89,12 @@ class PhaseRecord:
         return counters
 
     def describe_sites(self, describe: Callable[[SiteKey, SiteInfo], SiteInfo]) -> None:
-        """Replace what is known of each site.
-
-        Args:
-            describe: A function that returns what is known of a site by now, from its key and what was known before.
-        """
+        """Replace what is known of each site by what a function returns, given its key and what was known before."""
         for key, (info, counters) in list(self._counters.items()):
             self._counters[key] = describe(key, info), counters
 
     def _drop_other_width(self, name: str, widths: Collection[int]) -> None:
-        """Drop the loaded counts of a site if its width has changed: the model was changed since they were saved.
-
-        Args:
-            name: Name of the site.
-            widths: The numbers of neurons that still fit.
-        """
+        """Drop the loaded counts of a site whose width is none of these: the model was changed since then."""
         for window in ("_flushed", "closed", "last"):
             census: Census = getattr(self, window)
             if name in census and census[name].neurons not in widths:
@@ -197,11 +182,7 @@ class PhaseRecord:
         return {key: site for key, site in self._counters.items() if not site[1].incomplete}
 
     def flush(self, join: Join | None = None) -> None:
-        """Move the running counts into the census of the open window.
-
-        Args:
-            join: A function that adds up the counts of all ranks; ``None`` = keep those of this rank.
-        """
+        """Move the running counts, which ``join`` adds up over all ranks, into the census of the open window."""
         with self._lock:
             running = self._running()
             for _, counters in self._counters.values():
@@ -264,10 +245,8 @@ class PhaseRecord:
     def has_enough_examples(self, *, final: bool = False) -> bool:
         """Whether the flushed part of the open window has enough examples for the policy at each site that ran in it.
 
-        Every rank answers alike, because all have the same flushed counts.
-
-        Args:
-            final: Whether the watch ends, so that no more examples will come: enough at one site are then enough.
+        If the watch ends, no more examples will come: enough at one site are then enough. Every rank answers alike,
+        because all have the same flushed counts.
         """
         examples = self._flushed_examples().values()
         if final:
@@ -300,25 +279,14 @@ class PhaseRecord:
                     counters.reset()
 
     def release(self, sites: Collection[SiteKey]) -> None:
-        """Let go of the counters of some sites, whose counts were flushed or discarded.
-
-        Args:
-            sites: The sites.
-        """
+        """Let go of the counters of some sites, whose counts were flushed or discarded."""
         with self._lock:
             for key in sites:
                 self._counters.pop(key, None)
             self._sparse = [counters for info, counters in self._counters.values() if info.kind == "sparse"]
 
     def census(self, window: str) -> Census:
-        """Return the census of a window.
-
-        Args:
-            window: ``all``, ``last`` or ``open``; without the sites in :attr:`left`.
-
-        Raises:
-            UsageError: There is no such window.
-        """
+        """Return the census of a window, ``all``, ``last`` or ``open``, without the sites in :attr:`left`."""
         left = self.left
         if window == "all":
             return _together(self.closed, self.open()).without(*left)
@@ -392,17 +360,9 @@ def _together(census: Census, later: Census) -> Census:
 
 
 def _check_together(flushed: Census, closed: Census, last: Census, history: History, steps: Sequence[int]) -> None:
-    """Check that the parts of a saved record fit each other.
+    """Raise ValueError if the parts of a saved record do not fit each other.
 
-    Args:
-        flushed: The open window.
-        closed: All closed windows.
-        last: The newest of them.
-        history: The history.
-        steps: Observed steps of the newest closed window and of the open one.
-
-    Raises:
-        ValueError: They do not.
+    ``steps`` are the observed ones of the newest closed window and of the open one.
     """
     if any(one >= later for one, later in itertools.pairwise(steps)):
         raise ValueError("the observed steps do not ascend")
@@ -430,11 +390,7 @@ def _listed(names: Collection[str], most: int = 3) -> str:
 
 
 def scope_state(
-    step: int,
-    records: Mapping[str, PhaseRecord],
-    fault: Fault | None,
-    checkpoints: Sequence[int],
-    acts: ActRecord,
+    step: int, records: Mapping[str, PhaseRecord], fault: Fault | None, checkpoints: Sequence[int], acts: ActRecord
 ) -> dict[str, Any]:
     """Return the state of a watch as tensors and primitives.
 

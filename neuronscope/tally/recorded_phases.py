@@ -100,7 +100,7 @@ class RecordedPhases(Mapping[str, PhaseRecord]):
         return 0 if last < 0 else (last // every_n_steps + 1) * every_n_steps
 
     def flush(self, phase: str, *, join: bool = True, done: bool = False) -> PhaseRecord:
-        """Flush a phase, and inference with training, in which it ran.
+        """Flush a phase, and inference with training, in which it ran; return the record of the phase.
 
         Where any rank has counts of inference, all ranks join them, also those that have none or are in another phase.
 
@@ -108,9 +108,6 @@ class RecordedPhases(Mapping[str, PhaseRecord]):
             phase: Name of the phase.
             join: Whether the counts of all ranks are joined.
             done: Whether this rank counts no more.
-
-        Returns:
-            The record of the phase.
         """
         record, inference = self.record(phase), self.inference
         record.describe_sites(self._describe)
@@ -137,13 +134,8 @@ class RecordedPhases(Mapping[str, PhaseRecord]):
     def close_windows(self, *, final: bool = False) -> bool:
         """Close the window of training if it has enough examples, and that of inference with it.
 
-        If nothing of training was ever seen, inference has windows by the same rule.
-
-        Args:
-            final: Whether no rank will see more.
-
-        Returns:
-            Whether a window was closed.
+        Return whether one was closed. If nothing of training was ever seen, inference has windows by the same rule.
+        ``final``: no rank will see more.
         """
         train, inference = self.record("train"), self.inference
         closed = train.has_enough_examples(final=final) and train.close()

@@ -1,1 +1,1 @@
-"""Write reports as text for a terminal, markdown, JSON, HTML and TensorBoard; no writer imports another."""
+"""Write reports as text for a terminal, markdown, HTML and TensorBoard; no writer imports another."""

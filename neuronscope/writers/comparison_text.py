@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from types import SimpleNamespace
 
 from neuronscope.arrays import IntArray
 from neuronscope.report.comparison import LayerComparison, ReportComparison
@@ -26,28 +26,12 @@ COLUMNS = (
 NAMED = 6
 
 
-class _ComparisonRow(NamedTuple):
-    name: str
-    neurons: str
-    before: str
-    died: str
-    revived: str
-    broken: str
-    after: str
-    when: str
-    which: str
-    tone: str
-
-
 def render(found: ReportComparison, top: int = 20) -> str:
     """Write a comparison, as wide as the terminal, or 120 columns without colour codes outside of one.
 
     Args:
         found: The comparison.
         top: Most layers that get a row: of more, those in which most died.
-
-    Returns:
-        Lines of text, without a line end at the end.
     """
     page = Page()
     page.line("Neuronscope diff", "bold")
@@ -73,8 +57,8 @@ def render(found: ReportComparison, top: int = 20) -> str:
     return page.text()
 
 
-def _row(layer: LayerComparison) -> _ComparisonRow:
-    return _ComparisonRow(
+def _row(layer: LayerComparison) -> SimpleNamespace:
+    return SimpleNamespace(
         name=f"{visible(layer.name)}{'' if layer.in_headlines else ' *'}",
         neurons=count(layer.neurons),
         before=_number(layer.dead_before),

@@ -33,36 +33,21 @@ _STYLES = {"alarm": "bold red", "bad": "red", "warn": "yellow", "unknown": "mage
 
 
 class Column(NamedTuple):
-    """One column of a table.
+    """One column of a table."""
 
-    Attributes:
-        heading: What stands above it.
-        field: The attribute of a row that it shows.
-        right: Whether it is aligned to the right, as numbers are.
-        narrowest: Width of the narrowest page that shows it.
-        wraps: Whether its text may continue on a further line.
-        optional: Whether it is left out if no row has anything to show in it.
-    """
-
-    heading: str
-    field: str
-    right: bool = True
-    narrowest: int = 0
-    wraps: bool = False
-    optional: bool = False
+    heading: str  # what stands above it
+    field: str  # the attribute of a row that it shows
+    right: bool = True  # whether it is aligned to the right, as numbers are
+    narrowest: int = 0  # width of the narrowest page that shows it
+    wraps: bool = False  # whether its text may continue on a further line
+    optional: bool = False  # whether it is left out if no row has anything to show in it
 
 
 class _Name(Text):
     """A layer's name, which is broken before its last part if it does not fit on one line."""
 
     def wrap(self, console: Console, width: int, **options: Any) -> Lines:
-        """Return its lines.
-
-        Args:
-            console: Where it is drawn.
-            width: Most columns of a line.
-            options: As of :meth:`rich.text.Text.wrap`.
-        """
+        """Return its lines."""
         end = max(self.plain.rfind(mark, 0, width) for mark in "/.") + 1
         if self.cell_len <= width or not end:
             return super().wrap(console, width, **options)

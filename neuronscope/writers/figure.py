@@ -43,32 +43,20 @@ _COLOURS = {
 
 @dataclass(frozen=True)
 class Curve:
-    """The share of dead neurons over optimizer steps.
+    """The share of dead neurons over optimizer steps."""
 
-    Attributes:
-        name: Whose share it is.
-        steps: The steps, ascending.
-        percent: The share at each step; NaN where nothing was measured.
-    """
-
-    name: str
-    steps: Sequence[float]
-    percent: Sequence[float]
+    name: str  # whose share it is
+    steps: Sequence[float]  # the steps, ascending
+    percent: Sequence[float]  # the share at each step; NaN where nothing was measured
 
 
 @dataclass(frozen=True)
 class LayerBar:
-    """A layer's bar.
-
-    Attributes:
-        name: The layer's name.
-        neurons: Its number of neurons.
-        counts: How many of them bear each label.
-    """
+    """A layer's bar."""
 
     name: str
-    neurons: int
-    counts: Mapping[str, int]
+    neurons: int  # its number of neurons
+    counts: Mapping[str, int]  # how many of them bear each label
 
     def share(self, label: str) -> float:
         """Return the neurons with a label in percent of the layer's."""
@@ -77,23 +65,14 @@ class LayerBar:
 
 @dataclass(frozen=True)
 class Panels:
-    """What a figure shows.
+    """What a figure shows."""
 
-    Attributes:
-        title: The first line.
-        basis: The second line: what the verdicts are based on.
-        layers: The layers, worst first.
-        labels: The labels that bars show, from left to right.
-        curves: The curves, that of the whole network first; without any there is one panel only.
-        stepped: Whether a curve keeps its height until its next step.
-    """
-
-    title: str
-    basis: str
-    layers: Sequence[LayerBar]
-    labels: Sequence[str]
-    curves: Sequence[Curve] = ()
-    stepped: bool = False
+    title: str  # the first line
+    basis: str  # the second line: what the verdicts are based on
+    layers: Sequence[LayerBar]  # the layers, worst first
+    labels: Sequence[str]  # the labels that bars show, from left to right
+    curves: Sequence[Curve] = ()  # the curves, that of the whole network first; without any there is one panel only
+    stepped: bool = False  # whether a curve keeps its height until its next step
 
 
 def draw(report: Report, figure: Any = None) -> Figure:
@@ -102,12 +81,6 @@ def draw(report: Report, figure: Any = None) -> Figure:
     Args:
         report: The report.
         figure: A ``Figure`` or ``SubFigure`` of matplotlib to draw into; a new one by default.
-
-    Returns:
-        The figure.
-
-    Raises:
-        MissingExtraError: Matplotlib is not installed.
     """
     labels = ("dead", "not finite", "silent", "cut off", "dormant", "unseen")
     sites = sorted(report.layers, key=wording.severity, reverse=True)
@@ -149,9 +122,6 @@ def draw_panels(panels: Panels, figure: Any = None) -> Figure:
     Args:
         panels: What is drawn.
         figure: See :func:`draw`.
-
-    Raises:
-        MissingExtraError: Matplotlib is not installed.
     """
     try:
         from matplotlib.figure import Figure

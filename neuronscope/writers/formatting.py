@@ -137,10 +137,7 @@ def at_most(samples: int, level: float) -> str:
 
 
 def when(steps: IntArray) -> str:
-    """Say when neurons died.
-
-    Args:
-        steps: Step of each death, int64 ``(D,)``; −1 = dead since the beginning, ``UNDATED`` = not known.
+    """Say when neurons died, given the step of each, int64 ``(D,)``: −1 = since the beginning, ``UNDATED`` = not known.
 
     >>> when(np.array([-1, 300, 340, 900, -2]))
     '1 since the beginning; 3 at steps 300–900, half by 340; 1 not dated'

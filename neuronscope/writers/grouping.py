@@ -15,19 +15,12 @@ __all__ = ["Group", "group_sites", "shared_prefix"]
 
 @dataclass(frozen=True)
 class Group:
-    """Layers that are shown as one.
+    """Layers that are shown as one."""
 
-    Attributes:
-        first: The layer's name; for several, the path that they share (or the first of several such paths).
-        last: The last of several paths; ``None`` if there is only one.
-        sites: Names of its layers.
-        single: Whether it is one layer under its own name.
-    """
-
-    first: str
-    last: str | None
-    sites: tuple[str, ...]
-    single: bool
+    first: str  # the layer's name; for several, the path that they share (or the first of several such paths)
+    last: str | None  # the last of several paths; ``None`` if there is only one
+    sites: tuple[str, ...]  # names of its layers
+    single: bool  # whether it is one layer under its own name
 
     @property
     def label(self) -> str:
@@ -45,7 +38,10 @@ class Group:
     @property
     def short_last(self) -> str:
         """The last path without the parts at its beginning that the first one has too; empty if there is only one."""
-        return "" if self.last is None else _tail(self.first, self.last)
+        if self.last is None:
+            return ""
+        paths = [_path_parts(self.first), _path_parts(self.last)]
+        return ".".join(paths[1][len(_shared_parents(paths)) :])
 
 
 def group_sites(names: Sequence[str], most: int) -> list[Group]:
@@ -57,9 +53,6 @@ def group_sites(names: Sequence[str], most: int) -> list[Group]:
     Args:
         names: Names of the layers, in the order in which they ran.
         most: Most groups, ≥ 1.
-
-    Returns:
-        Groups in the order of their first layer; each layer is in exactly one.
     """
     if len(names) <= most:
         return [Group(name, None, (name,), True) for name in names]
@@ -124,12 +117,6 @@ def _neighbours(paths: Sequence[str], most: int) -> list[list[str]]:
 
 def _group(path: str, sites: Sequence[str], last: str | None = None) -> Group:
     return Group(path, last, tuple(sites), len(sites) == 1 and sites[0] == path and last is None)
-
-
-def _tail(first: str, last: str) -> str:
-    """Return ``last`` without the path parts at its beginning that ``first`` has too."""
-    paths = [_path_parts(first), _path_parts(last)]
-    return ".".join(paths[1][len(_shared_parents(paths)) :])
 
 
 def _shared_parents(paths: Sequence[list[str]]) -> list[str]:

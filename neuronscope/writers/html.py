@@ -121,7 +121,12 @@ def _fold(report: Report) -> tuple[list[int], list[str]]:
     indices = range(len(report.layers))
     if len(indices) <= LAYERS:
         return list(indices), []
-    worst = sorted(indices, key=lambda at: (_is_broken(report.layers[at]), wording.severity(report.layers[at])))
+
+    def badness(index: int) -> tuple[bool, tuple[float, float]]:
+        site = report.layers[index]
+        return bool(site.not_finite or site.not_finite_neurons), wording.severity(site)
+
+    worst = sorted(indices, key=badness)
     shown, hidden = worst[-LAYERS:], worst[:-LAYERS]
     ill = sum(any(wording.severity(report.layers[index])) for index in hidden)
     sentences = [f"{plural(ill, 'more layer')} with a smaller share of such neurons than these"] if ill else []
@@ -138,10 +143,6 @@ def _table(rows: list[LayerRow]) -> tuple[list[tuple[str, str]], list[LayerRow]]
     ]
     columns = [COLUMNS[place] for place in kept]
     return columns, [replace(row, cells=[row.cells[place] for place in kept]) for row in rows]
-
-
-def _is_broken(site: SiteReport) -> bool:
-    return bool(site.not_finite or site.not_finite_neurons)
 
 
 def _hint(overview: NetworkMap) -> str:
@@ -169,12 +170,7 @@ def _timeline(report: Report) -> Any:
 
 
 def _comparison(found: ReportComparison, name: str) -> dict[str, Any]:
-    """Return what the page shows of a comparison: the layers with the most changes, and how many more there are.
-
-    Args:
-        found: The comparison.
-        name: The other report's name; ``""`` = its phase and step.
-    """
+    """Return what the page shows of a comparison: the layers with the most changes, and how many more there are."""
     changed = sorted(
         (layer for layer in found.layers if layer.died.size or layer.revived.size),
         key=lambda layer: layer.died.size + layer.revived.size,
@@ -368,14 +364,11 @@ def _payload(report: Report, shown: list[int], maps: dict[int, Packed], overview
 
 
 def ranges(indices: IntArray, limit: int) -> tuple[str, int]:
-    """Format indices as ranges.
+    """Return indices as text, in ranges, and how many are not in it.
 
     Args:
         indices: Rising, int64 ``(K,)``.
         limit: Most ranges.
-
-    Returns:
-        The text, and how many indices are not in it.
 
     >>> ranges(np.array([0, 1, 2, 5, 7, 8]), 2)
     ('0–2, 5', 2)

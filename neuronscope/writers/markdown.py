@@ -6,39 +6,16 @@ from collections.abc import Sequence
 
 from neuronscope.report.report import Report
 from neuronscope.writers import wording
-from neuronscope.writers.markdown_text import bullets, code, diagnosis_parts, pairs, plain, prose, table
+from neuronscope.writers.markdown_text import SITE_COLUMNS, bullets, code, diagnosis_parts, pairs, plain, prose, table
 
 __all__ = ["render"]
 
-#: Columns after the layer's name: heading, field of ``SiteCells``, whether it is aligned to the right.
-COLUMNS = (
-    ("activation", "activation", False),
-    ("neurons", "neurons", True),
-    ("axis", "axis", False),
-    ("dead", "dead", True),
-    ("dead %", "dead_share", True),
-    ("silent", "silent", True),
-    ("dormant", "dormant", True),
-    ("cut off", "cut_off", True),
-    ("linear", "linear", True),
-    ("not finite", "not_finite", True),
-    ("worst neurons", "worst", False),
-    ("examples", "examples", True),
-    ("fires in", "bound", True),
-)
 #: Fields in bold, by the row's tone.
 BOLD = {"alarm": ("dead", "not_finite"), "bad": ("dead", "dead_share"), "unknown": ("dead",)}
 
 
 def render(report: Report) -> str:
-    """Write a report as markdown.
-
-    Args:
-        report: The report.
-
-    Returns:
-        Markdown that ends with a line end.
-    """
+    """Write a report as markdown that ends with a line end."""
     blocks = [f"**{plain(report.fault)}**"] if report.fault else []
     basis = plain(wording.based_on(report))
     blocks += [f"## Neuronscope: {plain(wording.title(report))}", f"**{basis}**" if report.provisional else basis]
@@ -48,7 +25,7 @@ def render(report: Report) -> str:
     blocks.append(bullets(sentences))
     if report.layers:
         shown, left_out = wording.fold(report.layers)
-        columns = [each for each in COLUMNS if each[1] != "dormant" or not wording.all_sparse(report)]
+        columns = [each for each in SITE_COLUMNS if each[1] != "dormant" or not wording.all_sparse(report)]
         rows = [_cells(wording.site_cells(site, report), columns) for site in shown]
         blocks.append(table([("layer", False), *((heading, right) for heading, _, right in columns)], rows))
         blocks += [f"{sentence}." for sentence in left_out]
@@ -56,12 +33,8 @@ def render(report: Report) -> str:
         heading = f"### Why, and what to do{' (provisional)' if report.provisional else ''}"
         blocks += [heading] if not index else []
         blocks += [f"#### {plain(one.sign)}", diagnosis_parts(one)]
-    if found := wording.sparse(wording.fold(report.layers)[0]):
-        blocks += ["### Latents", bullets(map(plain, found))]
-    if found := wording.experts(report, 12):
-        blocks += ["### Experts", bullets(map(plain, found))]
-    if found := wording.weights(wording.fold(report.layers)[0]):
-        blocks += ["### Weights of layers with idle neurons", bullets(map(plain, found))]
+    for heading, found in wording.lists(report, wording.fold(report.layers)[0], 12):
+        blocks += [f"### {heading}", bullets(map(plain, found))] if found else []
     if report.not_measured:
         reasons = [[code(item.name), plain(item.reason)] for item in report.not_measured]
         blocks += ["### Not measured", table([("what", False), ("why", False)], reasons)]

@@ -12,10 +12,28 @@ from collections.abc import Iterable, Sequence
 from neuronscope.judge.diagnosis import GUESS, Diagnosis
 from neuronscope.writers.formatting import visible
 
-__all__ = ["bullets", "code", "diagnosis_parts", "pairs", "plain", "prose", "table"]
+__all__ = ["SITE_COLUMNS", "bullets", "code", "diagnosis_parts", "pairs", "plain", "prose", "table"]
 
 #: A name that every dialect shows unchanged inside a code span, in a table cell too.
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_.#()\-/:,=]([A-Za-z0-9_.#()\-/:,= ]*[A-Za-z0-9_.#()\-/:,=])?")
+
+
+#: Columns of a table of layers, after the name: heading, field of ``SiteCells``, whether it is aligned to the right.
+SITE_COLUMNS = (
+    ("activation", "activation", False),
+    ("neurons", "neurons", True),
+    ("axis", "axis", False),
+    ("dead", "dead", True),
+    ("dead %", "dead_share", True),
+    ("silent", "silent", True),
+    ("dormant", "dormant", True),
+    ("cut off", "cut_off", True),
+    ("linear", "linear", True),
+    ("not finite", "not_finite", True),
+    ("worst neurons", "worst", False),
+    ("examples", "examples", True),
+    ("fires in", "bound", True),
+)
 
 
 def code(name: str) -> str:

@@ -46,30 +46,21 @@ __all__ = [
     "spread_windows",
     "summarise",
     "summarise_histories",
-    "verdict_levels",
 ]
 
 
-class HasNeurons(Protocol):
-    """A layer of either kind of report."""
-
+class _HasNeurons(Protocol):  # a layer of either kind of report
     @property
-    def neurons(self) -> int:
-        """Number of its neurons."""
-        ...
+    def neurons(self) -> int: ...
 
 
-class HasData(Protocol):
-    """A layer that was packed."""
-
+class _HasData(Protocol):  # a layer that was packed, as base64
     @property
-    def data(self) -> str:
-        """Its bytes as base64."""
-        ...
+    def data(self) -> str: ...
 
 
-LayerT = TypeVar("LayerT", bound=HasNeurons)
-PackedT = TypeVar("PackedT", bound=HasData)
+LayerT = TypeVar("LayerT", bound=_HasNeurons)
+PackedT = TypeVar("PackedT", bound=_HasData)
 RungT = TypeVar("RungT")
 
 
@@ -83,9 +74,6 @@ def share_budget(
         pack: Packs a layer within a budget.
         total: Most characters for all layers.
         least: The fewest characters that any layer gets.
-
-    Returns:
-        The packed layers in the order of ``layers``.
     """
     packed: dict[int, PackedT] = {}
     left = total
@@ -135,33 +123,27 @@ def fraction_levels(fractions: FloatArray) -> ByteArray:
     return np.where(np.isnan(fractions), LEVEL_UNSEEN, coded).astype(np.uint8)
 
 
-def verdict_levels(site: SiteReport) -> ByteArray:
-    """Return the verdicts on a layer as levels, uint8 ``(N,)``; a neuron without one has its zero-output fraction."""
+def _history(site: SiteReport, step: int) -> tuple[IntArray, ByteArray]:
+    """Return the steps and levels of a layer's windows; of one without any its verdicts, or else fractions of zeros."""
+    if site.history.steps.size:
+        return site.history.steps, site.history.levels
     levels = fraction_levels(site.zero_output_fraction)
     levels[levels == LEVEL_MAX] = LEVEL_MAX - 1  # LEVEL_MAX itself is a verdict
     labels = site.judgement.labels()
     for label, level in LEVELS.items():
         levels[labels == LABELS.index(label)] = level
-    return levels
+    return np.array([max(step, 0)], dtype=np.int64), levels[None, :]
 
 
 @dataclass(frozen=True)
 class Resolution:
-    """How finely a layer is packed.
+    """How finely a layer is packed."""
 
-    Attributes:
-        columns: Most windows that are kept; they are spread evenly and include the first and the last one.
-        rows: Most rows that are kept; if there are more neurons, neighbours share a row.
-        greys: Steps between "never zero" and "always zero".
-        steps: Whether each neuron's death and revival steps are kept.
-        neurons: Whether each neuron's index, label and fraction are kept.
-    """
-
-    columns: int
-    rows: int
-    greys: int = LEVEL_MAX
-    steps: bool = True
-    neurons: bool = True
+    columns: int  # most windows that are kept; they are spread evenly and include the first and the last one
+    rows: int  # most rows that are kept; if there are more neurons, neighbours share a row
+    greys: int = LEVEL_MAX  # steps between "never zero" and "always zero"
+    steps: bool = True  # whether each neuron's death and revival steps are kept
+    neurons: bool = True  # whether each neuron's index, label and fraction are kept
 
 
 #: From everything to little; the first that fits the budget is taken, or else the last.
@@ -185,23 +167,16 @@ LADDER = (
 
 @dataclass(frozen=True)
 class Packed:
-    """A layer's neurons and history, packed (``N`` neurons, ``R`` rows, ``C`` columns).
+    """A layer's neurons and history, packed (``N`` neurons, ``R`` rows, ``C`` columns)."""
 
-    Attributes:
-        steps: Last step of each column, rising, ``C`` numbers.
-        windows: Number of windows of the history; more than ``C`` if some were left out.
-        rows: ``R``; row ``r`` holds the neurons from ``r * N // R`` up to ``(r + 1) * N // R``, sorted worst first.
-        resolution: What was kept.
-        data: Base64 of the zlib-deflated planes, one after another, each one byte an item: if ``resolution.neurons``,
-            index (4 planes of N, lowest byte first), label and fraction (N each); if ``resolution.steps`` too, death
-            step + 1 and revival step + 1 (4 planes of N each); then share of dead (R × C, row by row; 0 only for
-            none, 255 only for all) and level of the rest (R × C).
-    """
-
-    steps: list[int]
-    windows: int
-    rows: int
-    resolution: Resolution
+    steps: list[int]  # last step of each column, rising, ``C`` numbers
+    windows: int  # number of windows of the history; more than ``C`` if some were left out
+    rows: int  # ``R``; row ``r`` holds the neurons from ``r * N // R`` up to ``(r + 1) * N // R``, sorted worst first
+    resolution: Resolution  # what was kept
+    #: Base64 of the zlib-deflated planes, one after another, each one byte an item: if ``resolution.neurons``, index (4
+    #: planes of N, lowest byte first), label and fraction (N each); if ``resolution.steps`` too, death step + 1 and
+    #: revival step + 1 (4 planes of N each); then share of dead (R × C, row by row; 0 only for none, 255 only for all)
+    #: and level of the rest (R × C).
     data: str
 
 
@@ -213,9 +188,7 @@ def pack(site: SiteReport, budget: int, step: int) -> Packed:
         budget: Most characters that ``Packed.data`` should have.
         step: Step of the verdicts, if the layer has no history.
     """
-    steps, levels = site.history.steps, site.history.levels
-    if not steps.size:
-        steps, levels = np.array([max(step, 0)], dtype=np.int64), verdict_levels(site)[None, :]
+    steps, levels = _history(site, step)
     labels, fractions = site.judgement.labels(), fraction_levels(site.zero_output_fraction)
     order = _worst_first(site, levels)
 
@@ -237,18 +210,13 @@ def pack(site: SiteReport, budget: int, step: int) -> Packed:
 
 @dataclass(frozen=True)
 class NetworkMap:
-    """The history of all layers, packed (``L`` layers, ``C`` columns).
+    """The history of all layers, packed (``L`` layers, ``C`` columns)."""
 
-    Attributes:
-        steps: Last step of each column, rising, ``C`` numbers.
-        windows: Number of windows; more than ``C`` if some were left out.
-        data: Base64 of the zlib-deflated planes, one after another: neurons (4 planes of L, lowest byte first),
-            dead neurons (4 planes of L × C, layer by layer), level of the rest (L × C, one byte each), and the names of
-            the layers as JSON.
-    """
-
-    steps: list[int]
-    windows: int
+    steps: list[int]  # last step of each column, rising, ``C`` numbers
+    windows: int  # number of windows; more than ``C`` if some were left out
+    #: Base64 of the zlib-deflated planes, one after another: neurons (4 planes of L, lowest byte first), dead neurons
+    #: (4 planes of L × C, layer by layer), level of the rest (L × C, one byte each), and the names of the layers as
+    #: JSON.
     data: str
 
 
@@ -260,12 +228,7 @@ def summarise(sites: Sequence[SiteReport], budget: int, step: int) -> NetworkMap
         budget: Most characters that ``NetworkMap.data`` should have; with few windows it may have more.
         step: Step of the verdicts, for layers that have no history.
     """
-    histories = [
-        (site.history.steps, site.history.levels)
-        if site.history.steps.size
-        else (np.array([max(step, 0)], dtype=np.int64), verdict_levels(site)[None, :])
-        for site in sites
-    ]
+    histories = [_history(site, step) for site in sites]
     return summarise_histories([site.name for site in sites], histories, budget)
 
 
@@ -302,15 +265,7 @@ def summarise_histories(
 
 
 def _worst_first(site: SiteReport, levels: ByteArray) -> IntArray:
-    """Sort neurons by label (worst first), earliest death, most dead windows, most zeros.
-
-    Args:
-        site: The layer.
-        levels: Its history, uint8 ``(W, N)``.
-
-    Returns:
-        Indices, int64 ``(N,)``.
-    """
+    """Return the neurons by label (worst first), earliest death, most dead windows, most zeros, int64 ``(N,)``."""
     labels = site.judgement.labels()
     rank = np.where(labels == LABELS.index("unseen"), len(LABELS), labels)
     return np.lexsort(
@@ -356,11 +311,8 @@ def _coarse(plane: ByteArray, greys: int, top: int) -> ByteArray:
 def _bands(levels: ByteArray, rows: int) -> tuple[ByteArray, ByteArray]:
     """Return the share of dead and the level of the rest, uint8 ``(rows, C)`` each.
 
-    The rest of a band is not finite if any of it is; else it is what most of it is; fractions are averaged.
-
-    Args:
-        levels: uint8 ``(C, N)``, neurons sorted worst first.
-        rows: Number of bands.
+    Levels are uint8 ``(C, N)``, neurons sorted worst first. The rest of a band is not finite if any of it is; else it
+    is what most of it is; fractions are averaged.
     """
     columns, neurons = levels.shape
     starts = np.arange(rows) * neurons // rows

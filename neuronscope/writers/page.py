@@ -39,20 +39,14 @@ class Card(NamedTuple):
 
 
 class Cell(NamedTuple):
-    """A cell of the table of layers.
-
-    Attributes:
-        text: Its text.
-        key: The number that its column is sorted by; ``""`` = not known, which sorts last; ``None`` = as the
-            text says: a number is itself, ``·`` is 0 and other text is not known.
-        css: Its CSS class.
-        drawing: SVG below the text.
-    """
+    """A cell of the table of layers."""
 
     text: str
+    #: The number that its column is sorted by; ``""`` = not known, which sorts last; ``None`` = as the text says: a
+    #: number is itself, ``·`` is 0 and other text is not known.
     key: float | str | None = None
     css: str = ""
-    drawing: Markup = Markup("")
+    drawing: Markup = Markup("")  # SVG below the text
 
     @property
     def written_key(self) -> float | str | None:
@@ -63,21 +57,13 @@ class Cell(NamedTuple):
 
 @dataclass(frozen=True)
 class LayerRow:
-    """A layer's row in the table.
+    """A layer's row in the table."""
 
-    Attributes:
-        number: Its place among the layers, from 0.
-        name: The layer's name.
-        tone: ``alarm``, ``bad``, ``warn``, ``unknown`` or ``calm``.
-        cells: Its cells after the name.
-        mark: Stands beside the name.
-    """
-
-    number: int
+    number: int  # its place among the layers, from 0
     name: str
-    tone: str
-    cells: list[Cell]
-    mark: str = ""
+    tone: str  # ``alarm``, ``bad``, ``warn``, ``unknown`` or ``calm``
+    cells: list[Cell]  # its cells after the name
+    mark: str = ""  # stands beside the name
 
 
 def layer_data(
@@ -132,9 +118,6 @@ def fill(template: Traversable, styles: list[Traversable], scripts: list[Travers
         scripts: Scripts after ``page.js``, joined in this order.
         data: What the scripts read: plain data without NaN and infinity.
         **values: The variables of both templates.
-
-    Returns:
-        The page.
     """
     home = files("neuronscope.writers")
     templates = {"page.html.j2": home / "page.html.j2", "page": template}

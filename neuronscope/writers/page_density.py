@@ -17,52 +17,30 @@ _WIDTH, _HEIGHT = 24.0, 100.0
 
 @dataclass(frozen=True)
 class Bar:
-    """One bar.
-
-    Attributes:
-        x: Its left end.
-        y: Its upper end, from the top.
-        width: Its width.
-        height: Its height.
-        title: What it stands for.
-        css: Its CSS class.
-    """
+    """One bar."""
 
     x: float
-    y: float
+    y: float  # its upper end, from the top
     width: float
     height: float
-    title: str
+    title: str  # what it stands for
     css: str
 
 
 @dataclass(frozen=True)
 class Density:
-    """The histogram of one layer.
-
-    Attributes:
-        name: Name of the layer.
-        sentence: What it shows, in words.
-        bars: The bars, the first for latents that never fired.
-        width: Width of the drawing.
-        height: Its height.
-        ticks: Whole numbers below the bars, each with its place from the left.
-    """
+    """The histogram of one layer."""
 
     name: str
-    sentence: str
-    bars: list[Bar]
-    width: float
+    sentence: str  # what it shows, in words
+    bars: list[Bar]  # the bars, the first for latents that never fired
+    width: float  # width of the drawing
     height: float
-    ticks: list[tuple[float, str]]
+    ticks: list[tuple[float, str]]  # whole numbers below the bars, each with its place from the left
 
 
 def densities(sites: Sequence[SiteReport]) -> list[Density]:
-    """Return a histogram of log10 firing densities for each sparse layer that was observed.
-
-    Args:
-        sites: The layers that are shown.
-    """
+    """Return a histogram of log10 firing densities for each sparse layer that was observed."""
     return [_density(site) for site in sites if site.kind == "sparse" and not site.is_unseen]
 
 

@@ -23,45 +23,26 @@ DRAWN = (("dormant", "warn"), ("cut off", "cut"), ("silent", "silent"), ("dead",
 
 
 class ExpertRow(NamedTuple):
-    """One expert.
-
-    Attributes:
-        number: Its number.
-        tokens: How many tokens it was given.
-        share: Which share of all that is.
-        dead: How many of its neurons are dead.
-        strip: Its neurons, as SVG.
-    """
+    """One expert."""
 
     number: int
-    tokens: str
-    share: str
-    dead: str
-    strip: Markup
+    tokens: str  # how many tokens it was given
+    share: str  # which share of all that is
+    dead: str  # how many of its neurons are dead
+    strip: Markup  # its neurons, as SVG
 
 
 class Mixture(NamedTuple):
-    """The experts of one mixture.
+    """The experts of one mixture."""
 
-    Attributes:
-        name: As of :class:`~neuronscope.report.expert_layers.ExpertLayer`.
-        sentence: How the tokens are spread.
-        rows: The experts.
-        left_out: What is not drawn; ``""`` = nothing.
-    """
-
-    name: str
-    sentence: str
+    name: str  # as of :class:`~neuronscope.report.expert_layers.ExpertLayer`
+    sentence: str  # how the tokens are spread
     rows: list[ExpertRow]
-    left_out: str
+    left_out: str  # what is not drawn; ``""`` = nothing
 
 
 def mixtures(report: Report) -> tuple[list[Mixture], str]:
-    """Return the drawings of a report's mixtures of experts, and a sentence on those that are left out.
-
-    Args:
-        report: The report.
-    """
+    """Return the drawings of a report's mixtures of experts, and a sentence on those that are left out."""
     found = expert_layers(report.headline_layers)
     ill = worst_experts(found, LAYERS)
     more = len(found) - len(ill)

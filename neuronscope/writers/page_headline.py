@@ -25,13 +25,9 @@ _FEWEST = 8
 
 
 def headline(report: Report) -> list[str]:
-    """Return what a person should know first, each part only as far as it is known.
+    """Return in sentences what a person should know first, each part only as far as it is known.
 
-    Args:
-        report: The report.
-
-    Returns:
-        Sentences; those that :func:`neuronscope.writers.wording.findings` has too are the same there.
+    Those that :func:`neuronscope.writers.wording.findings` has too are the same there.
     """
     found = [text for text in wording.findings(report) if not text.startswith("NOT FINITE")]
     if not report.judged_neurons or not report.dead:

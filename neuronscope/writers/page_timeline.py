@@ -24,34 +24,21 @@ _SERIES = (("learning_rate", "learning rate"), ("loss", "loss"), ("gradient_norm
 
 @dataclass(frozen=True)
 class Track:
-    """One drawing of the timeline.
+    """One drawing of the timeline."""
 
-    Attributes:
-        name: What it shows.
-        css: Its CSS class.
-        scale: Its highest value, in words.
-        path: An SVG path over ``0 0 WIDTH HEIGHT``.
-    """
-
-    name: str
+    name: str  # what it shows
     css: str
-    scale: str
-    path: str
+    scale: str  # its highest value, in words
+    path: str  # an SVG path over ``0 0 WIDTH HEIGHT``
 
 
 @dataclass(frozen=True)
 class Timeline:
-    """Drawings over the steps of a run, one below the other.
-
-    Attributes:
-        tracks: The drawings.
-        marks: Where checkpoints were saved, from 0 to ``WIDTH``.
-        ticks: Steps to write below the drawings, evenly spaced from the first to the last.
-    """
+    """Drawings over the steps of a run, one below the other."""
 
     tracks: list[Track]
-    marks: list[float]
-    ticks: list[int]
+    marks: list[float]  # where checkpoints were saved, from 0 to ``WIDTH``
+    ticks: list[int]  # steps to write below the drawings, evenly spaced from the first to the last
 
 
 def timeline(
@@ -61,7 +48,7 @@ def timeline(
     series: Mapping[str, Sequence[tuple[int, float]]],
     checkpoints: Sequence[int] = (),
 ) -> Timeline | None:
-    """Draw deaths and revivals, and what the training logged.
+    """Draw deaths and revivals, and what the training logged; ``None`` if nothing is dated and nothing was logged.
 
     Args:
         died: Step of each dated death, int64 ``(D,)``.
@@ -69,9 +56,6 @@ def timeline(
         last: Last step of the run, unless there is a later one.
         series: Points ``(step, value)`` of what was logged; see :attr:`neuronscope.report.report.Report.series`.
         checkpoints: Steps at which checkpoints were saved.
-
-    Returns:
-        The drawings; ``None`` if nothing is dated and nothing was logged.
     """
     lines = [(name, css, series[css]) for css, name in _SERIES if len(series.get(css, ())) > 1]
     if not died.size and not revived.size and not lines:

@@ -20,15 +20,7 @@ from neuronscope.arrays import ByteArray, IntArray
 from neuronscope.errors import ReportError
 from neuronscope.judge.verdicts import LABELS, Judgement, is_tau_dormant
 from neuronscope.report.reading import report_from_dict
-from neuronscope.report.report import (
-    LEVEL_MAX,
-    LEVEL_UNSEEN,
-    LEVELS,
-    SITE_COUNTS,
-    Report,
-    SiteHistory,
-    SiteReport,
-)
+from neuronscope.report.report import LEVEL_MAX, LEVEL_UNSEEN, LEVELS, SITE_COUNTS, Report, SiteHistory, SiteReport
 from neuronscope.writers.formatting import count
 from neuronscope.writers.packing import coarse_levels, fraction_levels, spread_windows
 
@@ -50,17 +42,11 @@ _FIELDS = {"label": "u1", "level": "u1", "mean": "<f4", "last_active_step": "<i8
 
 
 class _Rung(NamedTuple):
-    """How finely histories are kept.
+    """How finely histories are kept."""
 
-    Attributes:
-        windows: Most windows.
-        shades: Steps between "never zero" and "always zero"; 0 keeps one for each neuron: its mean over the windows.
-        bits: Bits that a neuron takes in a window, about.
-    """
-
-    windows: int
-    shades: int
-    bits: float
+    windows: int  # most windows
+    shades: int  # steps between "never zero" and "always zero"; 0 keeps one for each neuron: its mean over the windows
+    bits: float  # bits that a neuron takes in a window, about
 
 
 #: Shades where there is no room for all.
@@ -69,14 +55,7 @@ _LADDER = (_Rung(256, LEVEL_MAX, 8), _Rung(64, LEVEL_MAX, 8), _Rung(64, _FEW, 5)
 
 
 def to_bytes(report: Report) -> bytes:
-    """Pack a report.
-
-    Args:
-        report: The report.
-
-    Returns:
-        The bytes: at most some 250 kB for the history, and two or three bytes a neuron.
-    """
+    """Pack a report: at most some 250 kB for the history, and two or three bytes a neuron."""
     rung = next((rung for rung in _LADDER if _size(report, rung) <= BUDGET), _LADDER[-1])
     histories = [_thinned(site.history, rung) for site in report.layers]
     notes = [*report.notes, *_left_out(report, histories, rung)]
@@ -145,17 +124,14 @@ def _thinned(history: SiteHistory, rung: _Rung) -> tuple[IntArray, ByteArray]:
 
 def _left_out(report: Report, histories: Sequence[tuple[IntArray, ByteArray]], rung: _Rung) -> list[str]:
     """Say in a sentence what is missing of the history."""
-    had, kept = (max(map(len, steps), default=0) for steps in (_steps(report), [steps for steps, _ in histories]))
+    windows = [site.history.steps for site in report.layers], [steps for steps, _ in histories]
+    had, kept = (max(map(len, steps), default=0) for steps in windows)
     lost = [f"it has {count(kept)} of {count(had)} windows"] if kept < had else []
     if 0 < rung.shades < LEVEL_MAX:
         lost.append(f"fractions of zeros in it are rounded to {rung.shades} steps")
     elif not rung.shades:
         lost.append("a neuron that works has one shade, its mean over time")
     return [f"To keep TensorBoard's files small, the history is thinned: {'; '.join(lost)}."] if lost else []
-
-
-def _steps(report: Report) -> list[IntArray]:
-    return [site.history.steps for site in report.layers]
 
 
 def _facts(site: SiteReport, steps: IntArray) -> dict[str, Any]:

@@ -33,9 +33,6 @@ def render(report: Report, top: int = 20) -> str:
     Args:
         report: The report.
         top: Most layers that get a row: of more, the worst.
-
-    Returns:
-        Lines of text, without a line end at the end.
     """
     page = Page()
     if report.fault:
@@ -53,9 +50,8 @@ def render(report: Report, top: int = 20) -> str:
         columns = [column for column in (COLUMNS if alike else COLUMNS + EXAMPLES) if column.field != hidden]
         page.table(columns, cells, left_out)
     page.causes(wording.causes(report), provisional=report.provisional)
-    page.list("Latents", wording.sparse(wording.fold(report.layers, top, top)[0]))
-    page.list("Experts", wording.experts(report, top))
-    page.list("Weights of layers with idle neurons", wording.weights(wording.fold(report.layers, top, top)[0]))
+    for heading, lines in wording.lists(report, wording.fold(report.layers, top, top)[0], top):
+        page.list(heading, lines)
     page.list("Not measured", [f"{item.name}: {item.reason}" for item in report.not_measured])
     page.list("Notes", report.other_notes)
     page.line()

@@ -39,6 +39,7 @@ __all__ = [
     "fold",
     "glossary",
     "legend",
+    "lists",
     "mark",
     "not_in_totals",
     "provisional_note",
@@ -197,12 +198,23 @@ def not_in_totals(site: SiteReport) -> str:
     return "output: not in the totals" if site.output else ""
 
 
-def weights(sites: Sequence[SiteReport]) -> list[str]:
-    """Say which weights lead into the neurons of each layer that has idle ones, and which read them.
+def lists(report: Report, shown: Sequence[SiteReport], most: int) -> list[tuple[str, list[str]]]:
+    """Return the lists that follow the table of layers, each below its heading; most are empty.
 
     Args:
-        sites: The layers that are shown.
+        report: The report.
+        shown: The layers in the table.
+        most: Most mixtures of experts.
     """
+    return [
+        ("Latents", sparse(shown)),
+        ("Experts", experts(report, most)),
+        ("Weights of layers with idle neurons", weights(shown)),
+    ]
+
+
+def weights(sites: Sequence[SiteReport]) -> list[str]:
+    """Say which weights lead into the neurons of each layer that has idle ones, and which read them."""
     return [
         f"{visible(site.name)}: {weights_of(site)}"
         for site in sites
@@ -211,11 +223,7 @@ def weights(sites: Sequence[SiteReport]) -> list[str]:
 
 
 def sparse(sites: Sequence[SiteReport]) -> list[str]:
-    """Say of each layer of latents how many never fired, not lately, and how often the others do.
-
-    Args:
-        sites: The layers that are shown.
-    """
+    """Say of each layer of latents how many never fired, not lately, and how often the others do."""
     return [f"{visible(site.name)}: {_sparse(site)}" for site in sites if site.kind == "sparse" and not site.is_unseen]
 
 
@@ -291,11 +299,7 @@ def _sparse(site: SiteReport) -> str:
 
 
 def weights_of(site: SiteReport) -> str:
-    """Say which weights lead into a layer's neurons, and which read them.
-
-    Args:
-        site: The layer, with weights that lead into it.
-    """
+    """Say which weights lead into a layer's neurons, and which read them."""
     rows = _layers(each.layer for each in site.incoming)
     if site.weights_unknown:
         return f"rows of {rows}; not known exactly: {visible(site.weights_unknown)}"
@@ -379,13 +383,7 @@ def severity(site: SiteReport) -> tuple[float, float]:
 
 @dataclass(frozen=True)
 class SiteCells:
-    """The table cells of one layer.
-
-    Attributes:
-        mark: The mark of a layer that is not in the totals; ``""`` for others.
-        tone: ``alarm`` (not finite), ``bad`` (dead neurons), ``warn`` (silent, dormant or cut off), ``unknown``
-            (unseen) or ``calm``.
-    """
+    """The table cells of one layer."""
 
     name: str
     activation: str
@@ -401,8 +399,10 @@ class SiteCells:
     worst: str
     examples: str
     bound: str
+    #: ``alarm`` (not finite), ``bad`` (dead neurons), ``warn`` (silent, dormant or cut off), ``unknown`` (unseen) or
+    #: ``calm``.
     tone: str
-    mark: str = ""
+    mark: str = ""  # the mark of a layer that is not in the totals; ``""`` for others
 
     @property
     def marked_name(self) -> str:
@@ -490,15 +490,14 @@ def fold(sites: Sequence[SiteReport], limit: int = 40, most: int = 40) -> tuple[
     if len(sites) <= limit:
         return list(sites), []
     found = [index for index, site in enumerate(sites) if _tone(site) != "calm" or site.linear]
-    worst = sorted(found, key=lambda index: _rank(sites[index]), reverse=True)[:most]
+
+    def rank(index: int) -> tuple[bool, bool, tuple[float, float]]:  # those in the totals and those seen come first
+        return sites[index].in_headlines, not sites[index].is_unseen, severity(sites[index])
+
+    worst = sorted(found, key=rank, reverse=True)[:most]
     left_out = []
     if len(found) > most:
         left_out.append(f"… {plural(len(found) - most, 'more layer')} with something to report, none worse than these")
     if len(sites) > len(found):
         left_out.append(f"… {plural(len(sites) - len(found), 'more layer')} with nothing to report")
     return [sites[index] for index in sorted(worst)], left_out
-
-
-def _rank(site: SiteReport) -> tuple[bool, bool, tuple[float, float]]:
-    """Return how early a layer is shown if not all are: those in the totals and those that were seen come first."""
-    return site.in_headlines, not site.is_unseen, severity(site)

@@ -28,7 +28,6 @@ CASES = {
     "neuronscope.checkpoints.writers.postmortem_terminal": HEAVY,
     "neuronscope.checkpoints.postmortem_report": HEAVY,
     "neuronscope.writers.html": HEAVY,
-    "neuronscope.writers.json": HEAVY,
     "neuronscope.writers.markdown": HEAVY,
     "neuronscope.writers.report_bytes": HEAVY,
     "neuronscope.writers.terminal": HEAVY,

@@ -24,7 +24,6 @@ from neuronscope.writers.formatting import visible
 from neuronscope.writers.markdown_text import plain
 from neuronscope.writers.report_bytes import from_bytes
 from neuronscope.writers.tensorboard import Dashboard, diagnosis, scalars, write
-from neuronscope.writers.tensorboard.scalars import turnover
 from neuronscope.writers.tensorboard.tags import MOST_CHARTS, card_name, group_tag, groups, safe
 
 from . import samples
@@ -182,7 +181,7 @@ def test_tags_stay_few_and_the_same_in_a_network_of_hundreds_of_sites(tmp_path: 
 def test_charts_of_groups_pool_their_neurons() -> None:
     report = samples.many_sites()
     found = scalars(report)
-    group = groups([site.name for site in report.layers])[-1]
+    group = groups(tuple(site.name for site in report.layers))[-1]
     sites = [report[name] for name in group.sites]
     assert len(sites) > 1
     expected = 100 * sum(site.dead for site in sites) / sum(site.neurons for site in sites)
@@ -233,7 +232,9 @@ def test_deaths_and_revivals_equal_those_counted_by_hand(
     column: list[int], since: int | None, wanted: tuple[int, int]
 ) -> None:
     levels = np.array(column, np.uint8).reshape(-1, 1)
-    assert turnover(samples.site_of("act", levels, samples.windows(len(column))).history, since) == wanted
+    site = samples.site_of("act", levels, samples.windows(len(column)))
+    found = scalars(samples.report_of([site]), since=since)
+    assert tuple(found.get(f"neuronscope.more/{name}", 0) for name in ("deaths", "revivals")) == wanted
 
 
 def test_logged_steps_never_decrease(tmp_path: Path) -> None:
@@ -373,8 +374,7 @@ def test_the_diagnosis_of_many_sites_is_short_and_states_what_it_leaves_out() ->
 
 
 def test_using_a_closed_writer_raises_an_error(tmp_path: Path) -> None:
-    from neuronscope.writers.tensorboard.dashboard import _add_summary
-    from neuronscope.writers.tensorboard.summaries import tab_summary
+    from neuronscope.writers.tensorboard.dashboard import _add_summary, tab_summary
 
     writer = summary_writer("torch", tmp_path)
     writer.close()

@@ -32,13 +32,9 @@ def world_size() -> int:
 
 
 def base_group(given: ProcessGroup) -> dist.ProcessGroup | None:
-    """Return the process group whose ranks join their counts.
+    """Return the process group whose ranks join their counts, given the option ``process_group``.
 
-    Args:
-        given: The option ``process_group`` of :func:`neuronscope.watch`.
-
-    Returns:
-        ``None`` if nothing is distributed, or this rank is not in the group.
+    ``None`` if nothing is distributed, or this rank is not in the group.
     """
     if not (dist.is_available() and dist.is_initialized()):
         return None
@@ -50,12 +46,8 @@ def base_group(given: ProcessGroup) -> dist.ProcessGroup | None:
 class Collectives:
     """The collectives of one exchange. Every rank must make the same ones, in the same order.
 
-    Args:
-        group: A group for these collectives alone; by default the library makes one of all ranks.
-
-    Attributes:
-        number: How many were made.
-        bytes: What this rank gave to all of them.
+    They are made on a group for them alone, by default one of all ranks that the library makes. ``number`` is how many
+    were made, ``bytes`` what this rank gave to all of them.
     """
 
     def __init__(self, group: dist.ProcessGroup | None = None) -> None:

@@ -30,12 +30,7 @@ _TOTALS = ("positions", "gradient_positions", "examples")
 
 
 class ReduceLayout:
-    """The sites of one phase, whose ``T`` neurons lie one after another. It must be the same on all ranks.
-
-    Args:
-        part: The number of the network that some of the ranks hold, and the phase.
-        sites: Its sites.
-    """
+    """The sites of one phase, whose ``T`` neurons lie one after another. It must be the same on all ranks."""
 
     def __init__(self, part: tuple[int, str], sites: Sites) -> None:
         self.part = part

@@ -38,36 +38,23 @@ _MAX_LENGTH = 300
 
 
 class Exchanges(NamedTuple):
-    """What joining has cost this rank so far.
-
-    Attributes:
-        ranks: Number of ranks.
-        times: How often counts were joined.
-        collectives: How many collectives that took: four each, two more where ranks told each other of new sites, and
-            three more for each further phase. An exchange to which no rank brings anything takes one.
-        bytes: Bytes that this rank gave to the last exchange.
-        seconds: Seconds that all of them took, waiting for the slowest rank included.
-    """
+    """What joining has cost this rank so far."""
 
     ranks: int
-    times: int
+    times: int  # how often counts were joined
+    #: How many collectives that took: four each, two more where ranks told each other of new sites, and three more for
+    #: each further phase. An exchange to which no rank brings anything takes one.
     collectives: int
-    bytes: int
-    seconds: float
+    bytes: int  # bytes that this rank gave to the last exchange
+    seconds: float  # seconds that all of them took, waiting for the slowest rank included
 
 
 class Contribution(NamedTuple):
-    """What one rank brings to an exchange.
+    """What one rank brings to an exchange."""
 
-    Attributes:
-        census: What it counted.
-        phase: In which phase.
-        active: False if it brings no counts; then it does not influence the layout.
-    """
-
-    census: Census
-    phase: str
-    active: bool
+    census: Census  # what it counted
+    phase: str  # in which phase
+    active: bool  # false if it brings no counts; then it does not influence the layout
 
 
 class RankSync:
@@ -215,13 +202,10 @@ class RankSync:
         return self._kept.pop(phase, Census())
 
     def agree(self, number: int) -> bool:
-        """Return whether all ranks bring the same number. If :attr:`acting` is set, every rank must call this, once.
+        """Return whether all ranks bring the same number, from 0 to 2**31.
 
-        They do not agree if some rank does not act: it is done, in another phase, or its counts are not joined. No rank
-        waits for it then.
-
-        Args:
-            number: The number, from 0 to 2**31.
+        If :attr:`acting` is set, every rank must call this, once. They do not agree if some rank does not act: it is
+        done, in another phase, or its counts are not joined. No rank waits for it then.
         """
         if self.alone:
             return world_size() == 1

@@ -44,16 +44,10 @@ class StepAxis:
         return self.left + (step - self.first) / (self.last - self.first) * self.width
 
     def windows_of_columns(self, steps: IntArray) -> tuple[IntArray, IntArray]:
-        """Return the windows under each pixel column.
+        """Return the first and last-plus-one window under each pixel column, int64 ``(width,)``; equal if none is.
 
-        A window covers the steps since the one before. A column includes every window that it touches, so that a window
-        narrower than a pixel still shows.
-
-        Args:
-            steps: Last step of each window, rising, int64 ``(W,)``, ``W ≥ 1``.
-
-        Returns:
-            First and last-plus-one window of each column, int64 ``(width,)`` each; equal if a column has no window.
+        A window covers the steps since the one before, up to its last one in ``steps``, rising, int64 ``(W,)``. A
+        column includes every window that it touches, so that a window narrower than a pixel still shows.
         """
         edges = window_edges(steps)
         bounds = self.first + (self.last - self.first) * np.arange(self.width + 1) / self.width
@@ -69,12 +63,9 @@ class StepAxis:
 
 
 def window_edges(steps: IntArray) -> FloatArray:
-    """Return the step where each window begins, and where the last one ends, float64 ``(W + 1,)``.
+    """Return the step where each window begins, by their last steps, and where the last ends, float64 ``(W + 1,)``.
 
     It is not known where the first window began: it is drawn as long as the second, or from step 0 if it is alone.
-
-    Args:
-        steps: Last step of each window, rising, int64 ``(W,)``.
     """
     first = max(0, 2 * int(steps[0]) - int(steps[1])) if len(steps) > 1 else 0
     return np.concatenate(([min(float(first), float(steps[0]) - 0.5)], steps.astype(np.float64)))
@@ -106,16 +97,13 @@ def ticks(low: float, high: float, most: int) -> list[float]:
 
 
 def spread(wanted: list[float], apart: float, low: float, high: float) -> list[float]:
-    """Place labels as near as possible to where they are wanted, so that they do not overlap.
+    """Return places for labels, rising, as near as possible to where they are wanted, so that they do not overlap.
 
     Args:
         wanted: Wanted places, rising.
         apart: Least distance between neighbours.
         low: Lowest place.
         high: Highest place; exceeded only if there is not enough room.
-
-    Returns:
-        The place of each label, rising.
 
     >>> spread([10.0, 11.0, 50.0], 10.0, 0.0, 100.0)
     [5.5, 15.5, 50.0]

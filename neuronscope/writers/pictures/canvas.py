@@ -47,12 +47,7 @@ def printable(text: str) -> str:
 
 
 class Canvas:
-    """A picture to draw on.
-
-    Args:
-        width: Width in pixels.
-        height: Height in pixels.
-    """
+    """A picture to draw on, of so many pixels."""
 
     def __init__(self, width: int, height: int) -> None:
         self.height = height
@@ -123,6 +118,18 @@ class Canvas:
         if right > left and bottom > top:
             self._draw.rectangle((left, top, right - 1, bottom - 1), fill, outline)
 
+    def notice(self, at: Point, text: str, size: int) -> None:
+        """Write text in a box on the picture.
+
+        Args:
+            at: The middle of the box.
+            text: The text.
+            size: Size of the typeface in pixels.
+        """
+        x, y = at
+        self.box((x - 140, y - 16, x + 140, y + 16), PAPER)
+        self.text(at, text, size, INK, "mm")
+
     def hatch(self, box: Box) -> None:
         """Draw a striped rectangle, which stands for *not observed*."""
         left, top, right, bottom = (round(value) for value in box)
@@ -176,14 +183,11 @@ def draw_steps(canvas: Canvas, axis: StepAxis, top: float, size: int) -> None:
 
 
 def stripes(height: int, width: int) -> ByteArray:
-    """Return slanted stripes, which stand for *not observed*.
+    """Return slanted stripes, which stand for *not observed*, uint8 ``(height, width, 3)``.
 
     Args:
         height: Height in pixels.
         width: Width in pixels.
-
-    Returns:
-        uint8 ``(height, width, 3)``.
     """
     rows, columns = np.ogrid[:height, :width]
     on = (rows + columns) // 3 % 3 == 0

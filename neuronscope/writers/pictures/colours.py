@@ -24,7 +24,6 @@ __all__ = [
     "ZERO",
     "Colour",
     "as_hex",
-    "ink_on",
     "mix",
     "share_colours",
 ]
@@ -75,14 +74,7 @@ SERIES: tuple[Colour, ...] = (
 
 
 def share_colours(shares: FloatArray) -> ByteArray:
-    """Return the colours of dead shares.
-
-    Args:
-        shares: Shares in [0, 1], any shape ``S``, without NaN; exactly 0 has a colour of its own.
-
-    Returns:
-        uint8 ``S + (3,)``.
-    """
+    """Return the colours of dead shares in [0, 1], any shape ``S``, as uint8 ``S + (3,)``; exactly 0 has its own."""
     stops = [stop for stop, _ in _SHARE_STOPS]
     channels = [np.interp(shares, stops, [colour[c] for _, colour in _SHARE_STOPS]) for c in range(3)]
     colours = np.rint(np.stack(channels, axis=-1)).astype(np.uint8)
@@ -105,10 +97,3 @@ def mix(first: Colour, second: Colour, share: float) -> Colour:
 def as_hex(colour: Colour) -> str:
     """Return a colour as ``#rrggbb``, for matplotlib."""
     return "#{:02x}{:02x}{:02x}".format(*colour)
-
-
-def ink_on(colour: Colour) -> Colour:
-    """Return dark or white ink, whichever is easier to read on ``colour`` (by relative luminance, WCAG 2)."""
-    linear = [(value / 255.0) ** 2.2 for value in colour]
-    luminance = 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
-    return INK if luminance > 0.22 else (255, 255, 255)

@@ -22,24 +22,10 @@ from neuronscope.report.report import (
     SiteReport,
 )
 from neuronscope.writers.formatting import count, plural, share
+from neuronscope.writers.pictures import colours
 from neuronscope.writers.pictures.axis import StepAxis, spread
 from neuronscope.writers.pictures.canvas import Canvas, draw_steps, stripes
-from neuronscope.writers.pictures.colours import (
-    ALIVE_HIGH,
-    ALIVE_LOW,
-    CUT_OFF,
-    DEAD,
-    DORMANT,
-    FRAME,
-    INK,
-    MUTED,
-    NOT_FINITE,
-    PAPER,
-    SILENT,
-    UNSEEN_STRIPE,
-    Colour,
-    mix,
-)
+from neuronscope.writers.pictures.colours import Colour, mix
 from neuronscope.writers.wording import not_in_totals
 
 __all__ = ["heatmap", "order"]
@@ -53,22 +39,22 @@ _LEAST_RED = 0.35
 
 #: Groups of neurons from top to bottom: labels of the verdict, what they are called, their colour.
 _GROUPS: tuple[tuple[tuple[str, ...], str, Colour], ...] = (
-    (("dead",), "dead", DEAD),
-    (("not finite",), "NaN or inf", NOT_FINITE),
-    (("silent",), "silent", SILENT),
-    (("cut off",), "cut off", CUT_OFF),
-    (("dormant",), "dormant", DORMANT),
-    (("linear", "alive"), "alive", ALIVE_HIGH),
-    (("unseen",), "not seen", UNSEEN_STRIPE),
+    (("dead",), "dead", colours.DEAD),
+    (("not finite",), "NaN or inf", colours.NOT_FINITE),
+    (("silent",), "silent", colours.SILENT),
+    (("cut off",), "cut off", colours.CUT_OFF),
+    (("dormant",), "dormant", colours.DORMANT),
+    (("linear", "alive"), "alive", colours.ALIVE_HIGH),
+    (("unseen",), "not seen", colours.UNSEEN_STRIPE),
 )
 
 #: Verdicts in the order in which their colours are mixed into a cell of several neurons.
 _VERDICTS = (
-    (LEVEL_DORMANT, DORMANT),
-    (LEVEL_CUT_OFF, CUT_OFF),
-    (LEVEL_SILENT, SILENT),
-    (LEVEL_NOT_FINITE, NOT_FINITE),
-    (LEVEL_DEAD, DEAD),
+    (LEVEL_DORMANT, colours.DORMANT),
+    (LEVEL_CUT_OFF, colours.CUT_OFF),
+    (LEVEL_SILENT, colours.SILENT),
+    (LEVEL_NOT_FINITE, colours.NOT_FINITE),
+    (LEVEL_DEAD, colours.DEAD),
 )
 
 
@@ -86,37 +72,32 @@ def order(site: SiteReport) -> IntArray:
 
 
 def heatmap(site: SiteReport, phase: str = "train", note: str = "") -> ByteArray:
-    """Draw every neuron of a layer over all its windows.
+    """Draw every neuron of a layer over all its windows, uint8 ``(430, 784, 3)``; 30 higher with a note.
 
     Args:
         site: The layer.
         phase: The phase of the report, for the title.
         note: A line below the picture.
-
-    Returns:
-        uint8 ``(430, 784, 3)``; 30 higher with a note.
     """
     canvas = Canvas(_WIDTH, _TOP + _HEIGHT + _BOTTOM + (30 if note else 0))
     room = _WIDTH - 2 * _MARGIN
     finding = f": {_finding(site)}"
     name = canvas.fit(site.name, _TITLE, room - canvas.text_width(finding, _TITLE) - 6)
     canvas.text((_MARGIN, 42), name + finding, _TITLE, bold=True)
-    canvas.text((_MARGIN, 72), canvas.fit(_subtitle(site, phase), _TEXT, room), _TEXT, MUTED)
+    canvas.text((_MARGIN, 72), canvas.fit(_subtitle(site, phase), _TEXT, room), _TEXT, colours.MUTED)
     width = room - _LABELS
     axis = StepAxis.of_windows([site.history.steps], _MARGIN, width)
     some = bool(len(site.history.steps) and site.neurons)
     picture = _cells(site, axis) if some else stripes(_HEIGHT, width)
     canvas.pixels((_MARGIN, _TOP), picture)
     bottom = _TOP + len(picture)
-    canvas.box((_MARGIN - 1, _TOP - 1, _MARGIN + width + 1, bottom + 1), outline=FRAME)
+    canvas.box((_MARGIN - 1, _TOP - 1, _MARGIN + width + 1, bottom + 1), outline=colours.FRAME)
     if some:
         draw_steps(canvas, axis, bottom, _TEXT)
         _brackets(canvas, site, _MARGIN + width + 6)
         _scale(canvas, _WIDTH - _MARGIN, _TOP + _HEIGHT + 28)
     else:
-        x, y = _MARGIN + width / 2, _TOP + _HEIGHT / 2
-        canvas.box((x - 140, y - 16, x + 140, y + 16), PAPER)
-        canvas.text((x, y), "no window is closed yet", _TEXT, INK, "mm")
+        canvas.notice((_MARGIN + width / 2, _TOP + _HEIGHT / 2), "no window is closed yet", _TEXT)
     canvas.text((_MARGIN, canvas.height - 12), canvas.fit(note, 20, room), 20)
     return canvas.array()
 
@@ -146,12 +127,9 @@ def _group_of(site: SiteReport) -> IntArray:
 def _layout(site: SiteReport) -> tuple[IntArray, IntArray, int]:
     """Distribute neurons, sorted by :func:`order`, over rows of cells.
 
-    If there are more neurons than rows, every group that is not empty still gets three rows: two dead neurons of four
-    thousand must not vanish in a line too thin to see.
-
-    Returns:
-        First neuron of each row, int64 ``(R,)``; the row at which each of the groups begins, and the end,
-        int64 ``(G + 1,)``; pixels to a row.
+    Return the first neuron of each row, int64 ``(R,)``; the row at which each of the groups begins, and the end, int64
+    ``(G + 1,)``; pixels to a row. If there are more neurons than rows, every group that is not empty still gets three
+    rows: two dead neurons of four thousand must not vanish in a line too thin to see.
     """
     group = _group_of(site)
     sizes = np.array([(group == index).sum() for index in range(len(_GROUPS))])
@@ -184,7 +162,7 @@ def _cells(site: SiteReport, axis: StepAxis) -> ByteArray:
     living = levels < LEVEL_MAX
     alive = total(living)
     zeros = total(np.where(living, levels, 0)) / np.maximum(alive, 1) / LEVEL_MAX
-    colour = _lerp(_planes(ALIVE_LOW), _planes(ALIVE_HIGH), zeros)
+    colour = _lerp(_planes(colours.ALIVE_LOW), _planes(colours.ALIVE_HIGH), zeros)
     so_far = alive
     for code, of in _VERDICTS:
         if not parts[code].any():
@@ -228,17 +206,19 @@ def _brackets(canvas: Canvas, site: SiteReport, x: float) -> None:
     for index, centre, y in zip(shown, centres, spread(centres, 28, _TOP + 10, _TOP + _HEIGHT - 10), strict=True):
         _, name, colour = _GROUPS[index]
         canvas.box((x, ends[index], x + 6, ends[index + 1]), colour)
-        canvas.line([(x + 8, centre), (x + 16, y)], mix(colour, INK, 0.2), 2)
+        canvas.line([(x + 8, centre), (x + 16, y)], mix(colour, colours.INK, 0.2), 2)
         text = canvas.fit(f"{name} {count(sizes[index])}", _TEXT, _LABELS - 28)
-        canvas.text((x + 21, y + 8), text, _TEXT, mix(colour, INK, 0.45))
+        canvas.text((x + 21, y + 8), text, _TEXT, mix(colour, colours.INK, 0.45))
 
 
 def _scale(canvas: Canvas, right: float, baseline: float) -> None:
     """Draw the scale of living neurons: how often their output is zero."""
-    canvas.text((right, baseline), "zeros", _TEXT, MUTED, "rs")
+    canvas.text((right, baseline), "zeros", _TEXT, colours.MUTED, "rs")
     right -= canvas.text_width("zeros", _TEXT) + 6
-    ramp = _pixels(_lerp(_planes(ALIVE_LOW), _planes(ALIVE_HIGH), np.linspace(0, 1, 48)[None].repeat(16, 0)))
-    canvas.text((right, baseline), "all", _TEXT, MUTED, "rs")
+    ramp = _pixels(
+        _lerp(_planes(colours.ALIVE_LOW), _planes(colours.ALIVE_HIGH), np.linspace(0, 1, 48)[None].repeat(16, 0))
+    )
+    canvas.text((right, baseline), "all", _TEXT, colours.MUTED, "rs")
     right -= canvas.text_width("all", _TEXT) + 6 + ramp.shape[1]
     canvas.pixels((round(right), round(baseline - 15)), ramp)
-    canvas.text((right - 6, baseline), "no", _TEXT, MUTED, "rs")
+    canvas.text((right - 6, baseline), "no", _TEXT, colours.MUTED, "rs")

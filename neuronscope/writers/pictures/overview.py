@@ -10,18 +10,10 @@ from neuronscope.arrays import ByteArray, FloatArray, IntArray
 from neuronscope.report.report import Report
 from neuronscope.writers.formatting import count, plural, share
 from neuronscope.writers.grouping import shared_prefix
+from neuronscope.writers.pictures import colours
 from neuronscope.writers.pictures.axis import StepAxis
 from neuronscope.writers.pictures.canvas import Canvas, draw_steps, stripes
-from neuronscope.writers.pictures.colours import (
-    FRAME,
-    INK,
-    MUTED,
-    NOT_FINITE,
-    PAPER,
-    Colour,
-    mix,
-    share_colours,
-)
+from neuronscope.writers.pictures.colours import Colour, mix, share_colours
 from neuronscope.writers.pictures.site_rows import Row, rows_of
 from neuronscope.writers.wording import anything_seen, excluded_words, provisional_note
 
@@ -40,15 +32,10 @@ _TITLE, _TEXT = 36, 22
 
 
 def overview(report: Report) -> ByteArray:
-    """Draw a report as one picture of all its layers over all its windows.
+    """Draw a report as one picture of all its layers over all its windows, uint8 ``(H, 784, 3)``.
 
-    Args:
-        report: The report.
-
-    Returns:
-        uint8 ``(H, 784, 3)``; 430 high for up to a dozen rows, and 30 more for each line below them: if the
-        picture shows more than dead shares, if some layers are not in the totals, and if the window is too short for
-        the policy.
+    It is 430 high for up to a dozen rows, and 30 more for each line below them: if the picture shows more than dead
+    shares, if some layers are not in the totals, and if the window is too short for the policy.
     """
     rows = rows_of(report, MOST_ROWS)
     height = min(56, max(22, (_HEIGHT - _TOP - _BOTTOM) // max(len(rows), 1)))
@@ -60,7 +47,7 @@ def overview(report: Report) -> ByteArray:
     canvas = Canvas(_WIDTH, bottom + _BOTTOM + sum(30 for line in (rare, marks, note) if line))
     room, right = _WIDTH - 2 * _MARGIN, _WIDTH - _MARGIN
     canvas.text((_MARGIN, 42), canvas.fit(_headline(report), _TITLE, room), _TITLE, bold=True)
-    canvas.text((_MARGIN, 72), canvas.fit(_subtitle(report, rows), _TEXT, room), _TEXT, MUTED)
+    canvas.text((_MARGIN, 72), canvas.fit(_subtitle(report, rows), _TEXT, room), _TEXT, colours.MUTED)
     prefix = shared_prefix([row.label for row in rows])
     names = [row.label[len(prefix) :] + (f" {row.mark}" if row.mark else "") for row in rows]
     widest = max((canvas.text_width(name, size) for name in [*names, prefix]), default=0)
@@ -68,24 +55,21 @@ def overview(report: Report) -> ByteArray:
     columns = ("dead", "silent", "dormant") if report.silent else ("dead", "dormant")
     width = right - _NUMBERS - (_SILENT if report.silent else 0) - left
     axis = StepAxis.of_windows([row.steps for row in rows], left, width)
-    canvas.text((_MARGIN, _TOP - 12), canvas.fit(prefix, _TEXT, left - _MARGIN - 20), _TEXT, MUTED)
+    canvas.text((_MARGIN, _TOP - 12), canvas.fit(prefix, _TEXT, left - _MARGIN - 20), _TEXT, colours.MUTED)
     _scale(canvas, left, _TOP - 12)
     last = 104 if report.silent else 96
     edges = dict(zip(columns, (right - last - _SILENT, right - last, right)[-len(columns) :], strict=True))
     for column, edge in edges.items():
-        canvas.text((edge, _TOP - 12), column, _TEXT, MUTED, "rs")
+        canvas.text((edge, _TOP - 12), column, _TEXT, colours.MUTED, "rs")
     for index, (row, name) in enumerate(zip(rows, names, strict=True)):
         baseline = _TOP + (index + 0.5) * height + 8
         canvas.text((_MARGIN, baseline), canvas.fit(name, size, _NAMES), size)
         canvas.pixels((left, _TOP + index * height), _strip(row, axis, height))
         _numbers(canvas, row, edges, baseline, size)
-    canvas.box((left - 1, _TOP - 1, left + width + 1, bottom + 1), outline=FRAME)
+    canvas.box((left - 1, _TOP - 1, left + width + 1, bottom + 1), outline=colours.FRAME)
     if not any(len(row.steps) for row in rows):
         missing = "no window is closed yet" if rows else "no layer was watched"
-        canvas.box(
-            (left + width / 2 - 140, (_TOP + bottom) / 2 - 16, left + width / 2 + 140, (_TOP + bottom) / 2 + 16), PAPER
-        )
-        canvas.text((left + width / 2, (_TOP + bottom) / 2), missing, _TEXT, INK, "mm")
+        canvas.notice((left + width / 2, (_TOP + bottom) / 2), missing, _TEXT)
     else:
         draw_steps(canvas, axis, bottom, _TEXT)
     x = float(_MARGIN)
@@ -120,19 +104,11 @@ def _subtitle(report: Report, rows: list[Row]) -> str:
 
 
 def _numbers(canvas: Canvas, row: Row, edges: Mapping[str, float], baseline: float, size: int) -> None:
-    """Write a row's shares by label.
-
-    Args:
-        canvas: The picture.
-        row: The row.
-        edges: The right edge of each column, by label.
-        baseline: Where the text stands.
-        size: Size of the text.
-    """
+    """Write a row's shares by label, each at the right edge of its column."""
     for label, edge in edges.items():
         number = getattr(row, label)
         text = share(number, row.observed) if not row.broken else ("NaN" if label == "dead" else "")
-        canvas.text((edge, baseline), text, size, INK if number or row.broken else MUTED, "rs")
+        canvas.text((edge, baseline), text, size, colours.INK if number or row.broken else colours.MUTED, "rs")
 
 
 def _strip(row: Row, axis: StepAxis, height: int) -> ByteArray:
@@ -144,22 +120,13 @@ def _strip(row: Row, axis: StepAxis, height: int) -> ByteArray:
     worst = _most(np.nan_to_num(row.share, nan=-1.0), first, last)
     strip = np.repeat(share_colours(np.maximum(worst, 0.0))[None], height, axis=0)
     strip[:, worst < 0.0] = unseen[:, worst < 0.0]
-    strip[:, _most(row.not_finite.astype(np.float64), first, last) > 0.0] = NOT_FINITE
-    strip[-1:] = mix((255, 255, 255), FRAME, 0.5)
+    strip[:, _most(row.not_finite.astype(np.float64), first, last) > 0.0] = colours.NOT_FINITE
+    strip[-1:] = mix((255, 255, 255), colours.FRAME, 0.5)
     return strip
 
 
 def _most(values: FloatArray, first: IntArray, last: IntArray) -> FloatArray:
-    """Return the greatest value of each range of windows.
-
-    Args:
-        values: Value of each window, float64 ``(W,)``.
-        first: First window of each range, int64 ``(R,)``.
-        last: Last window of each range plus one, int64 ``(R,)``.
-
-    Returns:
-        float64 ``(R,)``; −1 for an empty range.
-    """
+    """Return the greatest value of each range of windows, float64 ``(R,)``; −1 for an empty range."""
     padded = np.append(values, -1.0)
     most = np.maximum.reduceat(
         padded, np.stack([first, np.maximum(last, first + 1)], axis=1).ravel().clip(0, len(values))
@@ -173,18 +140,18 @@ def _rare(rows: list[Row]) -> list[tuple[str, Colour | None]]:
     if any(np.isnan(row.share).any() for row in rows):
         rare.append(("not observed", None))
     if any(row.not_finite.any() for row in rows):
-        rare.append(("NaN or infinity", NOT_FINITE))
+        rare.append(("NaN or infinity", colours.NOT_FINITE))
     return rare
 
 
 def _scale(canvas: Canvas, x: float, baseline: float) -> None:
     """Draw the scale of dead shares: a colour for none, then from above none to all."""
     for text, shares in (("0 %", np.zeros(22)), (">0", np.linspace(1e-6, 1.0, 100))):
-        canvas.text((x, baseline), text, _TEXT, MUTED)
+        canvas.text((x, baseline), text, _TEXT, colours.MUTED)
         x += canvas.text_width(text, _TEXT) + 6
         canvas.pixels((round(x), round(baseline - 15)), share_colours(shares[None].repeat(16, axis=0)))
         x += len(shares) + 10
-    canvas.text((x - 4, baseline), "100 %", _TEXT, MUTED)
+    canvas.text((x - 4, baseline), "100 %", _TEXT, colours.MUTED)
 
 
 def _swatch(canvas: Canvas, x: float, baseline: float, text: str, colour: Colour | None) -> float:
@@ -193,5 +160,5 @@ def _swatch(canvas: Canvas, x: float, baseline: float, text: str, colour: Colour
         canvas.hatch(box)
     else:
         canvas.box(box, colour)
-    canvas.text((x + 32, baseline), text, _TEXT, MUTED)
+    canvas.text((x + 32, baseline), text, _TEXT, colours.MUTED)
     return x + 32 + canvas.text_width(text, _TEXT) + 30

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,7 +9,7 @@ import numpy as np
 from neuronscope.arrays import BoolArray, FloatArray, IntArray
 from neuronscope.judge.verdicts import LABELS
 from neuronscope.report.report import LEVEL_NOT_FINITE, LEVEL_UNSEEN, Report, SiteReport
-from neuronscope.report.totals import Totals
+from neuronscope.report.totals import NeuronCounts, Totals
 from neuronscope.writers.grouping import Group, group_sites
 from neuronscope.writers.wording import mark
 
@@ -19,33 +18,19 @@ __all__ = ["Row", "rows_of"]
 
 @dataclass(frozen=True)
 class Row:
-    """One row of an overview (``W`` windows).
-
-    Attributes:
-        label: Its name.
-        mark: The mark of layers that are not in the totals; ``""`` for others.
-        sites: Number of layers in it.
-        steps: Last step of each window, rising, int64 ``(W,)``.
-        share: Dead neurons ÷ observed neurons in each window, float64 ``(W,)``; NaN if none was observed.
-        not_finite: Whether any neuron gave NaN or infinity in each window, bool ``(W,)``.
-        observed: Neurons observed in the report's window.
-        dead: Dead neurons in it.
-        silent: Silent neurons in it.
-        dormant: Dormant neurons in it.
-        broken: Neurons in it that gave NaN or infinity.
-    """
+    """One row of an overview (``W`` windows)."""
 
     label: str
-    mark: str
-    sites: int
-    steps: IntArray
-    share: FloatArray
-    not_finite: BoolArray
-    observed: int
-    dead: int
-    silent: int
-    dormant: int
-    broken: int
+    mark: str  # the mark of layers that are not in the totals; ``""`` for others
+    sites: int  # number of layers in it
+    steps: IntArray  # last step of each window, rising, int64 ``(W,)``
+    share: FloatArray  # dead neurons ÷ observed neurons in each window, float64 ``(W,)``; NaN if none was observed
+    not_finite: BoolArray  # whether any neuron gave NaN or infinity in each window, bool ``(W,)``
+    observed: int  # neurons observed in the report's window
+    dead: int  # dead neurons in it
+    silent: int  # silent neurons in it
+    dormant: int  # dormant neurons in it
+    broken: int  # neurons in it that gave NaN or infinity
 
 
 def rows_of(report: Report, most: int) -> list[Row]:
@@ -69,17 +54,7 @@ def _row(group: Group, sites: list[SiteReport]) -> Row:
     steps, dead, observed, broken = _histories(counted or sites) if not totals.shared else _history(totals)
     share = np.full(len(steps), np.nan)
     np.divide(dead, observed, out=share, where=observed > 0)
-    masks: dict[str, Callable[[SiteReport], BoolArray]] = {
-        "observed": lambda site: ~site.judgement.unseen,
-        "dead": lambda site: site.judgement.dead,
-        "silent": lambda site: site.judgement.silent,
-        "dormant": lambda site: site.judgement.dormant,
-        "broken": lambda site: site.judgement.not_finite,
-    }
-    if counted:
-        numbers = {name: totals.count(mask) for name, mask in masks.items()}
-    else:
-        numbers = {name: sum(int(mask(site).sum()) for site in sites) for name, mask in masks.items()}
+    holders: list[NeuronCounts] = [totals] if counted else [*sites]
     return Row(
         label=group.label,
         mark="" if counted else mark(sites[0]),
@@ -87,7 +62,11 @@ def _row(group: Group, sites: list[SiteReport]) -> Row:
         steps=steps,
         share=share,
         not_finite=broken > 0,
-        **numbers,
+        observed=sum(each.observed_neurons for each in holders),
+        dead=sum(each.dead for each in holders),
+        silent=sum(each.silent for each in holders),
+        dormant=sum(each.dormant for each in holders),
+        broken=sum(each.not_finite_neurons for each in holders),
     )
 
 

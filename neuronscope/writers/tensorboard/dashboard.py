@@ -5,22 +5,25 @@ Works with the ``SummaryWriter`` of torch and that of tensorboardX, which take t
 
 from __future__ import annotations
 
+import json
 import warnings
 from typing import TYPE_CHECKING, Any, Protocol
 
-from neuronscope.errors import NeuronscopeWarning, UsageError
+import numpy as np
+
+from neuronscope.errors import MissingExtraError, NeuronscopeWarning, UsageError
 from neuronscope.report.report import Report, SiteReport
+from neuronscope.writers.report_bytes import to_bytes
 from neuronscope.writers.tensorboard.diagnosis_text import diagnosis
 from neuronscope.writers.tensorboard.event_file import EncodedEvents, EventFile, folder_of, require_room
 from neuronscope.writers.tensorboard.scalars import scalars
-from neuronscope.writers.tensorboard.summaries import density_histograms, tab_summary
-from neuronscope.writers.tensorboard.tags import card_name, metric
+from neuronscope.writers.tensorboard.tags import PLUGIN_NAME, TAB_TAG, card_name, metric, safe
 from neuronscope.writers.wording import provisional_note, severity
 
 if TYPE_CHECKING:
     from tensorboard.compat.proto.summary_pb2 import Summary
 
-__all__ = ["MOST_HEATMAPS", "Dashboard", "EventWriter", "append", "write"]
+__all__ = ["MOST_HEATMAPS", "Dashboard", "EventWriter", "append", "tab_summary", "write"]
 
 #: Heat maps written for one report.
 MOST_HEATMAPS = 8
@@ -133,7 +136,7 @@ def _draw(
     if text:
         writer.add_text(f"neuronscope/{metric('diagnosis', report.phase)}", diagnosis(report), step)
     if images:
-        for histogram in density_histograms(report):
+        for histogram in _density_histograms(report):
             _add_summary(writer, histogram, step)
     if tab:
         _add_summary(writer, tab_summary(report), step)
@@ -146,9 +149,6 @@ class Dashboard:
     comes. Scalars go through the writer. Pictures, text and tab go to an event file in the subfolder
     ``neuronscope``, so that they cannot end a training whose disk is full: what cannot be written is left out, with
     one warning.
-
-    Args:
-        writer: ``SummaryWriter`` of ``torch.utils.tensorboard`` or ``tensorboardX``.
     """
 
     def __init__(self, writer: EventWriter) -> None:
@@ -240,18 +240,10 @@ def _heatmaps(report: Report) -> list[tuple[str, SiteReport]]:
 
 
 def _add_summary(writer: Any, made: Summary, step: int) -> None:
-    """Write a summary to the event file of a writer.
+    """Write a summary to the event file of a ``SummaryWriter`` or :class:`EncodedEvents`.
 
     A ``SummaryWriter`` has no method for a whole summary. Its ``file_writer`` has: a public attribute in torch and
     tensorboardX, though neither documents it. It is ``None`` after the writer was closed; writing a scalar opens it.
-
-    Args:
-        writer: A ``SummaryWriter`` or :class:`EncodedEvents`.
-        made: The summary.
-        step: The step.
-
-    Raises:
-        UsageError: The writer was closed.
     """
     file_writer = writer.file_writer
     if file_writer is None:
@@ -262,3 +254,58 @@ def _add_summary(writer: Any, made: Summary, step: int) -> None:
         file_writer.add_summary(ForeignSummary.FromString(made.SerializeToString()), step)
     else:
         file_writer.add_summary(made, step)
+
+
+def tab_summary(report: Report) -> Summary:
+    """Return a report as the summary that the tab reads.
+
+    It has one tag for each phase, ``neuronscope/report`` (``neuronscope/val_report``): a uint8 tensor that holds the
+    whole report as it is now, so that the newest of a run is all that TensorBoard must keep. Other tabs ignore it.
+
+    Raises:
+        MissingExtraError: TensorBoard is not installed.
+    """
+    try:
+        from tensorboard.compat.proto import summary_pb2
+        from tensorboard.util.tensor_util import make_tensor_proto
+    except ImportError as error:
+        raise MissingExtraError(
+            "Expected TensorBoard for writing its tab's data, but it is not installed: pip install tensorboard"
+        ) from error
+    content = json.dumps({"phase": report.phase}).encode("ascii")
+    metadata = summary_pb2.SummaryMetadata(
+        plugin_data=summary_pb2.SummaryMetadata.PluginData(plugin_name=PLUGIN_NAME, content=content),
+        data_class=summary_pb2.DATA_CLASS_TENSOR,  # without it the run does not show at all
+    )
+    tensor = make_tensor_proto(np.frombuffer(to_bytes(report), np.uint8))
+    tag = f"neuronscope/{metric(TAB_TAG, report.phase)}"
+    return summary_pb2.Summary(value=[summary_pb2.Summary.Value(tag=tag, tensor=tensor, metadata=metadata)])
+
+
+def _density_histograms(report: Report) -> list[Summary]:
+    """Return a histogram of log10 firing densities for each sparse layer of which any latent fired.
+
+    Latents that never fired are in no bin. A network without sparse layers needs no TensorBoard for this.
+    """
+    return [
+        _histogram(site, f"neuronscope.{metric('log10_density', report.phase)}/{safe(site.name)}")
+        for site in report.layers
+        if site.kind == "sparse" and np.isfinite(site.log10_density).any()
+    ]
+
+
+def _histogram(site: SiteReport, tag: str) -> Summary:
+    from tensorboard.compat.proto import summary_pb2
+
+    counts, edges = site.density_histogram(bins_per_decade=5)
+    values = site.log10_density[np.isfinite(site.log10_density)]
+    histogram = summary_pb2.HistogramProto(
+        min=values.min(),
+        max=values.max(),
+        num=values.size,
+        sum=values.sum(),
+        sum_squares=np.square(values).sum(),
+        bucket_limit=edges.tolist(),
+        bucket=[0.0, *counts.astype(float).tolist()],
+    )
+    return summary_pb2.Summary(value=[summary_pb2.Summary.Value(tag=tag, histo=histogram)])

@@ -6,7 +6,7 @@ from neuronscope.report.report import Report
 from neuronscope.report.run_facts import death_steps
 from neuronscope.writers import wording
 from neuronscope.writers.formatting import count, when
-from neuronscope.writers.markdown_text import bullets, code, diagnosis_parts, plain, prose, table
+from neuronscope.writers.markdown_text import SITE_COLUMNS, bullets, code, diagnosis_parts, plain, prose, table
 from neuronscope.writers.page_headline import headline
 
 __all__ = ["diagnosis"]
@@ -14,28 +14,13 @@ __all__ = ["diagnosis"]
 #: Most rows of the table, and most layers of which the weights are named.
 MOST_ROWS, MOST_WEIGHTS = 40, 10
 
-#: Columns after the layer's name: heading, field of ``SiteCells``, whether it is aligned to the right.
-COLUMNS = (
-    ("activation", "activation", False),
-    ("neurons", "neurons", True),
-    ("dead", "dead", True),
-    ("dead %", "dead_share", True),
-    ("silent", "silent", True),
-    ("dormant", "dormant", True),
-    ("cut off", "cut_off", True),
-    ("not finite", "not_finite", True),
-    ("fires in", "bound", True),
-)
+COLUMNS = [each for each in SITE_COLUMNS if each[1] not in ("axis", "linear", "worst", "examples")]
 
 
 def diagnosis(report: Report) -> str:
     """Write what is wrong with a network as markdown: what happened, why, and what to do come before the numbers.
 
-    Args:
-        report: The report.
-
-    Returns:
-        Markdown that ends with a line end; every name in it is inert.
+    It ends with a line end; every name in it is inert.
     """
     blocks = [f"**{plain(report.fault)}**"] if report.fault else []
     sentences = wording.findings(report)

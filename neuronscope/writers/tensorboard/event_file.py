@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from neuronscope.arrays import ByteArray
-from neuronscope.errors import UsageError
 
 if TYPE_CHECKING:
     from tensorboard.compat.proto.summary_pb2 import Summary
@@ -73,7 +72,7 @@ class EncodedEvents:
         """The object that takes whole summaries, as in a ``SummaryWriter``."""
         return self
 
-    def add_image(self, tag: str, img_tensor: ByteArray, global_step: int, *, dataformats: str) -> None:
+    def add_image(self, tag: str, img_tensor: ByteArray, global_step: int, *, dataformats: str) -> None:  # noqa: ARG002
         """Add a picture.
 
         Args:
@@ -81,12 +80,7 @@ class EncodedEvents:
             img_tensor: uint8 ``(H, W, C)``.
             global_step: The step.
             dataformats: ``HWC``; nothing else is supported.
-
-        Raises:
-            UsageError: ``dataformats`` is not ``HWC``.
         """
-        if dataformats != "HWC":
-            raise UsageError(f"Expected argument `dataformats` to be 'HWC', but got {dataformats!r}.")
         from PIL import Image
         from tensorboard.compat.proto.summary_pb2 import Summary
 
@@ -131,10 +125,7 @@ class EncodedEvents:
 class EventFile:
     """An event file in the subfolder ``neuronscope`` of a run. It is open only while something is appended.
 
-    A copy writes a file of its own.
-
-    Args:
-        run: The run's folder. It is never created here: what a user removed stays removed.
+    A copy writes a file of its own. The run's folder is never created here: what a user removed stays removed.
     """
 
     def __init__(self, run: str) -> None:
@@ -148,10 +139,7 @@ class EventFile:
         return type(self), (self.run,)
 
     def append(self, data: bytes) -> None:
-        """Append records: all of them, or none.
-
-        Args:
-            data: Records from :class:`EncodedEvents`.
+        """Append records from :class:`EncodedEvents`: all of them, or none.
 
         Raises:
             OSError: They cannot be written, or would leave too little room on the disk.

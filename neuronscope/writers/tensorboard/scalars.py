@@ -9,15 +9,15 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from neuronscope.arrays import BoolArray, ByteArray
+from neuronscope.arrays import BoolArray, ByteArray, IntArray
 from neuronscope.judge.symptoms import COLLAPSED_SHARE
 from neuronscope.judge.verdicts import LABELS
 from neuronscope.report.expert_layers import expert_layers
-from neuronscope.report.report import Report, SiteHistory, SiteReport
+from neuronscope.report.report import Report, SiteReport
 from neuronscope.report.totals import Totals
 from neuronscope.writers.tensorboard.tags import group_tag, groups, metric, network_tag
 
-__all__ = ["scalars", "turnover"]
+__all__ = ["scalars"]
 
 
 #: Whether a neuron with a label is dead or not; with any other it keeps its state: it neither died nor revived.
@@ -25,7 +25,7 @@ _HAS_STATE = np.array([label not in ("unseen", "not finite", "silent") for label
 
 
 def scalars(report: Report, *, since: int | None = None, per_site: bool = True) -> dict[str, float]:
-    """Return a report's numbers by tag, for any logger.
+    """Return a report's numbers, finite floats by tag in a stable order, for any logger.
 
     Percentages are of the neurons that were observed. Phases other than ``train`` have their name before the metric's:
     ``neuronscope/val_dead_pct``.
@@ -54,9 +54,6 @@ def scalars(report: Report, *, since: int | None = None, per_site: bool = True) 
         since: ``report.global_step`` of the report that was logged before this one, so that deaths between the two are
             counted; ``None`` counts the last window alone.
         per_site: Whether to return the numbers of each layer too.
-
-    Returns:
-        Finite floats by tag, in a stable order.
     """
     sites, totals = report.headline_layers, report.totals
     found = _shares(totals.label_counts())
@@ -84,7 +81,7 @@ def _by_layer(report: Report) -> dict[str, float]:
     """Return the shares of each layer, or of each group of layers."""
     places = {site.name: at for at, site in enumerate(report.layers) if site.in_headlines}
     values: dict[str, float] = {}
-    for group in groups(list(places)):
+    for group in groups(tuple(places)):
         found = [places[name] for name in group.sites]
         if report.totals.shared:  # a neuron that two layers share stands at one place in the network's totals
             labels = Totals([report.layers[at] for at in found]).label_counts()
@@ -113,46 +110,24 @@ def _of_experts(report: Report) -> dict[str, float]:
     return {f"neuronscope.experts/{metric(name, report.phase)}": value for name, value in found.items()}
 
 
-def turnover(history: SiteHistory, since: int | None = None) -> tuple[int, int]:
-    """Count the deaths and revivals in the windows of a history that ended after a step.
+def _changes_of(totals: Totals, since: int | None) -> tuple[int, int]:
+    """Return the deaths and revivals of neurons in the windows that ended after a step; each neuron counts once."""
+    if totals.shared:
+        steps = totals.steps()
+        return _count_changes(steps, since, lambda window: totals.labels_at(int(steps[window])))
+    histories = [site.history for site in totals.sites if site.in_headlines]
+    changes = [_count_changes(history.steps, since, history.labels) for history in histories]
+    return sum(deaths for deaths, _ in changes), sum(revivals for _, revivals in changes)
+
+
+def _count_changes(steps: IntArray, since: int | None, labels_in: Callable[[int], ByteArray]) -> tuple[int, int]:
+    """Return the deaths and revivals in the windows that ended after a step, or in the last one alone.
 
     A neuron that was not observed in a window, gave NaN or was silent keeps its state: it neither died nor revived. The
     first window has no deaths: there is nothing to compare it with.
-
-    Args:
-        history: The history of one layer (``W`` windows, ``N`` neurons).
-        since: Step; ``None`` for the last window alone.
-
-    Returns:
-        Deaths and revivals.
     """
-    count = len(history.steps)
-    first = count - 1 if since is None else int(np.searchsorted(history.steps, since, side="right"))
-    return _count_changes(first, count, history.labels)
-
-
-def _changes_of(totals: Totals, since: int | None) -> tuple[int, int]:
-    """Count the deaths and revivals of the neurons of several layers, each neuron once; see :func:`turnover`."""
-    if not totals.shared:
-        changes = [turnover(site.history, since) for site in totals.sites if site.in_headlines]
-        return sum(deaths for deaths, _ in changes), sum(revivals for _, revivals in changes)
-    steps = totals.steps()
-    first = len(steps) - 1 if since is None else int(np.searchsorted(steps, since, side="right"))
-    return _count_changes(first, len(steps), lambda window: totals.labels_at(int(steps[window])))
-
-
-def _count_changes(first: int, count: int, labels_in: Callable[[int], ByteArray]) -> tuple[int, int]:
-    """Count the deaths and revivals in the windows ``first`` … ``count − 1``.
-
-    Args:
-        first: The first window.
-        count: Number of windows.
-        labels_in: Returns the labels in a window, uint8 ``(N,)``.
-
-    Returns:
-        Deaths and revivals.
-    """
-    start = max(first, 1)
+    count = len(steps)
+    start = max(count - 1 if since is None else int(np.searchsorted(steps, since, side="right")), 1)
     if start >= count:
         return 0, 0
     dead, known = _state(labels_in(start - 1))

@@ -9,12 +9,14 @@ from __future__ import annotations
 import functools
 import re
 import zlib
-from collections.abc import Sequence
 
 from neuronscope.writers.grouping import Group, group_sites
 
-__all__ = ["MOST_CHARTS", "card_name", "group_tag", "groups", "metric", "network_tag", "safe"]
+__all__ = ["MOST_CHARTS", "PLUGIN_NAME", "TAB_TAG", "card_name", "group_tag", "groups", "metric", "network_tag", "safe"]
 
+PLUGIN_NAME = "neuronscope"
+#: Last part of the tags of the tab's reports, after a phase that is not training.
+TAB_TAG = "report"
 #: Most charts of one metric; more layers are grouped by their place in the network.
 MOST_CHARTS = 40
 
@@ -89,13 +91,9 @@ def network_tag(name: str, phase: str) -> str:
     return f"neuronscope{'' if name in _FIRST else '.more'}/{metric(name, phase)}"
 
 
-def groups(names: Sequence[str]) -> list[Group]:
-    """Return what gets a chart of its own: every layer, or groups if there are more than :data:`MOST_CHARTS`."""
-    return list(_groups(tuple(names)))
-
-
 @functools.lru_cache(maxsize=8)  # a run asks for the same names at every window
-def _groups(names: tuple[str, ...]) -> tuple[Group, ...]:
+def groups(names: tuple[str, ...]) -> tuple[Group, ...]:
+    """Return what gets a chart of its own: every layer, or groups if there are more than :data:`MOST_CHARTS`."""
     return tuple(group_sites(names, MOST_CHARTS))
 
 

@@ -13,19 +13,11 @@ class Loader(TBLoader):  # type: ignore[misc]  # TensorBoard ships no types
     """Makes the plugin; named by the entry point ``tensorboard_plugins`` in ``pyproject.toml``."""
 
     def fix_flags(self, flags: Any) -> None:
-        """Keep one report of each run and phase in memory: the newest, which holds the whole history.
-
-        Args:
-            flags: TensorBoard's parsed command line.
-        """
+        """Keep one report of each run and phase in memory: the newest, which holds the whole history."""
         flags.samples_per_plugin = {**(flags.samples_per_plugin or {}), "neuronscope": 1}
 
     def load(self, context: Any) -> Any:
-        """Return the plugin.
-
-        Args:
-            context: TensorBoard's ``TBContext``.
-        """
+        """Return the plugin."""
         from neuronscope.writers.tensorboard_plugin.plugin import Plugin
 
         return Plugin(context)

@@ -27,19 +27,15 @@ from neuronscope.writers import html
 from neuronscope.writers.formatting import count, visible
 from neuronscope.writers.report_bytes import from_bytes
 from neuronscope.writers.tensorboard.event_file import EVENT_FOLDER
-from neuronscope.writers.tensorboard.summaries import PLUGIN_NAME, TAG
+from neuronscope.writers.tensorboard.tags import PLUGIN_NAME, TAB_TAG
 
 __all__ = ["Plugin"]
 
-_TAG = re.compile(rf"neuronscope/(\S+_)?{TAG}")
+_TAG = re.compile(rf"neuronscope/(\S+_)?{TAB_TAG}")
 
 
 class Plugin(TBPlugin):  # type: ignore[misc]  # TensorBoard ships no types
-    """The tab *Neuronscope*.
-
-    Args:
-        context: Holds the data provider.
-    """
+    """The tab *Neuronscope*."""
 
     plugin_name = PLUGIN_NAME
 
@@ -97,15 +93,7 @@ class Plugin(TBPlugin):  # type: ignore[misc]  # TensorBoard ships no types
         return _respond(request, page, "text/html", code=code, csp_scripts_sha256s=scripts)
 
     def _read(self, request: Request, suffix: str) -> bytes:
-        """Return the newest bytes of the report that a request names.
-
-        Args:
-            request: The request.
-            suffix: What follows ``run`` and ``tag`` in the names of its arguments.
-
-        Raises:
-            ReportError: The run has no report, or what it has is no report.
-        """
+        """Return the newest bytes of the report that a request names in ``run`` and ``tag``, each with a suffix."""
         run, tag = request.args.get(f"run{suffix}", ""), request.args.get(f"tag{suffix}", "")
         found = self._provider.read_tensors(
             context_of(request.environ),
@@ -130,14 +118,7 @@ def _respond(request: Request, content: Any, content_type: str, **options: Any) 
 
 @functools.lru_cache(maxsize=8)
 def _draw(data: bytes, against: bytes | None, name: str, other: str) -> str:
-    """Return the page of a report, compared with another one if there is one.
-
-    Args:
-        data: The report's bytes.
-        against: Those of the other report.
-        name: The report's run.
-        other: The other's run.
-    """
+    """Return the page of a report, compared with another one if there is one."""
     report = from_bytes(data, f"run {name!r}")
     before: Report | None = None
     said = ""
