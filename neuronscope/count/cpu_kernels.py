@@ -365,10 +365,9 @@ class _Rows:
                 flags.copy_(numbers)  # they are still in the cache
         self._blank.zero_()
         torch.sum(self._words, 0, out=self._sums)
+        zeros = out[0].copy_(self._bytes)  # subtracting one type from another takes five times as long
         if tolerance == 0:
-            torch.sub(self._positions, self._bytes, out=out[0])
-        else:
-            out[0].copy_(self._bytes)
+            torch.sub(self._positions, zeros, out=zeros)
 
 
 def _block(shape: Shape, scratch: ScratchBuffers) -> _Block | _Rows:
