@@ -7,7 +7,7 @@ often a neuron that never fired may still fire. Nothing here imports torch or kn
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -141,22 +141,34 @@ def judge(counts: Tally, policy: Policy) -> Judgement:
     """
     none = np.zeros(counts.zero_outputs.shape, dtype=np.bool_)
     if counts.positions == 0:
-        return Judgement(none, none, none, none, none, none, ~none, none)
+        nothing = dict.fromkeys((field.name for field in fields(Judgement)), none)
+        return Judgement(**{**nothing, "unseen": ~none})
     not_finite = counts.not_finite_outputs > 0
     never_fired = (counts.zero_outputs == counts.positions) & ~not_finite
-    seen_gradients = counts.gradient_positions > 0
-    no_gradient = counts.zero_gradients == counts.gradient_positions if seen_gradients else none
-    # A leaky unit is never dead by output: its slope lets gradient through everywhere.
-    dead = none if counts.kind == "leaky" else never_fired & no_gradient if seen_gradients else never_fired
-    silent = never_fired & ~no_gradient if seen_gradients else none
+    no_gradient = dead = silent = none
+    if counts.gradient_positions:
+        no_gradient = counts.zero_gradients == counts.gradient_positions
+        silent = never_fired & ~no_gradient
+    if counts.kind != "leaky":  # never dead by output: its slope lets gradient through everywhere
+        dead = never_fired & ~silent
     # Cut off: fires but gets no gradient. A leaky unit is never dead, so it is cut off even if it does not fire.
     cut_off = no_gradient & ~dead & ~not_finite
-    tau_dormant = none  # a latent that seldom fires is as it should be
-    if counts.kind != "sparse":
+    tau_dormant = linear = none
+    if counts.kind != "sparse":  # a latent that seldom fires is as it should be
         tau_dormant = is_tau_dormant(counts.mean_abs_output, not_finite, policy.dormant_tau)
     dormant = tau_dormant & ~dead & ~silent & ~cut_off
-    linear = (counts.zero_outputs == 0) & ~not_finite & ~cut_off & ~dormant if counts.linear_when_on else none
-    return Judgement(dead, silent, dormant, cut_off, linear, not_finite, none, tau_dormant)
+    if counts.linear_when_on:
+        linear = (counts.zero_outputs == 0) & ~not_finite & ~cut_off & ~dormant
+    return Judgement(
+        dead=dead,
+        silent=silent,
+        dormant=dormant,
+        cut_off=cut_off,
+        linear=linear,
+        not_finite=not_finite,
+        unseen=none,
+        tau_dormant=tau_dormant,
+    )
 
 
 def is_tau_dormant(mean_abs_output: FloatArray, not_finite: BoolArray, tau: float) -> BoolArray:
