@@ -95,7 +95,7 @@ def main() -> None:
     print("\n5. Files: JSON for programs, markdown for a pull request, HTML for people.")
     report.to_json(out / "report.json")
     report.to_html(out / "report.html")
-    (out / "report.md").write_text(report.to_markdown(), encoding="utf-8")
+    report.to_markdown(out / "report.md")
     print(f"   {out}/report.json, summary: {json.loads((out / 'report.json').read_text())['summary']}")
 
 
