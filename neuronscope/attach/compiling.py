@@ -23,7 +23,7 @@ from torch._C._dynamo.eval_frame import reset_code, set_eval_frame
 from torch._dynamo import OptimizedModule, variables
 from torch._dynamo.comptime import ComptimeContext, comptime
 from torch._dynamo.eval_frame import skip_code
-from torch._dynamo.symbolic_convert import InstructionTranslator
+from torch._dynamo.symbolic_convert import tls as tracing_thread
 from torch._dynamo.variables import UserFunctionVariable
 from torch._ops import HigherOrderOperator
 from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode_stack
@@ -739,7 +739,8 @@ def operator_around() -> str:
 
     It traces the function apart, and runs it any number of times: activation checkpointing runs it again.
     """
-    tracer = InstructionTranslator.current_tx().output.current_tracer
+    translator = getattr(tracing_thread, "current_tx", None)  # there is none in `torch.export` that runs the model
+    tracer = None if translator is None else translator.output.current_tracer
     while tracer is not None and tracer.parent is not None:
         name = getattr(tracer.source_target, "_name", None) or str(tracer.source_target)
         if _CHECKPOINT in name or not any(part in name for part in _ONCE):

@@ -87,7 +87,7 @@ class ExampleCounter:
         traced = is_tracing()
         alone = len(args) == 1 and type(args[0]) is Tensor and not (kwargs or traced or seen_by_modes())
         if alone and self._takes_rows and self._is_batch(module, args[0]):
-            return int(args[0].shape[0])
+            return int(args[0].size(0))  # a nested tensor has no shape
         with unwatched(traced):
             return self._count(option, module, self._arguments.named(module, args, kwargs))
 
