@@ -96,7 +96,7 @@ class DeadNeuronCallback(Monitor, BaseCallback):
     def __getstate__(self) -> dict[str, Any]:
         """A copy, or what is sent to another process, keeps the counts but neither hooks nor the agent."""
         own = {"_networks": None, "_step_hooks": (), "_wrapped": ()}
-        agents = {"model": None, "parent": None, "locals": {}, "globals": {}}
+        agents: dict[str, Any] = {"model": None, "parent": None, "locals": {}, "globals": {}}
         return {**super().__getstate__(), **own, **agents}
 
     def _on_training_start(self) -> None:
