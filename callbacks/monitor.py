@@ -278,6 +278,9 @@ class Monitor:
         """Put hooks on the model for evaluations outside of training; :meth:`detach` ends this.
 
         The counts of training stay as they are. A model without activations gives a warning.
+
+        Args:
+            model: The model.
         """
         with self._warn_if_nothing_to_watch():
             self._runs.begin_evaluation(model)
@@ -292,7 +295,11 @@ class Monitor:
 
     @_while_attached
     def move_to(self, step: int) -> None:
-        """Continue after so many optimizer steps, if that became known after :meth:`attach` only."""
+        """Continue at the trainer's step, if it became known after :meth:`attach` only.
+
+        Args:
+            step: Optimizer steps taken so far.
+        """
         if self._gate.scope.global_step != step:
             self._gate.end_training_batch(step)
 
@@ -323,10 +330,13 @@ class Monitor:
 
     @_while_attached
     def note_step(self, step: int) -> None:
-        """Count an optimizer step in the middle of a batch; ``step`` is how many were taken so far.
+        """Count an optimizer step in the middle of a batch; the next :meth:`step` publishes what came of it.
 
         For trainers that take many optimizer steps before they call anybody, in the middle of which neither neurons may
-        be revived nor numbers logged. The next :meth:`step` publishes what came of them.
+        be revived nor numbers logged.
+
+        Args:
+            step: Optimizer steps taken so far.
         """
         self._closed |= self._gate.scope.step(step)
 
@@ -371,9 +381,12 @@ class Monitor:
 
     @contextlib.contextmanager
     def evaluation(self, phase: str = "val") -> Iterator[None]:
-        """Count all that the model runs inside as one pass of a phase, ``val`` or ``test``, and publish its report.
+        """Count everything that the model runs inside as one pass of a phase, and publish its report.
 
         What was counted is forgotten if the pass ends in an exception.
+
+        Args:
+            phase: ``val`` or ``test``.
         """
         self.begin_evaluation(phase)
         self.begin_batch()
@@ -390,6 +403,9 @@ class Monitor:
 
         For trainers that call one method at the start of an evaluation and another at its end; elsewhere
         :meth:`evaluation` is shorter.
+
+        Args:
+            phase: ``val`` or ``test``.
         """
         self._gate.enter(phase)
 

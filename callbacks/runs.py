@@ -68,6 +68,9 @@ class Runs:
     def begin_evaluation(self, model: nn.Module) -> None:
         """Attach for a validation or a test alone. The counts of a checkpoint do not replace those of a run.
 
+        Args:
+            model: The model.
+
         Raises:
             NothingToWatchError: The model has no activation.
         """
@@ -86,10 +89,13 @@ class Runs:
             self._open_windows = {}
 
     def detach(self, *, join: bool = True) -> None:
-        """Remove the hooks from the model; ``join=False`` after an exception, which may be this rank's alone.
+        """Remove the hooks from the model.
 
         At the end of training, a window that is long enough is closed for the report. In the state it stays open, so
         that training can continue in it.
+
+        Args:
+            join: Whether every rank calls this; ``False`` after an exception, which may be this rank's alone.
         """
         gate, self.gate = self.gate, None
         if gate is None:

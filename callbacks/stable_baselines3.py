@@ -79,7 +79,11 @@ class DeadNeuronCallback(Monitor, BaseCallback):
     _wrapped: tuple[EvalCallback, ...] = ()
 
     def detach(self, *, join: bool = False) -> None:
-        """Take the hooks off the networks after a training that failed; see :meth:`Monitor.detach`."""
+        """Take the hooks off the networks after a training that failed. Counts stay readable; twice is harmless.
+
+        Args:
+            join: See :meth:`neuronscope.callbacks.Monitor.detach`.
+        """
         for hook in self._step_hooks:
             hook.remove()
         for evaluation in self._wrapped:
@@ -91,8 +95,9 @@ class DeadNeuronCallback(Monitor, BaseCallback):
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy, or what is sent to another process, keeps the counts but neither hooks nor the agent."""
-        none, empty = dict.fromkeys(("_networks", "model", "parent")), dict.fromkeys(("_step_hooks", "_wrapped"), ())
-        return {**super().__getstate__(), **none, **empty, "locals": {}, "globals": {}}
+        own = {"_networks": None, "_step_hooks": (), "_wrapped": ()}
+        agents: dict[str, Any] = {"model": None, "parent": None, "locals": {}, "globals": {}}
+        return {**super().__getstate__(), **own, **agents}
 
     def _on_training_start(self) -> None:
         """Attach to the networks that are trained."""
@@ -203,7 +208,11 @@ class DeadNeuronCallback(Monitor, BaseCallback):
             self._in_rollout = self._rollout_ends = False
 
     def begin_evaluation(self, phase: str = "val") -> None:
-        """Begin a pass of a phase, in the middle of a rollout too; see :meth:`Monitor.begin_evaluation`."""
+        """Begin a pass of a phase, in the middle of a rollout too; see :meth:`Monitor.begin_evaluation`.
+
+        Args:
+            phase: ``val`` or ``test``.
+        """
         if phase != "rollout":
             self._leave_rollout()
         super().begin_evaluation(phase)

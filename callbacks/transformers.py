@@ -87,7 +87,11 @@ class DeadNeuronCallback(Monitor, TrainerCallback):
     _evaluation_logged = False  # whether the evaluation that is ending was handled when it was logged
 
     def detach(self, *, join: bool = False) -> None:
-        """Take the hooks off the model after a training that failed; see :meth:`Monitor.detach`."""
+        """Take the hooks off the model after a training that failed. Counts stay readable; twice is harmless.
+
+        Args:
+            join: See :meth:`neuronscope.callbacks.Monitor.detach`.
+        """
         super().detach(join=join)
         self._training, self._handler, self.logs, self.optimizers = False, None, (), ()
 

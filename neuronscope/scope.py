@@ -365,9 +365,12 @@ class Scope:
             del self._checkpoints[: _MOST_CHECKPOINTS // 2 : 2]
 
     def note_metrics(self, **values: float) -> None:
-        """Note ``learning_rate``, ``loss`` and ``gradient_norm`` of now, so that reports show them beside deaths.
+        """Note what training logged at the current step, so that reports show it beside the deaths.
 
         The callbacks do this.
+
+        Args:
+            **values: ``learning_rate``, ``loss`` and ``gradient_norm``, as far as they are known.
 
         Raises:
             UsageError: There is no such series.

@@ -98,7 +98,11 @@ class Rule:
     init: Callable[[nn.Module], Any] | None = field(default=None, repr=False, compare=False, kw_only=True)
 
     def choose(self, site: SiteActivity) -> BoolArray:
-        """Return which neurons to revive, bool ``(N,)``."""
+        """Return which neurons to revive, bool ``(N,)``.
+
+        Args:
+            site: The site.
+        """
         raise NotImplementedError(f"{type(self).__name__} has no `choose(site)`")
 
     def refine(self, layer: LayerWeights, fresh: Mapping[str, Tensor], rows: Sequence[int]) -> None:

@@ -56,13 +56,16 @@ def leave_out(layer: LayerWeights, rows: Collection[int], columns: Collection[in
 
 
 def set_widths(model: nn.Module, widths: Mapping[str, Mapping[str, Any]]) -> nn.Module:
-    """Give a model's layers, in place, the widths that a record says; return it. New weights are not initialised.
+    """Give the layers of a model the widths that a record says, in place; their new weights are not initialised.
 
     Load a checkpoint of the smaller model afterwards.
 
     Args:
         model: The model, with the widths that it was written with.
         widths: Of each layer, by its path: the numbers that it keeps, as the record of a smaller model holds them.
+
+    Returns:
+        The model.
 
     Raises:
         UsageError: A layer is missing, or keeps other numbers.

@@ -321,9 +321,6 @@ class HookManager:
         here, thread = get_ident(), self.thread
         if thread.in_forward == here:
             return self.observing
-        here, thread = get_ident(), self.thread
-        if thread.in_forward == here:
-            return self.observing
         if thread.claimed is None:
             if thread.here == here:
                 return begins and self.observing and self._turns.begin(sys._getframe(2))
@@ -497,12 +494,15 @@ class HookManager:
         if self.recorder.trace_error is not None and not is_tracing():
             raise self.recorder.trace_error
         forward = self.recorder.forward
-        if forward.leave():
+        ended = forward.leave()
+        if ended and self.entered.threads and not self._step_open:
+            self.entered.leave(handling=self._mode.handling)
+        if path == "":
+            forward.note_outputs(output)  # before another thread may begin a forward
+        if ended:
             self.end()
         else:
             self.callers.cut(len(forward.module_stack))
-        if path == "":
-            forward.note_outputs(output)
 
     def _end_fused(self, output: Any) -> None:
         """If the module that ends was run in a fused kernel, watch again, and note what it returned."""
@@ -576,13 +576,15 @@ class HookManager:
             return
         self._activation = None
         end = self.recorder.carry if call is None else self.recorder.end
-        if traced or (type(x) is Tensor and type(y) is Tensor and not seen_by_modes()):
-            end(call, x, y)
-        else:
-            with unwatched(False):
+        try:
+            if traced or (type(x) is Tensor and type(y) is Tensor and not seen_by_modes()):
                 end(call, x, y)
-        if not traced:
-            self.entered.resume()
+            else:
+                with unwatched(False):
+                    end(call, x, y)
+        finally:  # an interrupt may come while the output is counted
+            if not traced:
+                self.entered.resume()
         if not self.recorder.forward.module_stack:
             self.end_outside()
 

@@ -61,9 +61,8 @@ class Ordinals:
 
     def clear(self) -> None:
         """Begin anew, because a forward begins or a step is over."""
-        self._last = self._begin
-        if self._counted is not self._begin:
-            self._counted = self._begin
+        self._last = self._counted = self._begin
+        if self._counts:
             self._counts.clear()
 
     def number(self, origin: Origin, activation: str) -> int:

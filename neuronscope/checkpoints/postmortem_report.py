@@ -55,10 +55,8 @@ class PostmortemReport(Renderable):
     """
 
     WRITERS: ClassVar[Mapping[str, str]] = {
-        **{
-            name: f"neuronscope.checkpoints.writers.postmortem_{name}"
-            for name in ("terminal", "markdown", "html", "table", "figure")
-        },
+        name: f"neuronscope.checkpoints.writers.postmortem_{name}"
+        for name in ("terminal", "markdown", "html", "table", "figure")
     }
 
     path: str

@@ -7,7 +7,7 @@ often a neuron that never fired may still fire. Nothing here imports torch or kn
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -141,8 +141,16 @@ def judge(counts: Tally, policy: Policy) -> Judgement:
     """
     none = np.zeros(counts.zero_outputs.shape, dtype=np.bool_)
     if counts.positions == 0:
-        nothing = dict.fromkeys((field.name for field in fields(Judgement)), none)
-        return Judgement(**{**nothing, "unseen": ~none})
+        return Judgement(
+            dead=none,
+            silent=none,
+            dormant=none,
+            cut_off=none,
+            linear=none,
+            not_finite=none,
+            unseen=~none,
+            tau_dormant=none,
+        )
     not_finite = counts.not_finite_outputs > 0
     never_fired = (counts.zero_outputs == counts.positions) & ~not_finite
     no_gradient = dead = silent = none

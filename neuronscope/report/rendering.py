@@ -63,7 +63,11 @@ class Shown:
         return self.to_text()
 
     def to_text(self, top: int = 20) -> str:
-        """Return the report as text for a terminal, with a row for at most ``top`` layers: of more, the worst."""
+        """Return the report as text for a terminal.
+
+        Args:
+            top: Most layers that get a row of the table: of more, the worst.
+        """
         text: str = self._writer("terminal").render(self, top)
         return text
 

@@ -191,7 +191,11 @@ class SiteReport(SiteDescription, NeuronCounts):
         return f"<SiteReport {self.name!r}: {self.dead} of {self.neurons} neurons dead>"
 
     def count(self, mask: Callable[[SiteReport], BoolArray]) -> int:
-        """Return the number of the site's neurons for which a mask of a site, bool ``(N,)``, is true."""
+        """Return the number of the site's neurons with some property.
+
+        Args:
+            mask: Returns which neurons of a site have the property, bool ``(N,)``.
+        """
         return int(mask(self).sum())
 
     @property
@@ -202,8 +206,9 @@ class SiteReport(SiteDescription, NeuronCounts):
     def not_fired_in(self, positions: int) -> int:
         """Return how many neurons of a site of kind ``sparse`` did not fire in the last positions (tokens).
 
-        A neuron counts from the end of the last step in which it fired, as in the training libraries for sparse
-        autoencoders.
+        Args:
+            positions: Number of positions. A neuron counts from the end of the last step in which it fired, as in the
+                training libraries for sparse autoencoders.
 
         Raises:
             UsageError: This is not kept for the site's kind.
@@ -223,10 +228,14 @@ class SiteReport(SiteDescription, NeuronCounts):
         return density
 
     def density_histogram(self, bins_per_decade: int = 2) -> tuple[IntArray, FloatArray]:
-        """Return how many neurons have which log10 firing density, int64 ``(B,)``, and the edges, float64 ``(B + 1,)``.
+        """Return how many neurons have which log10 firing density; those that never fired are in no bin.
 
-        Edges go from a whole number that is low enough for a neuron that fired once, up to 0. A neuron on an edge is in
-        the bin above it; 0 is in the last one. Those that never fired are in no bin.
+        Args:
+            bins_per_decade: Number of bins for a factor of 10.
+
+        Returns:
+            The numbers, int64 ``(B,)``, and the edges, float64 ``(B + 1,)``: from a whole number that is low enough for
+            a neuron that fired once, up to 0. A neuron on an edge is in the bin above it; 0 is in the last one.
         """
         decades = max(1, int(np.ceil(np.log10(max(self.positions, 1)))))
         edges: FloatArray = np.linspace(-decades, 0, decades * bins_per_decade + 1)
@@ -235,7 +244,14 @@ class SiteReport(SiteDescription, NeuronCounts):
         return counts.astype(np.int64), edges
 
     def worst(self, count: int = 5) -> list[int]:
-        """Return at most ``count`` neurons that are not alive, the most serious label first, then the lowest output."""
+        """Return the neurons that are not alive, the most serious label first, then the lowest output.
+
+        Args:
+            count: Maximum number of neurons.
+
+        Returns:
+            Their indices along the site's neuron axis.
+        """
         labels = self.judgement.labels()
         order = np.lexsort((np.arange(self.neurons), np.nan_to_num(self.mean_abs_output), labels))
         unhealthy = [int(i) for i in order if LABELS[labels[i]] not in ("alive", "linear", "unseen")]
@@ -354,7 +370,11 @@ class Report(Renderable, LayersByName[SiteReport], NeuronCounts):
         return self.totals.label_counts()
 
     def count(self, mask: Callable[[SiteReport], BoolArray]) -> int:
-        """Return the number of neurons in the totals for which a mask of a site, bool ``(N,)``, is true."""
+        """Return the number of neurons in the totals with some property.
+
+        Args:
+            mask: Returns which neurons of a site have the property, bool ``(N,)``.
+        """
         return self.totals.count(mask)
 
     @property

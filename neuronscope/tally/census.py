@@ -176,9 +176,13 @@ class Tally:
         return _fraction(self.abs_sum, self.positions)
 
     def idle_since(self, last_active_step: IntArray) -> IntArray:
-        """Return how many positions of running counts are in the steps after each neuron's given one, int64 ``(N,)``.
+        """Return how many positions of running counts are in the steps after some other ones.
 
-        −1 = before all of them. What was counted since the newest step that was noted belongs to the step after it.
+        Args:
+            last_active_step: A step for each neuron, int64 ``(N,)``; −1 = before all of them.
+
+        Returns:
+            int64 ``(N,)``. What was counted since the newest step that was noted belongs to the step after it.
         """
         steps = np.array([step for step, _ in self.step_positions], dtype=np.int64)
         until = np.array([0, *(positions for _, positions in self.step_positions)], dtype=np.int64)

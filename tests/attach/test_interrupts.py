@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 import neuronscope as ns
+from neuronscope.attach.recorder import SiteRecorder
 
 
 class Interrupting(nn.Module):
@@ -354,3 +355,31 @@ def test_a_function_that_fails_after_an_interrupt_raises_its_own_error() -> None
         with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
             torch.ones(2, 3) @ torch.ones(2, 3)
         assert stack_depth() == 0
+
+
+def test_a_function_behind_an_interrupt_that_came_while_an_output_was_counted_is_counted(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The model catches it, and goes on with what it had."""
+    net, end = Net(), SiteRecorder.end
+    net.patient = True
+
+    def interrupted(self: SiteRecorder, call: Any, x: Any, y: Any) -> None:
+        if call.key.name == "second/relu":
+            raise KeyboardInterrupt
+        end(self, call, x, y)
+
+    with ns.watch(net) as scope:
+        net(torch.ones(2, 4)).sum().backward()
+        scope.step()
+        with monkeypatch.context() as patch:
+            patch.setattr(SiteRecorder, "end", interrupted)
+            net(torch.ones(2, 4)).sum().backward()
+        scope.step()
+    assert torch._C._len_torch_function_stack() == 0
+    assert {name: tally.positions for name, tally in scope.census().items()} == {
+        "first/sigmoid": 4,
+        "inner.0/relu": 4,
+        "second/relu": 2,
+        "second/tanh": 4,
+    }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from typing import Any
 
 import pytest
 import torch
@@ -110,3 +111,21 @@ def test_the_steps_of_a_sequence_share_a_number_behind_what_is_applied_to_all_of
             assert ordinals.number(a, "relu") == 0
         assert [ordinals.number(step, "relu") for step in steps] == [int(whole_first)] * 3
         assert ordinals.number(a, "relu") == 1 + whole_first
+
+
+def test_an_activation_of_which_the_numbering_was_interrupted_is_forgotten_with_its_forward(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    """The interrupt comes after the activation is counted, and before it is noted that it is."""
+    ordinals, a, count = Ordinals(), origin("a"), Ordinals._count
+
+    def interrupted(self: Ordinals, *args: Any) -> None:
+        count(self, *args)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Ordinals, "_count", interrupted)
+        ordinals.number(a, "relu")
+    for _ in range(2):
+        ordinals.clear()
+        assert [ordinals.number(a, "relu") for _ in range(2)] == [0, 1]

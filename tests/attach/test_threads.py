@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import neuronscope as ns
+from neuronscope.attach.neuron_flow import NeuronFlow
 from tests.agreement.slow_twin import Nobody, Twin, Watched, assert_bits, assert_same, hook_tables, state_of
 
 STEPS, ROWS = 30, 4
@@ -417,3 +418,19 @@ def test_a_watch_that_ends_in_the_middle_of_another_threads_forward_leaves_nothi
         assert scope._hooks.failure is None
         assert hook_tables(model) == before
         assert torch.overrides._len_torch_function_stack() == 0
+
+
+def test_what_a_forward_returns_is_noted_before_another_thread_may_begin_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise it would be noted of the other thread's tensors. No mode of ours is on the stack by then."""
+    seen, note_outputs = [], NeuronFlow.note_outputs
+
+    def noted(self: NeuronFlow, values: Any) -> None:
+        seen.append((scope._hooks.thread.in_forward, torch._C._len_torch_function_stack()))
+        note_outputs(self, values)
+
+    monkeypatch.setattr(NeuronFlow, "note_outputs", noted)
+    with ns.watch(net := nn.Sequential(nn.Linear(4, 3), nn.ReLU())) as scope:
+        net(torch.ones(2, 4)).sum().backward()
+        scope.step()
+    assert seen == [(threading.get_ident(), 0)]
+    assert scope._hooks.thread.in_forward is None

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from neuronscope.checkpoints.file.adam_clock import SILENT_FOLDS, SURE_FOLDS, AdamClock
+from neuronscope.checkpoints.file.adam_clock import SILENT_FOLDS, SURE_FOLDS, AdamClock, by_chunks
 from neuronscope.checkpoints.file.optimizer_rules import recognize_optimizer
 from neuronscope.checkpoints.file.sgd_clock import BufferPeaks, SGDClock
 from scripts.dying_networks import Held
@@ -250,3 +250,8 @@ def test_a_layer_far_below_the_others_is_measured_by_them():
     readings = {name: clock.read_layer(peaks, largest) for name, peaks in layers.items()}
     assert readings["a"].steps.tolist() == [0, 1]
     assert readings["c"].steps.tolist() == [200, 201]
+
+
+def test_two_tensors_with_unequal_numbers_of_rows_are_not_read_together() -> None:
+    with pytest.raises(ValueError, match="zip"):
+        by_chunks(lambda first, second: (first, second), torch.zeros(3, 1 << 20), torch.zeros(2, 1 << 20))

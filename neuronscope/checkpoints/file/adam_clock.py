@@ -123,7 +123,7 @@ def by_chunks(read: Callable[[Tensor, Tensor], tuple[Tensor, ...]], first: Tenso
         second: Likewise.
     """
     rows = max(1, _CHUNK // max(first.shape[1], 1))
-    parts = map(read, first.split(rows), second.split(rows))
+    parts = [read(one, other) for one, other in zip(first.split(rows), second.split(rows), strict=True)]
     return [torch.cat(part) for part in zip(*parts, strict=True)]
 
 

@@ -245,12 +245,12 @@ class _ClockReader:
             weights = self._peaks(layer, _without_bias(layer, rules), clock, as_one=layer.kind == "norm")
             reading = clock.read_layer(peaks, largest)
             yield LayerClock(
-                layer,
-                rules[layer.weight],
-                clock,
-                reading,
-                clock.read_layer(weights, largest),
-                tuple(rules),
+                layer=layer,
+                rule=rules[layer.weight],
+                clock=clock,
+                reading=reading,
+                weights=clock.read_layer(weights, largest),
+                parameters=tuple(rules),
                 untrained=as_initialised(layer, self._checkpoint.tensors, reading.never),
                 step=self._checkpoint.step,
             )
@@ -282,12 +282,12 @@ class _ClockReader:
             reading = reduce(ClockReading.join, each.values())
             step, began, may_be_first = self._training_steps(newest)
             yield LayerClock(
-                layer,
-                rule,
-                _clock(rule, taken),
-                reading,
-                reduce(ClockReading.join, (each[name] for name in _without_bias(layer, rules))),
-                tuple(rules),
+                layer=layer,
+                rule=rule,
+                clock=_clock(rule, taken),
+                reading=reading,
+                weights=reduce(ClockReading.join, (each[name] for name in _without_bias(layer, rules))),
+                parameters=tuple(rules),
                 untrained=as_initialised(layer, self._checkpoint.tensors, reading.never & may_be_first),
                 step=step,
                 taken=taken,

@@ -228,15 +228,18 @@ class _Backward:
 
     def _batch_norm_error(self, step: Step, dtype: torch.dtype) -> Tensor:
         """Return the error of a batch norm: it subtracts its running mean, so the size is that of the negative mean."""
-        args, kwargs = step.arguments(
-            lambda number: (
-                self._size(number)
-                if (kept := self._graph.values[number].constant) is None
-                else kept.detach().cpu().double().abs()
-            )
-        )
+
+        def size_or_constant(number: int) -> Tensor:
+            kept = self._graph.values[number].constant
+            return self._size(number) if kept is None else kept.detach().cpu().double()
+
+        args, kwargs = step.arguments(size_or_constant)
         given = _BATCH_NORM.bind(*args, **kwargs).arguments
-        return _error(F.batch_norm(**{**given, "running_mean": -given["running_mean"]}), 8, dtype)
+        given["running_mean"] = -given["running_mean"].abs()
+        for name in ("weight", "bias"):
+            if given.get(name) is not None:
+                given[name] = given[name].abs()
+        return _error(F.batch_norm(**given), 8, dtype)
 
 
 def _error(size: Tensor, terms: int, dtype: torch.dtype) -> Tensor:
