@@ -321,9 +321,6 @@ class HookManager:
         here, thread = get_ident(), self.thread
         if thread.in_forward == here:
             return self.observing
-        here, thread = get_ident(), self.thread
-        if thread.in_forward == here:
-            return self.observing
         if thread.claimed is None:
             if thread.here == here:
                 return begins and self.observing and self._turns.begin(sys._getframe(2))
