@@ -177,7 +177,6 @@ class PartGraph:
         }
         self.hooked: dict[tuple[int, SiteKey], GivenPreActivation] = {}
         self._is_new = True  # it runs for the first time when it has been traced, and the flow knows what it did
-        self._renumber: Callable[[Origin], Origin] = _same
 
     def serves(self, inputs: Sequence[Tensor]) -> bool:
         """Whether the sites in the graph are those of these inputs.
@@ -196,25 +195,26 @@ class PartGraph:
         counts = parts.ordinals.counts()
         return all(counts.get(numbers.place(place), 0) == count for place, count in self._before.items())
 
-    def begin(self, inputs: Sequence[Any]) -> None:
+    def begin(self, inputs: Sequence[Any]) -> Callable[[Origin], Origin] | None:
         """Do to the flow what the graph did when it was traced, because it is about to run.
 
         Args:
             inputs: What it is given.
+
+        Returns:
+            What gives an origin of then by the numbers of now; ``None`` if the flow is not to know of this run.
         """
         parts, flow = self._parts, self._parts.flow
         is_new, self._is_new = self._is_new, False
         if in_backward(False) or not parts.is_here():
-            self._renumber = _lost
-            return
+            return None
         for (place, _), activation in self.hooked.items():
             if parts.partly_used.get(inputs[place]):
                 activation.give_up()
             else:
                 activation.register(inputs[place])
         if is_new:
-            self._renumber = _same
-            return
+            return _same
         given = tuple([flow.given(each) for each in inputs if isinstance(each, Tensor)])
         numbers = _CallNumbers(self._given, given, self._first)
         numbers.shift(self._first, len(self._layers), len(flow.layers))
@@ -222,26 +222,24 @@ class PartGraph:
         flow.read |= numbers.bits(self._read)
         for key, count in self._ordinals.items():
             parts.ordinals.add(numbers.place(key), count)
-        self._renumber = numbers.origin
+        return numbers.origin
 
-    def end(self, inputs: Sequence[Any], outputs: Sequence[Any]) -> None:
+    def end(self, begun: Callable[[Origin], Origin], inputs: Sequence[Any], outputs: Sequence[Any]) -> None:
         """Note what the tensors are that the graph returned or changed.
 
         Args:
+            begun: What :meth:`begin` returned.
             inputs: What it was given.
             outputs: What it returned.
         """
-        renumber = self._renumber
-        if renumber is _lost:
-            return
         partly_used = self._parts.partly_used
         for tensor, origin, used in zip(outputs, self._returned, self._used, strict=True):
             if origin is not None:
-                self._put(tensor, origin, renumber)
+                self._put(tensor, origin, begun)
                 if used:
                     partly_used.put(tensor, True)
         for place, origin in self._changed.items():
-            self._put(inputs[place], origin, renumber)
+            self._put(inputs[place], origin, begun)
             partly_used.put(inputs[place], True)
 
     def _put(self, tensor: Tensor, origin: Origin, renumber: Callable[[Origin], Origin]) -> None:
@@ -259,10 +257,6 @@ class PartGraph:
 
 def _same(origin: Origin) -> Origin:
     return origin
-
-
-def _lost(origin: Origin) -> Origin:
-    return origin.without_units(LOST)
 
 
 def _facts(given: Sequence[Origin]) -> tuple[Any, ...]:

@@ -339,17 +339,18 @@ class GraphRuns(Protocol):
             inputs: The tensors among them.
         """
 
-    def begin(self, inputs: Sequence[Any]) -> None:
-        """Note that the graph is about to run.
+    def begin(self, inputs: Sequence[Any]) -> Any:
+        """Note that the graph is about to run, and return what :meth:`end` needs; ``None`` if it is not to be told.
 
         Args:
             inputs: What it is given.
         """
 
-    def end(self, inputs: Sequence[Any], outputs: Sequence[Any]) -> None:
+    def end(self, begun: Any, inputs: Sequence[Any], outputs: Sequence[Any]) -> None:
         """Note that the graph has run.
 
         Args:
+            begun: What :meth:`begin` returned of this run: another thread may run the graph at the same time.
             inputs: What it was given.
             outputs: What it returned.
         """
@@ -472,13 +473,15 @@ def _told_of_runs(backend: Callable[..., Any], runs: GraphRuns, listener: GraphL
         compiled = backend(*args, **kwargs)
 
         def run(*inputs: Any) -> Any:
+            begun = None
             try:
-                runs.begin(inputs)
+                begun = runs.begin(inputs)
             except Exception as error:
                 listener.trace_error = error
             outputs = compiled(*inputs)
             try:
-                runs.end(inputs, outputs)
+                if begun is not None:
+                    runs.end(begun, inputs, outputs)
             except Exception as error:
                 listener.trace_error = error
             return outputs
