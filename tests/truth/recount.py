@@ -85,9 +85,10 @@ def may_differ(function: Callable[..., Tensor], x: Tensor, gradient: Tensor) -> 
     gradient = gradient.double().abs()
     largest = gradient.flatten(1).amax(1).view(-1, *(1,) * (x.dim() - 1))  # of each example
     cancelled = (gradient > 0) & (gradient <= SUM * largest)
+    flat = (slope != 0) & (slope.abs() < 4 * UNIT)  # a small difference too: GELU's slope at its minimum
     product = gradient * slope.abs()
     underflown = (product > UNDERFLOW[0]) & (product < UNDERFLOW[1])
-    return near | vanishing, near | (cancelled & (slope != 0)) | underflown
+    return near | vanishing, near | (cancelled & (slope != 0)) | flat | underflown
 
 
 def _per_neuron(positions: Tensor, axis: int) -> np.ndarray:

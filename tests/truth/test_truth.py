@@ -241,6 +241,9 @@ def test_only_values_within_rounding_of_zero_may_be_counted_differently() -> Non
     # GELU is x times a difference that rounds to zero near -5.5; far below, every processor gives zero.
     x = torch.tensor([[-9.0, -5.52, -5.0, 3.0]])
     assert may_differ(F.gelu, x, torch.ones(1, 4))[0].tolist() == [[False, True, False, False]]
+    # GELU's slope is a difference that rounds to zero at its minimum.
+    x = torch.tensor([[-0.7517916, -0.75, -0.5, 3.0]])
+    assert may_differ(F.gelu, x, torch.ones(1, 4))[1].tolist() == [[True, False, False, False]]
     # Gradients: a sum that all but cancels, and a product that all but underflows; not where no gradient can pass.
     x = torch.tensor([[1.0, 1.0, -1.0], [1.0, 1.0, -1.0]])
     gradient = torch.tensor([[1.0, 1e-8, 1e-8], [1e-40, 1e-9, 1e-9]])

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from neuronscope.arrays import ByteArray
+from neuronscope.errors import UsageError
 
 if TYPE_CHECKING:
     from tensorboard.compat.proto.summary_pb2 import Summary
@@ -72,7 +73,7 @@ class EncodedEvents:
         """The object that takes whole summaries, as in a ``SummaryWriter``."""
         return self
 
-    def add_image(self, tag: str, img_tensor: ByteArray, global_step: int, *, dataformats: str) -> None:  # noqa: ARG002
+    def add_image(self, tag: str, img_tensor: ByteArray, global_step: int, *, dataformats: str) -> None:
         """Add a picture.
 
         Args:
@@ -80,7 +81,12 @@ class EncodedEvents:
             img_tensor: uint8 ``(H, W, C)``.
             global_step: The step.
             dataformats: ``HWC``; nothing else is supported.
+
+        Raises:
+            UsageError: ``dataformats`` is not ``HWC``.
         """
+        if dataformats != "HWC":
+            raise UsageError(f"Expected argument `dataformats` to be 'HWC', but got {dataformats!r}.")
         from PIL import Image
         from tensorboard.compat.proto.summary_pb2 import Summary
 
