@@ -389,7 +389,9 @@ class SiteRecorder:
             is_model = running[-1] == "" and code == self.own_code and not self.is_part(owner)
         else:
             is_model = not (forward.explicit_step and self.is_part(owner))
-        facts = forward.parts.begin_graph(given, is_model=is_model, guarded=bool(running) or not is_model)
+        # In an explicit step a function that is compiled by itself may be given the units of any layer.
+        guarded = bool(running) or not is_model or forward.explicit_step
+        facts = forward.parts.begin_graph(given, is_model=is_model, guarded=guarded)
         return id(self), self.running_phase, facts, *running
 
     def end_graph(self, end: TracedEnd | None) -> PartGraph | None:

@@ -788,5 +788,5 @@ def neurons_in(shape: Sequence[int], layout: NeuronLayout) -> int:
         layout: Where its neurons lie.
     """
     if layout.dims is None:
-        return shape[layout.axis]
+        return int(shape[layout.axis])  # a graph that is traced with a dynamic width is for this one
     return math.prod(size for dim in layout.dims for size, stride in dim if stride > 0)

@@ -143,3 +143,25 @@ def test_a_graph_that_depends_on_other_arguments_has_the_gradients_of_eager():
     assert_same_census(compiled.census(), eager.census())
     assert compiled.census()["first/relu"].gradient_positions == 12
     assert compiled.report().not_measured == eager.report().not_measured
+
+
+def test_a_function_that_is_compiled_by_itself_counts_at_each_layer_of_a_step_whatever_its_width():
+    """Torch makes the width a dynamic size when it meets the second one."""
+    scopes = []
+    for compiles in (False, True):
+        torch._dynamo.reset()
+        torch.manual_seed(0)
+        watcher, model = Watched(), Broken()
+        model.other = nn.Linear(5, 8)
+        act = torch.compile(F.relu, backend="aot_eager") if compiles else F.relu
+        with watcher.attach(model):
+            for _ in range(3):
+                watcher.scope.open_step()
+                y = model.last(act(model.first(torch.ones(4, 5))))
+                watcher.backward((act(y) + act(model.other(torch.ones(4, 5))).sum() + model(torch.ones(4, 5))).sum())
+                watcher.scope.close_step()
+                watcher.step()
+        scopes.append(watcher.scope)
+    eager, compiled = scopes
+    assert_same_census(compiled.census(), eager.census())
+    assert compiled._hooks.failure is None
