@@ -183,9 +183,9 @@ Dead, silent and dormant neurons by layer:
   Published comparisons find the same after long training, with smaller gaps (Shazeer, *GLU Variants
   Improve Transformer*, 2020).
 - **How soon is not how far.** {steps} steps of {tokens} characters are the beginning of a training. The
-  table says which kind gets on sooner, in one small model, on one text, at one learning rate that was
-  tuned for none of them. A gap between two kinds that is not much wider than the seeds' spread says
-  nothing.
+  table says which kind gets on sooner, in one small model, on one text, at one learning rate that
+  was tuned for none of them. A gap between two kinds that is not much wider than the seeds' spread
+  says nothing.
 
 At a higher learning rate (0.01) some ReLUs are dead after 60 steps: the
 [example](../examples/transformer_feedforward.py) shows that in a minute.

@@ -185,17 +185,11 @@ def is_compiled(module: nn.Module) -> bool:
     return module._compiled_call_impl is not None or isinstance(module, OptimizedModule)
 
 
-def compiles_here(*, may_break: bool = False) -> bool:
-    """Whether ``torch.compile`` compiles what this thread calls now, or runs what it has compiled before.
-
-    Args:
-        may_break: Whether only a compiler counts that may break a graph.
-    """
+def compiles_here() -> bool:
+    """Whether ``torch.compile`` compiles what this thread calls now, or runs what it has compiled before."""
     compiler = set_eval_frame(None)
     set_eval_frame(compiler)
-    if compiler is None or not may_break:
-        return compiler is not None
-    return not getattr(getattr(compiler, "_torchdynamo_orig_backend", None), "_one_graph", False)
+    return compiler is not None
 
 
 def count_compilations() -> tuple[int, int]:
@@ -735,14 +729,16 @@ def _modules_of(translator: Any) -> Iterator[nn.Module]:
 
 #: Parts of the names of operators that run their function once and are followed as if they were not there.
 _ONCE = ("wrap", "autograd", "custom_function_call")
+#: A part of the names of those that run it again in the backward pass.
+_CHECKPOINT = "checkpoint"
 
 
 def operator_around() -> str:
-    """Return the operator that is given the function that is traced, as ``torch.cond`` is; ``""`` if there is none.
+    """Return the name of the operator around the traced function, such as ``torch.cond``; ``""`` outside of operators.
 
     It traces the function apart, and runs it any number of times: activation checkpointing runs it again.
     """
-    translator = getattr(tracing_thread, "current_tx", None)  # there is none in `torch.export` that runs the model
+    translator = getattr(tracing_thread, "current_tx", None)  # `None` where `torch.export` runs the model
     tracer = None if translator is None else translator.output.current_tracer
     while tracer is not None and tracer.parent is not None:
         name = getattr(tracer.source_target, "_name", None) or str(tracer.source_target)
@@ -750,9 +746,6 @@ def operator_around() -> str:
             return name.rpartition(".")[2]
         tracer = tracer.parent
     return ""
-
-
-_CHECKPOINT = "checkpoint"
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]

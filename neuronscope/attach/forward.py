@@ -344,7 +344,7 @@ class Recomputation:
         """
         self._due.setdefault(place, []).append(call)
         only = self._only.setdefault(place, call)
-        if only is not call and (only is None or call is None or only != call):
+        if only != call:
             self._only[place] = None
 
     def next_number(self, place: Place) -> int:

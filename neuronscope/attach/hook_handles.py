@@ -10,55 +10,24 @@ They are also taken off a part of a model while something runs that would not wo
 
 from __future__ import annotations
 
-import inspect
 import itertools
 import operator
-import re
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
-from types import CodeType
 from typing import Any
 
 from torch import nn
 
 from neuronscope.attach.gradient_hooks import InertHook
 
-__all__ = ["HookHandles", "Taken", "is_ours", "looks_at_hooks", "put_back", "tables", "take_off"]
+__all__ = ["HookHandles", "Taken", "is_ours", "put_back", "tables", "take_off"]
 
 Table = OrderedDict[Any, Any]
 #: A table of hooks, all that it held, in order, the keys of the hooks that were taken off, and how they are called.
 Taken = list[tuple[Table, dict[Any, Any], set[Any], list[tuple[dict[Any, Any], dict[Any, Any]]]]]
 
 _numbers = itertools.count()
-
-
-_TABLE_NAME = re.compile("_(forward|backward)_(pre_)?hooks")
-
-
-def looks_at_hooks(module: nn.Module) -> bool:
-    """Return whether the methods of a module's class name a table of hooks, themselves or by a constant of their file.
-
-    Args:
-        module: The module. What torch's own classes do is not looked at.
-
-    >>> class Point(nn.Identity):
-    ...     def forward(self, x):
-    ...         return x if not self._forward_hooks else -x
-    >>> looks_at_hooks(Point()), looks_at_hooks(nn.Identity())
-    (True, False)
-    """
-    for cls in type(module).__mro__:
-        for member in () if cls.__module__.partition(".")[0] == "torch" else vars(cls).values():
-            function = inspect.unwrap(getattr(member, "fget", getattr(member, "__func__", member)))
-            codes = [code for code in (getattr(function, "__code__", None),) if code is not None]
-            while codes:
-                code = codes.pop()
-                codes.extend(part for part in code.co_consts if isinstance(part, CodeType))
-                found = [value for value in map(function.__globals__.get, code.co_names) if type(value) in (tuple, str)]
-                if _TABLE_NAME.search(repr((code.co_names, code.co_consts, found))):
-                    return True
-    return False
 
 
 class _Flag:

@@ -138,7 +138,6 @@ class HookManager:
         self.traced_layers = TracedLayers()
         self._step_open = False  # in the counted thread
         self._handles = HookHandles()
-        self._hooked: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         self._skipped: list[CodeType] = []  # see `skip_when_hooked`
         self._model = weakref.ref(model)
         self.note_weights: Callable[[], None] | None = None  # called when the model's own forward begins
@@ -164,7 +163,6 @@ class HookManager:
                     "a scripted or traced module hides its activations from hooks: watch the module it was made of",
                 )
                 hidden.append(path)
-                self._hooked.add(module)
                 continue
             if isinstance(module, _FUSED) and type(module).forward.__module__ == _FUSED[0].__module__:
                 self.recorder.unmeasured.reasons[path or "(root)"] = (
@@ -176,7 +174,6 @@ class HookManager:
                 self._handles.add_before(module, SuspendInside(self))
                 self._handles.add_after(module, ResumeInside(self))
                 hidden.append(path)
-                self._hooked.add(module)
                 continue
             activation = self.registry.of_module(module)
             self._hook(module, path, activation)
@@ -185,12 +182,6 @@ class HookManager:
             if activation is not None:
                 self.module_sites.append(path)
                 hidden.append(path)
-
-    def _note_hooked(self, module: nn.Module) -> None:
-        self._hooked.add(module)
-        code = skip_when_hooked(module)
-        if code is not None:
-            self._skipped.append(code)
 
     def _is_part(self, owner: Any) -> bool:
         """Whether an object is a module of the model, and neither the model itself nor a wrapper of it."""
@@ -211,7 +202,9 @@ class HookManager:
         is_root = path == ""
         if activation is None and not is_root and not _names_places(module):
             return
-        self._note_hooked(module)
+        code = skip_when_hooked(module)
+        if code is not None:
+            self._skipped.append(code)
         if activation is None or is_root:
             enter = EnterFusable if isinstance(module, FUSABLE) else EnterModule
             self._handles.add_before(module, enter(self, path))
@@ -379,9 +372,13 @@ class HookManager:
         self.running.clear()
         self._fused_calls.clear()
         self._hidden.put_back()
+        self._leave_mode()
+        self.thread.in_forward = None
+
+    def _leave_mode(self) -> None:
+        """Leave the function mode, if it was entered and no step is open."""
         if self.entered.threads and not self._step_open:
             self.entered.leave(handling=self._mode.handling)
-        self.thread.in_forward = None
 
     def fail(self, error: Exception) -> None:
         """Handle an error in our own code: warn once, detach, and let the training go on."""
@@ -495,8 +492,8 @@ class HookManager:
             raise self.recorder.trace_error
         forward = self.recorder.forward
         ended = forward.leave()
-        if ended and self.entered.threads and not self._step_open:
-            self.entered.leave(handling=self._mode.handling)
+        if ended:
+            self._leave_mode()
         if path == "":
             forward.note_outputs(output)  # before another thread may begin a forward
         if ended:

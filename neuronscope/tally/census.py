@@ -374,7 +374,7 @@ class Census(Mapping[str, Tally]):
 
 
 def _read_info(state: Mapping[str, Any]) -> SiteInfo:
-    """Return the description of a site that :meth:`Tally.state_dict` saved; raise an error if it is none."""
+    """Return the description of a site that :meth:`Tally.state_dict` saved; raise an error if it is invalid."""
     units = tuple((str(layer), int(start), int(stop), int(step)) for layer, start, stop, step in state.get("units", ()))
     if any(step == 0 or min(start, stop) < -1 for _, start, stop, step in units):
         raise ValueError("a run of units is not (layer, start, stop, step)")

@@ -94,7 +94,7 @@ class PhaseRecord:
             self._counters[key] = describe(key, info), counters
 
     def _drop_other_width(self, name: str, widths: Collection[int]) -> None:
-        """Drop the loaded counts of a site whose width is none of these: the model was changed since then."""
+        """Drop the loaded counts of a site that has another width now, because the model was changed."""
         for window in ("_flushed", "closed", "last"):
             census: Census = getattr(self, window)
             if name in census and census[name].neurons not in widths:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from torch._higher_order_ops.scan import scan
 from torch._higher_order_ops.while_loop import while_loop
 from torch.utils.checkpoint import checkpoint
 
+import neuronscope as ns
 from tests.agreement.slow_twin import Nobody, Watched, assert_bits, state_of
 from tests.compiled.compiler_marks import COMPILES
 from tests.compiled.test_compile import train
@@ -62,6 +65,29 @@ def scanned(net: Net, x: Tensor, h: Tensor) -> Tensor:
     return scan(lambda state, row: (F.relu(state + row), F.relu(state + row) + 1), torch.zeros(6), h)[1]
 
 
+def trained(
+    run: Callable[[Net, Tensor, Tensor], Tensor], compiled: Callable[[nn.Module], Any], batches: int
+) -> ns.Scope:
+    """Train a network unwatched and watched, of the same weights at the end, and return the scope of the watch.
+
+    Args:
+        run: What the network does between its first layer and its last.
+        compiled: Returns what is called in place of the network.
+        batches: Number of batches.
+    """
+    states = []
+    for watcher in (Nobody(), Watched()):
+        torch._dynamo.reset()
+        torch.manual_seed(0)
+        model = Net(run)
+        with watcher.attach(model):
+            train(model, compiled(model), watcher, (3, 4), batches)
+        states.append(state_of(model))
+    assert_bits(*states)
+    assert watcher.scope._hooks.failure is None
+    return watcher.scope
+
+
 #: Each with the activations in its functions, and the word for the operator.
 CASES = {
     branches: ({"relu()", "sigmoid()", "mul()"}, "cond"),
@@ -76,17 +102,8 @@ CASES = {
 @pytest.mark.parametrize("case", CASES, ids=[case.__name__ for case in CASES])
 @pytest.mark.filterwarnings("ignore:No activation of .* was seen in the first observed step")
 def test_what_runs_in_an_operator_is_listed_and_the_rest_is_counted(case, compiles):
-    states = []
-    for watcher in (Nobody(), Watched()):
-        torch._dynamo.reset()
-        torch.manual_seed(0)
-        model = Net(case)
-        with watcher.attach(model):
-            train(model, torch.compile(model, backend="eager") if compiles else model, watcher, (3, 4), 4)
-        states.append(state_of(model))
-    assert_bits(*states)
-    scope = watcher.scope
-    assert scope._hooks.failure is None
+    compiled: Callable[[nn.Module], Any] = partial(torch.compile, backend="eager") if compiles else lambda model: model
+    scope = trained(case, compiled, batches=4)
     places, operator = CASES[case]
     listed = {each.name: each.reason for each in scope.report().not_measured}
     for place in places:
@@ -101,17 +118,7 @@ def again(net: Net, x: Tensor, h: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 def test_a_function_that_a_graph_checkpoints_is_listed(backend):
-    states = []
-    for watcher in (Nobody(), Watched()):
-        torch._dynamo.reset()
-        torch.manual_seed(0)
-        model = Net(again)
-        with watcher.attach(model):
-            train(model, torch.compile(model, backend=backend, fullgraph=True), watcher, (3, 4), 3)
-        states.append(state_of(model))
-    assert_bits(*states)
-    scope = watcher.scope
-    assert scope._hooks.failure is None
+    scope = trained(again, partial(torch.compile, backend=backend, fullgraph=True), batches=3)
     assert [*scope.census()] == ["first/silu"]
     listed = {each.name: each.reason for each in scope.report().not_measured}
     assert "checkpoint`)" in listed["relu()"]

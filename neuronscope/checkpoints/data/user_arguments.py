@@ -55,7 +55,7 @@ def resolve_batches(data: Iterable[Any] | str | Callable[[], Iterable[Any]] | No
 
 
 def check_batches(batches: Iterable[Any]) -> Iterator[Any]:
-    """Yield the user's batches; raise a UsageError if an item is none, or the user's code fails."""
+    """Yield the user's batches; raise a UsageError if an item is not a batch, or the user's code fails."""
     with user_code(_GIVES_BATCHES):
         iterator = iter(batches)
     while True:

@@ -31,7 +31,7 @@ class Hint:
     name: str  # its name, a key of what ``hint_scores`` returns
     below: float  # a neuron shows the sign if its score is below this
     measure: str  # the meaning of the score
-    text: str  # what it rests on, for the reader
+    text: str  # the sign, in words for the reader
 
 
 HINTS = (

@@ -146,7 +146,7 @@ def read_json(path: Path) -> Any:
 
 
 def parse_json(part: ByteRange) -> Any:
-    """Parse JSON text; raise a CheckpointError if it is none, nested too deeply, or too long.
+    """Parse JSON text; raise a CheckpointError if it is not JSON, is nested too deeply, or is too long.
 
     A repeated key is an error too, since readers differ in which of the two values they use.
     """
