@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 from neuronscope.attach.compiling import in_backward, is_tracing
 from neuronscope.attach.interrupts import is_on_stack
+from neuronscope.attach.thread_frames import frames_of_threads
 
 if TYPE_CHECKING:
     from neuronscope.attach.recorder import SiteRecorder
@@ -93,7 +94,7 @@ class CountedThread:
 
     def ended(self) -> bool:
         """Whether no thread is counted, or it has ended."""
-        return self.thread is None or self.thread not in sys._current_frames()
+        return self.thread is None or self.thread not in frames_of_threads()
 
     def waits(self, *, for_backward: bool = False) -> bool:
         """Whether the counted thread waits for other threads.
@@ -101,7 +102,7 @@ class CountedThread:
         Args:
             for_backward: Whether autograd's threads, which run a backward pass for it, are others too.
         """
-        frame = sys._current_frames().get(self.thread or 0)
+        frame = frames_of_threads().get(self.thread or 0)
         if frame is None:
             return False
         name, module = frame.f_code.co_name, frame.f_globals.get("__name__", "")
@@ -125,7 +126,7 @@ class CountedThread:
         Args:
             frame: A frame that may have ended.
         """
-        last = sys._current_frames().get(self.thread or 0)
+        last = frames_of_threads().get(self.thread or 0)
         return last is not None and is_on_stack(frame, last)
 
     def name(self) -> str:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import functools
+import gc
+import subprocess
 import sys
 import threading
 import warnings
@@ -19,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 import neuronscope as ns
 from neuronscope.attach.neuron_flow import NeuronFlow
+from neuronscope.attach.thread_frames import frames_of_threads
 from tests.agreement.slow_twin import Nobody, Twin, Watched, assert_bits, assert_same, hook_tables, state_of
 
 STEPS, ROWS = 30, 4
@@ -418,6 +421,51 @@ def test_a_watch_that_ends_in_the_middle_of_another_threads_forward_leaves_nothi
         assert scope._hooks.failure is None
         assert hook_tables(model) == before
         assert torch.overrides._len_torch_function_stack() == 0
+
+
+ASK = """
+import faulthandler, gc, sys, threading, time
+from neuronscope.attach.thread_frames import frames_of_threads
+
+class Cycle:
+    def __init__(self):
+        self.me = self
+
+    def __del__(self):
+        for _ in range(50):  # Python may change the thread here
+            pass
+
+def ask():
+    while time.monotonic() < end:
+        Cycle()
+        assert threading.get_ident() in frames_of_threads()
+
+faulthandler.dump_traceback_later(100, exit=True)
+sys.setswitchinterval(1e-6)
+gc.set_threshold(5)
+end = time.monotonic() + 2
+threads = [threading.Thread(target=ask) for _ in range(4)]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+assert gc.isenabled()
+"""
+
+
+def test_threads_that_ask_for_frames_never_wait_for_each_other_for_ever():
+    """``sys._current_frames`` in place of ours hangs here within two seconds, before Python 3.12."""
+    done = subprocess.run([sys.executable, "-c", ASK], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_garbage_collector_that_is_off_stays_off_when_frames_are_read():
+    gc.disable()
+    try:
+        assert threading.get_ident() in frames_of_threads()
+        assert not gc.isenabled()
+    finally:
+        gc.enable()
 
 
 def test_what_a_forward_returns_is_noted_before_another_thread_may_begin_one(monkeypatch: pytest.MonkeyPatch) -> None:
