@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import operator
 import os
 import sys
 from collections import Counter
@@ -762,8 +763,8 @@ _nodes: TensorMap[Any] = TensorMap()  # of each fake tensor that was looked at: 
 _variables: TensorMap[Any] = TensorMap()  # likewise: the variable that was last seen to have it
 
 
-def traced_call(tensor: Tensor) -> tuple[Any, tuple[Any, ...], dict[str, Any]] | None:
-    """Return the call that gives a fake tensor in the graph; ``None`` if it is not known.
+def traced_call(tensor: Tensor) -> tuple[Any, tuple[Any, ...], dict[str, Any], Any] | None:
+    """Return the call that gives a fake tensor in the graph, alone or among others; ``None`` if it is not known.
 
     The compiler writes some calls into the graph without a word to a function mode: attributes such as ``x.T``, the
     parts of ``a, b = x``, and what torch's own modules call.
@@ -772,9 +773,11 @@ def traced_call(tensor: Tensor) -> tuple[Any, tuple[Any, ...], dict[str, Any]] |
         tensor: A fake tensor that :func:`while_tracing` gave.
 
     Returns:
-        The function, its positional and its keyword arguments, with a fake tensor for each tensor.
+        The function, its positional and its keyword arguments and its result, with a fake tensor for each tensor.
     """
-    node = _nodes.get(tensor)
+    node, result = _nodes.get(tensor), tensor
+    while node is not None and node.target is operator.getitem and isinstance(given := _tensor_of(node.args[0]), tuple):
+        node, result = node.args[0], given
     if node is None or node.op not in ("call_function", "call_method"):
         return None
     args = torch.fx.map_arg(node.args, _tensor_of)
@@ -786,7 +789,7 @@ def traced_call(tensor: Tensor) -> tuple[Any, tuple[Any, ...], dict[str, Any]] |
         function, args = getattr(getattr(Tensor, args[1], None), "__get__", None), args[:1]
     elif getattr(function, "__module__", "") == "_operator" and args and isinstance(args[0], Tensor):
         function = getattr(Tensor, f"__{function.__name__.strip('_')}__", None)  # operator.mul → Tensor.__mul__
-    return None if function is None else (function, tuple(args), dict(kwargs))
+    return None if function is None else (function, tuple(args), dict(kwargs), result)
 
 
 def enters_graph(tensor: Tensor) -> bool:

@@ -298,7 +298,7 @@ class NeuronFlow:
             return self._origin_by_autograd(tensor, unseen)
         call = traced_call(tensor)
         if call is not None:
-            self.follow(*call, tensor)
+            self.follow(*call)
             return self._origins.get(tensor) or unseen
         return unseen
 

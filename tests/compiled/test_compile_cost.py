@@ -14,6 +14,7 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.symbolic_convert import InstructionTranslatorBase
 
 import neuronscope as ns
+from neuronscope.attach.neuron_flow import NeuronFlow
 from tests.compiled.compiler_marks import COMPILES
 
 pytestmark = COMPILES
@@ -55,6 +56,45 @@ def test_a_function_that_is_only_followed_costs_the_compiler_one_traced_frame_of
             assert [*scope.census()] == ["fc/relu"]
         traced.append(frames.copy())
     assert traced[1] - traced[0] == Counter({"__torch_function__": 4})
+
+
+class Largest(torch.autograd.Function):
+    """Adds the largest of each row, which a call gives together with its place. No function mode sees that call."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        largest, _ = x.max(dim=-1, keepdim=True)
+        return x + torch.zeros_like(largest) + largest
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        return gradient
+
+
+class Rows(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.last, self.act = nn.Linear(4, 6), nn.Linear(6, 2), nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(Largest.apply(self.act(self.fc(x))))
+
+
+def test_one_of_several_results_of_a_call_that_no_mode_sees_is_looked_for_once(monkeypatch):
+    """Each result leads to the call, and not to the other results: that search had no end."""
+    followed, follow = [], NeuronFlow.follow
+
+    def counting(self, *call):
+        followed.append(call[0])
+        assert len(followed) < 100
+        return follow(self, *call)
+
+    monkeypatch.setattr(NeuronFlow, "follow", counting)
+    model = Rows()
+    with ns.watch(model) as scope:
+        torch.compile(model, backend="eager", fullgraph=True)(torch.ones(3, 4))
+        assert [*scope.census()] == ["fc/relu"]
+    assert Tensor.max in followed
 
 
 def test_a_site_adds_few_operators_to_the_graphs():
