@@ -32,6 +32,8 @@ os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
 def pytest_configure(config: pytest.Config) -> None:
     if hasattr(config, "workerinput"):  # several of us at once (pytest -n): the cores are shared out already
+        # Lightning's DDP, told of no number, takes all cores and stays with it; two workers that do so wait for each other.
+        os.environ["OMP_NUM_THREADS"] = "1"
         torch.set_num_threads(1)
     _reach_networks()
     _reach_specimens()
@@ -79,6 +81,14 @@ def fresh_compiler(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(torch._dynamo.guards, "profile_guard_manager", lambda *guards: 0.0, raising=False)
     yield
     torch._dynamo.reset()
+
+
+@pytest.fixture(autouse=True)
+def _threads() -> Iterator[None]:
+    """A test leaves torch as many threads as it found: the tests after it would take many times as long with others."""
+    before = torch.get_num_threads()
+    yield
+    assert torch.get_num_threads() == before
 
 
 @pytest.fixture(autouse=True)
