@@ -52,9 +52,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """Spare the garbage collector the objects of all imported modules, which it would walk again and again."""
+    """Spare the garbage collector the objects of all imported modules, which it would walk again and again.
+
+    And have it walk the others less often: at its usual 700 it took a quarter of the time in which a model is compiled.
+    """
     gc.collect()
     gc.freeze()
+    gc.set_threshold(10_000)
 
 
 def _shared_by(item: pytest.Item) -> str | None:
