@@ -32,7 +32,7 @@ os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    gc.set_threshold(10_000)  # at the usual 700 it took a fifth of the time of imports, an eighth of that of torch.compile
+    gc.set_threshold(10_000)  # at the usual 700 it took a fifth of the time of imports, an eighth of torch.compile's
     if hasattr(config, "workerinput"):  # several of us at once (pytest -n): the cores are shared out already
         # Lightning's DDP takes all cores where this is not set, and keeps them: two such workers wait for each other.
         os.environ["OMP_NUM_THREADS"] = "1"
@@ -55,10 +55,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.skip(reason=reason))
 
 
-def pytest_collection_finish() -> None:
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
     """Spare the garbage collector the objects of all imported modules, which it would walk again and again."""
-    gc.collect()
-    gc.freeze()
+    global _folder
+    if item.path.parent != _folder:  # tests of another folder than the last one: its packages are imported by now
+        _folder = item.path.parent
+        gc.collect()
+        gc.freeze()
 
 
 def _shared_by(item: pytest.Item) -> str | None:
@@ -141,4 +145,5 @@ def _reach_specimens() -> None:
         sys.path.append(str(folder))
 
 
+_folder: Path | None = None
 _LIBRARIES: list[torch.library.Library] = []  # a library's schemas go when it is collected
