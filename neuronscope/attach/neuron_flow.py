@@ -282,6 +282,10 @@ class NeuronFlow:
         """Return what is known of all tensors of this forward, for :meth:`given`."""
         return dict(self._origins.entries)
 
+    def restore(self, known: dict[int, Any]) -> None:
+        """Take what is known of tensors to be what :meth:`all_known` returned before."""
+        self._origins.entries = dict(known)
+
     def given(self, tensor: Tensor, known: Mapping[int, Any] | None = None) -> Origin:
         """Return what a tensor is that a graph is given, as far as no search is needed.
 
