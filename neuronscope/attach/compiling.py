@@ -165,7 +165,9 @@ def in_compiled_graph() -> bool:
         elif file.startswith(_GRAPH_CALLERS) or (in_graph_code and file.startswith((_DYNAMO, __file__))):
             return True
         elif not file.startswith(_TORCH) and file != _COUNTING:  # the user's, or what Inductor has written
-            return frame.f_back is not None and frame.f_back.f_code.co_filename.startswith(_INDUCTOR)
+            caller = "" if frame.f_back is None else frame.f_back.f_code.co_filename
+            if not in_graph_code or caller.startswith(_TORCH):  # a user's back end may call the graph
+                return caller.startswith(_INDUCTOR)
         frame = frame.f_back
     return False
 

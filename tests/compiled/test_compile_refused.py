@@ -1,4 +1,4 @@
-"""A part of a model that the back end refuses runs in eager mode, and counts there as if nothing had been traced."""
+"""Back ends of users: one that refuses a part of a model, so that it runs in eager mode, and one that calls graphs."""
 
 from __future__ import annotations
 
@@ -64,3 +64,29 @@ def test_a_part_that_the_back_end_refuses_counts_as_in_eager(build, error, each)
     assert compiled._hooks.failure is None
     assert_same_census(compiled.census(), eager.census())
     assert compiled.report().not_measured == eager.report().not_measured
+
+
+def calls(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Tensor]:
+    """A back end that runs code of its own around each graph."""
+
+    def around(*given: Tensor) -> Tensor:
+        return run(*given)
+
+    def run(*given: Tensor) -> Tensor:
+        return graph(*given)
+
+    return around
+
+
+@pytest.mark.parametrize("build", [TwoMethods, Twice, Halves])
+def test_a_back_end_that_calls_the_graph_from_its_own_code_counts_once(build):
+    runs = []
+    for compiles in (False, True):
+        torch.manual_seed(0)
+        model, watcher = build(), Watched()
+        with watcher.attach(model):
+            run = torch.compile(model, backend=calls) if compiles else model
+            train(model, run, watcher, (4, 5 if isinstance(model, Outer) else 8), 3)
+        runs.append(watcher.scope)
+    assert runs[1]._hooks.failure is None
+    assert_same_census(runs[1].census(), runs[0].census())
