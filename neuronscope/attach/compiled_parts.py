@@ -85,7 +85,7 @@ class CompiledParts:
         return self.facts(tuple(map(flow.given, given))) if guarded else ()
 
     def end_graph(self, end: TracedEnd | None) -> PartGraph | None:
-        """Note that a graph was traced, or undo what it did to the flow if it was dropped.
+        """Note that a graph was traced, and undo what it did to the flow: it has not run, and may never do.
 
         Args:
             end: See :class:`~neuronscope.attach.compiling.GraphListener`.
@@ -93,23 +93,28 @@ class CompiledParts:
         Returns:
             What is to be done around each run of the graph; ``None`` if nothing is.
         """
-        flow, (first, read, ordinals, before) = self.flow, self._before
         given, self._given = self._given, []
         if end is None:
-            del flow.layers[first:]
-            flow.read = read
-            self.ordinals.restore(ordinals)
+            self._undo()
             return None
         if not (self._guarded or given or not end.ends):
             return None
-        graph = PartGraph(self, end, before, self._before)
+        graph = PartGraph(self, end, self._before)
         for x, site, activation in given:
             place = next((place for place, each in enumerate(end.inputs) if each is x), None)
             if place is None:
                 activation.give_up()
             else:
                 graph.hooked[place, site] = activation
+        self._undo()
         return graph
+
+    def _undo(self) -> None:
+        first, read, ordinals, known = self._before
+        del self.flow.layers[first:]
+        self.flow.read = read
+        self.flow.restore(known)
+        self.ordinals.restore(ordinals)
 
     def note_given(self, x: Tensor, site: SiteKey, activation: GivenPreActivation) -> None:
         """Note that an input of the graph that is traced is a pre-activation.
@@ -146,18 +151,15 @@ class PartGraph:
     Args:
         parts: The graphs of the model.
         end: What was traced.
-        before: What was known of each tensor when the graph began.
-        state: The number of calls then, those that were read, and the ordinals.
+        state: When the graph began: the number of calls, those that were read, ordinals, and what was known of tensors.
 
     Attributes:
         guarded: Whether the graph must not run for other inputs.
         hooked: Of each input that is a pre-activation, by its number, and of each site: the activation.
     """
 
-    def __init__(
-        self, parts: CompiledParts, end: TracedEnd, before: dict[int, Any], state: tuple[int, int, Counts, Any]
-    ) -> None:
-        flow, (first, read, ordinals, _) = parts.flow, state
+    def __init__(self, parts: CompiledParts, end: TracedEnd, state: tuple[int, int, Counts, dict[int, Any]]) -> None:
+        flow, (first, read, ordinals, before) = parts.flow, state
         self.guarded = parts._guarded
         self._parts = parts
         self._given = tuple([flow.given(each, before) for each in end.inputs if each is not None])
@@ -176,7 +178,6 @@ class PartGraph:
             if each is not None and (origin := flow.known(each)) is not None and origin is not flow.given(each, before)
         }
         self.hooked: dict[tuple[int, SiteKey], GivenPreActivation] = {}
-        self._is_new = True  # it runs for the first time when it has been traced, and the flow knows what it did
 
     def serves(self, inputs: Sequence[Tensor]) -> bool:
         """Whether the sites in the graph are those of these inputs.
@@ -184,8 +185,6 @@ class PartGraph:
         Args:
             inputs: The tensors that the graph would be given.
         """
-        if self._is_new:  # what it did to the flow is there already
-            return True
         parts, given = self._parts, tuple(map(self._parts.flow.given, inputs))
         if parts.facts(given) != self._facts:
             return False
@@ -196,7 +195,7 @@ class PartGraph:
         return all(counts.get(numbers.place(place), 0) == count for place, count in self._before.items())
 
     def begin(self, inputs: Sequence[Any]) -> Callable[[Origin], Origin] | None:
-        """Do to the flow what the graph did when it was traced, because it is about to run.
+        """Do to the flow what tracing the graph did, because it is about to run.
 
         Args:
             inputs: What it is given.
@@ -205,7 +204,6 @@ class PartGraph:
             What gives an origin of then by the numbers of now; ``None`` if the flow is not to know of this run.
         """
         parts, flow = self._parts, self._parts.flow
-        is_new, self._is_new = self._is_new, False
         if in_backward(False) or not parts.is_here():
             return None
         for (place, _), activation in self.hooked.items():
@@ -213,8 +211,6 @@ class PartGraph:
                 activation.give_up()
             else:
                 activation.register(inputs[place])
-        if is_new:
-            return _same
         given = tuple([flow.given(each) for each in inputs if isinstance(each, Tensor)])
         numbers = _CallNumbers(self._given, given, self._first)
         numbers.shift(self._first, len(self._layers), len(flow.layers))
@@ -253,10 +249,6 @@ class PartGraph:
             else:
                 origin = origin.but(units=units._replace(dims=dims))
         self._parts.flow.put(tensor, renumber(origin))
-
-
-def _same(origin: Origin) -> Origin:
-    return origin
 
 
 def _facts(given: Sequence[Origin]) -> tuple[Any, ...]:

@@ -67,6 +67,7 @@ __all__ = [
     "stop_skipping",
     "trace_attempt",
     "traced_call",
+    "traced_in_body",
     "traced_modules",
     "unwatched",
     "while_tracing",
@@ -164,7 +165,9 @@ def in_compiled_graph() -> bool:
         elif file.startswith(_GRAPH_CALLERS) or (in_graph_code and file.startswith((_DYNAMO, __file__))):
             return True
         elif not file.startswith(_TORCH) and file != _COUNTING:  # the user's, or what Inductor has written
-            return frame.f_back is not None and frame.f_back.f_code.co_filename.startswith(_INDUCTOR)
+            caller = "" if frame.f_back is None else frame.f_back.f_code.co_filename
+            if not in_graph_code or caller.startswith(_TORCH):  # a user's back end may call the graph
+                return caller.startswith(_INDUCTOR)
         frame = frame.f_back
     return False
 
@@ -609,25 +612,55 @@ class _CallTraced(UserFunctionVariable):
         build = functools.partial(variables.VariableTracker.build, tx)
         if function is Tensor.unflatten:  # the compiler cannot trace the method under a function mode
             func = build(torch.unflatten)
-        if watcher.may_count(function):
+        counts = not _traces_backward(tx)
+        if counts and watcher.may_count(function):
             trace = build(getattr).call_function(tx, [mode, build("trace")], {})
             return trace.call_function(tx, [func, given, named], {})
         if isinstance(function, HigherOrderOperator) and hasattr(func, "_call_function"):
             state = tx.symbolic_torch_function_state
             state.push_torch_function_mode(mode)  # it sees what the functions call that the operator is given
             try:
-                output = func._call_function(tx, list(given.items), named.keys_as_python_constant())
+                with _without_reuse():
+                    output = func._call_function(tx, list(given.items), named.keys_as_python_constant())
             finally:
                 state.pop_torch_function_mode()
         else:
             output = func.call_function(tx, list(given.items), named.keys_as_python_constant())
-        if facts:
+        if counts and facts:
             with _running(tx, watcher.listener):
                 watcher.follow_traced(function, *map(_value, (given, named, output, *facts)))
         return output
 
 
 handled_as(_CallTraced, call_traced)
+
+
+def _traces_backward(translator: Any) -> bool:
+    """Whether the backward of an ``autograd.Function`` is traced: it is inside its forward, which has been traced."""
+    return any(each.graph.find_nodes(op="output") for each in translator.output.tracers)
+
+
+@contextlib.contextmanager
+def _without_reuse() -> Iterator[None]:
+    """While an operator is traced that is given a function: trace the function anew for each call of the operator.
+
+    For ``nested_compile_region`` the compiler would compare what the function read before, our mode's own attributes
+    among it. It cannot find these while it traces, and raises. And what it does not trace shows no layers.
+    """
+    regions = sys.modules.get("torch._dynamo.variables.invoke_subgraph")
+    names = ("build_reuse_condition", "save_reuse_entry")  # of torch 2.13 on
+    before = {name: getattr(regions, name) for name in names if hasattr(regions, name)}
+    try:
+        for name in before:
+            setattr(regions, name, _nothing)
+        yield
+    finally:
+        for name, function in before.items():
+            setattr(regions, name, function)
+
+
+def _nothing(*_: Any, **__: Any) -> None:
+    pass
 
 
 class _GraphState:
@@ -775,7 +808,8 @@ def traced_call(tensor: Tensor) -> tuple[Any, tuple[Any, ...], dict[str, Any], A
     Returns:
         The function, its positional and its keyword arguments and its result, with a fake tensor for each tensor.
     """
-    node, result = _nodes.get(tensor), tensor
+    node = _nodes.get(tensor)
+    result: Any = tensor
     while node is not None and node.target is operator.getitem and isinstance(given := _tensor_of(node.args[0]), tuple):
         node, result = node.args[0], given
     if node is None or node.op not in ("call_function", "call_method"):
@@ -790,6 +824,26 @@ def traced_call(tensor: Tensor) -> tuple[Any, tuple[Any, ...], dict[str, Any], A
     elif getattr(function, "__module__", "") == "_operator" and args and isinstance(args[0], Tensor):
         function = getattr(Tensor, f"__{function.__name__.strip('_')}__", None)  # operator.mul → Tensor.__mul__
     return None if function is None else (function, tuple(args), dict(kwargs), result)
+
+
+def traced_in_body(tensor: Tensor) -> Tensor | None:
+    """Return what the forward of an ``autograd.Function`` returned that gives a fake tensor; ``None`` if none does.
+
+    Args:
+        tensor: A fake tensor that :func:`while_tracing` gave.
+    """
+    node: Any = _nodes.get(tensor)
+    if node is None or node.target is not operator.getitem:
+        return None
+    call, place = node.args
+    if str(call.target) != "autograd_function_apply":
+        return None
+    body = _translators[-1].output.nn_modules[call.args[0].target]
+    returned = body.graph.output_node().args[0][0]  # what follows is kept for the backward pass
+    if not isinstance(returned, (tuple, list)):  # older torch: the only result
+        return None
+    found: Tensor | None = _tensor_of(returned[place])
+    return found
 
 
 def enters_graph(tensor: Tensor) -> bool:

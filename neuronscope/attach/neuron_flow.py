@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from neuronscope.attach.compiling import seen_by_modes, traced_call, traced_modules, unwatched
+from neuronscope.attach.compiling import seen_by_modes, traced_call, traced_in_body, traced_modules, unwatched
 from neuronscope.attach.dtensor import NeuronShard, is_distributed, is_later_shard, local_tensor, neuron_shard
 from neuronscope.attach.examples import all_tensors
 from neuronscope.attach.expert_rows import ExpertRows
@@ -282,6 +282,10 @@ class NeuronFlow:
         """Return what is known of all tensors of this forward, for :meth:`given`."""
         return dict(self._origins.entries)
 
+    def restore(self, known: dict[int, Any]) -> None:
+        """Take what is known of tensors to be what :meth:`all_known` returned before."""
+        self._origins.entries = dict(known)
+
     def given(self, tensor: Tensor, known: Mapping[int, Any] | None = None) -> Origin:
         """Return what a tensor is that a graph is given, as far as no search is needed.
 
@@ -296,11 +300,12 @@ class NeuronFlow:
         """Return what a fake tensor is by the call in the graph that gives it, which no function mode has seen."""
         if traced_modules() is None:
             return self._origin_by_autograd(tensor, unseen)
-        call = traced_call(tensor)
-        if call is not None:
+        inner, call = traced_in_body(tensor), traced_call(tensor)
+        if inner is not None:
+            self._origins.put(tensor, self.origin(inner))
+        elif call is not None:
             self.follow(*call)
-            return self._origins.get(tensor) or unseen
-        return unseen
+        return self._origins.get(tensor) or unseen
 
     def _origin_by_autograd(self, tensor: Tensor, unseen: Origin) -> Origin:
         """Return what a tensor is that a function gave whose calls no function mode sees, by autograd's graph.
