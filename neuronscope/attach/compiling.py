@@ -387,6 +387,9 @@ class _GraphEnd(NamedTuple):
                     _end_graph(self.graph, self.listener, ends=not reason.graph_break)
         except Exception as error:
             self.listener.trace_error = error
+        finally:
+            _nodes.clear()  # a node holds its tensor
+            _variables.clear()
 
 
 def _end_graph(output: Any, listener: GraphListener, *, ends: bool) -> None:

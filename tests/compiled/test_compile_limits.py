@@ -8,6 +8,7 @@ import torch._dynamo
 from torch import Tensor, nn
 
 import neuronscope as ns
+from neuronscope.attach import compiling
 from tests.agreement.slow_twin import Nobody, Watched, assert_bits, state_of
 from tests.compiled.compiler_marks import COMPILES
 from tests.compiled.test_compile import Counter, assert_same_census, train
@@ -189,3 +190,14 @@ def test_windows_and_phases_that_ran_before_compile_nothing_again():
     assert scope.census()["layer/relu"].gradient_positions == 4 * 11  # every second one of 2 + 3 · 6 + 2 steps
     assert scope.census("val")["layer/relu"].positions == 4 * 4
     assert scope.report()["layer/relu"].history.steps.tolist() == [2, 6, 10, 14, 18, 20]
+
+
+def test_nothing_of_a_graph_is_kept_when_it_has_been_traced():
+    """A node of a graph holds its tensors, so a map from these to nodes would keep each graph for good."""
+    model = Stack(2)
+    with ns.watch(model) as scope:
+        torch.compile(model, backend="eager", fullgraph=True)(torch.randn(4, 8)).sum().backward()
+        scope.step()
+    assert scope.census()
+    assert not compiling._nodes.entries
+    assert not compiling._variables.entries
