@@ -228,7 +228,6 @@ class _Findings:
     sites: list[NamedSite] = field(default_factory=list)
 
     def add(self, found: Iterable[Evidence | Abstention]) -> None:
-        """Add evidence, and what could not be examined."""
         for one in found:
             if isinstance(one, Evidence):
                 self.evidence.append(one)

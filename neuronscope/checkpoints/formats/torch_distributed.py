@@ -20,11 +20,7 @@ from neuronscope.checkpoints.checkpoint import StoredTensor
 from neuronscope.checkpoints.formats.build_checkpoint import RawCheckpoint
 from neuronscope.checkpoints.formats.byte_range import ByteRange, quoted, sibling_file
 from neuronscope.checkpoints.formats.file_tensor import FileTensor, allocate, check_sizes
-from neuronscope.checkpoints.formats.restricted_pickle import (
-    as_checkpoint_error,
-    read_pickle,
-    safe_key,
-)
+from neuronscope.checkpoints.formats.restricted_pickle import as_checkpoint_error, read_pickle, safe_key
 from neuronscope.checkpoints.formats.safe_globals import (
     AttributesPlaceholder,
     SkippedTensor,

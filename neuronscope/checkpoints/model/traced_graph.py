@@ -133,6 +133,10 @@ class Graph:
             calls.setdefault(site.name, []).append(site)
         return calls
 
+    def steps_until(self, number: int) -> int:
+        """Return how many of the steps ran until a tensor was made; 0 for an input or a constant."""
+        return next((index for index, step in enumerate(self.steps, start=1) if number in step.outputs), 0)
+
     @cached_property
     def producers(self) -> dict[int, Step]:
         """The step that made each tensor, by the tensor's number; to be read when the forward is over."""
