@@ -30,7 +30,7 @@ from neuronscope.attach.tensor_map import TensorMap
 from neuronscope.attach.torch_functions import spellings
 from neuronscope.checkpoints.model.load_model import held_tensors
 from neuronscope.checkpoints.model.site_calls import SiteCallHooks
-from neuronscope.checkpoints.model.traced_graph import Graph, Site, Step, TensorRef, Value, references, substitute
+from neuronscope.checkpoints.model.traced_graph import Graph, Site, Step, TensorRef, Value, leaves, substitute
 from neuronscope.checkpoints.user_code import describe_exception
 from neuronscope.count.neuron_layout import neurons_first
 from neuronscope.errors import NeuronscopeError, UsageError
@@ -199,7 +199,7 @@ class _GraphBuilder(TorchFunctionMode):
             arguments = substitute(
                 (args, kwargs), lambda leaf: TensorRef(self.number(leaf)) if isinstance(leaf, Tensor) else leaf
             )
-            reads = tuple(references(arguments))
+            reads = tuple(leaf.value for leaf in leaves(arguments) if isinstance(leaf, TensorRef))
             constant = all(self.constant(number) is not None for number in reads)
             random_state = torch.random.get_rng_state() if constant else None
         output = func(*args, **kwargs)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -13,7 +13,7 @@ from torch import Tensor
 from neuronscope.count.neuron_layout import NeuronLayout
 from neuronscope.sites import SiteInfo
 
-__all__ = ["Graph", "Site", "Step", "TensorRef", "Value", "references", "substitute"]
+__all__ = ["Graph", "Site", "Step", "TensorRef", "Value", "leaves", "substitute"]
 
 
 class TensorRef(NamedTuple):
@@ -162,8 +162,8 @@ def substitute(tree: Any, change: Callable[[Any], Any]) -> Any:
     return change(tree)
 
 
-def references(tree: Any) -> Iterator[int]:
-    """Return the numbers of the tensors in a tree of arguments."""
-    found: list[int] = []
-    substitute(tree, lambda leaf: found.append(leaf.value) if isinstance(leaf, TensorRef) else None)
-    return iter(found)
+def leaves(tree: Any) -> list[Any]:
+    """Return the leaves of a tree, as :func:`substitute` meets them."""
+    found: list[Any] = []
+    substitute(tree, found.append)
+    return found

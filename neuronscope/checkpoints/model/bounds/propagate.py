@@ -48,19 +48,15 @@ def propagate_bounds(graph: Graph, box: Box | None = None, *, backwards: int = 0
     """
     intervals: list[Interval | None] = [None] * len(graph.values)
     for number in graph.inputs:
-        intervals[number] = _input_interval(graph, number, box)
+        value = graph.values[number]
+        intervals[number] = Interval.unknown(value.shape)
+        if box is not None and value.dtype.is_floating_point:
+            intervals[number] = Interval(*box_ends(box, value.shape), value.shape).cleaned()
     for step in graph.steps:
         if backwards and step.function in RELU and step.reads:
             intervals[step.reads[0]] = tightened(graph, intervals, step.reads[0], backwards)
         _pass_through(graph, step, intervals)
     return intervals
-
-
-def _input_interval(graph: Graph, number: int, box: Box | None) -> Interval:
-    value = graph.values[number]
-    if box is None or not value.dtype.is_floating_point:
-        return Interval.unknown(value.shape)
-    return Interval(*box_ends(box, value.shape), value.shape).cleaned()
 
 
 def box_ends(box: Box, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
@@ -165,11 +161,9 @@ def site_bounds(graph: Graph, intervals: list[Interval | None]) -> dict[str, Sit
         graph: A traced forward.
         intervals: What :func:`propagate_bounds` gave for it.
     """
-    calls: dict[str, list[SiteBounds | None]] = {}
-    for site in graph.sites:
-        calls.setdefault(site.name, []).append(_call_bounds(site, intervals[site.before], intervals[site.after]))
     bounds: dict[str, SiteBounds] = {}
-    for name, found in calls.items():
+    for name, calls in graph.calls.items():
+        found = [_call_bounds(call, intervals[call.before], intervals[call.after]) for call in calls]
         known = [one for one in found if one is not None]
         if len(known) == len(found) and len({one.dead.size for one in known}) == 1:
             bounds[name] = SiteBounds(
