@@ -128,7 +128,6 @@ class _ClockReader:
         self._decoupled: dict[int, bool] = {}
 
     def read(self, layers: Sequence[Layer]) -> Iterator[LayerClock | Abstention]:
-        """Yield the clock of each layer, or why it has none."""
         momentum_layers: dict[tuple[int, SGDClock], list[_RuledLayer]] = {}
         together: list[_RuledLayer] = []
         weights = 0

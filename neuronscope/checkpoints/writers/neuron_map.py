@@ -123,9 +123,9 @@ def network_map(layers: Sequence[LayerReport], last: int, budget: int) -> Networ
         last: Step of the checkpoint.
         budget: Most characters that ``NetworkMap.data`` should have.
     """
-    dated = any((layer.dead_mask & (layer.since >= 0)).any() for layer in layers)
-    steps = np.unique(np.linspace(0, last, COLUMNS if dated else 1).astype(np.int64)) if last > 0 and dated else None
-    steps = np.array([max(last, 0)], dtype=np.int64) if steps is None else steps
+    steps = np.array([max(last, 0)], dtype=np.int64)
+    if last > 0 and any((layer.dead_mask & (layer.since >= 0)).any() for layer in layers):
+        steps = np.unique(np.linspace(0, last, COLUMNS).astype(np.int64))
     histories = [(steps, _levels(layer, steps)) for layer in layers]
     return summarise_histories([layer.name for layer in layers], histories, budget)
 
