@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from neuronscope.checkpoints.verdict.checkpoint_timeline import CheckpointTimeline
-from neuronscope.checkpoints.verdict.evidence import CLAIMS, Abstention
+from neuronscope.checkpoints.verdict.evidence import Abstention
 from neuronscope.checkpoints.verdict.layer_verdicts import FIRM, Confirmation, InBox, LayerReport, PostmortemVerdict
 from neuronscope.checkpoints.verdict.waking_inputs import WakingInput, are_embedded, inputs_as_dicts, inputs_as_npz
 from neuronscope.judge.diagnosis import Diagnosis
@@ -175,8 +175,7 @@ class PostmortemReport(Renderable):
     def verdicts(self) -> Iterator[PostmortemVerdict]:
         """Yield a verdict for every neuron that is neither alive nor unknown, and for every contested one."""
         for layer in self.layers:
-            for neuron in np.flatnonzero(layer.contested | (layer.labels < CLAIMS.index("alive"))).tolist():
-                yield layer.verdict(neuron)
+            yield from map(layer.verdict, np.flatnonzero(layer.listed).tolist())
 
     def to_json(self, path: str | Path | None = None) -> str:
         """Return the report as JSON text, and write it to ``path`` if given.

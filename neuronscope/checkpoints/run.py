@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +44,7 @@ from neuronscope.checkpoints.user_code import user_code
 from neuronscope.checkpoints.verdict.checkpoint_timeline import GradientMasks, LeftOut, TimelineBuilder
 from neuronscope.checkpoints.verdict.combine import combine_evidence, confirmations
 from neuronscope.checkpoints.verdict.diagnosis_inputs import postmortem_facts
-from neuronscope.checkpoints.verdict.evidence import Abstention, Evidence
+from neuronscope.checkpoints.verdict.evidence import Evidence
 from neuronscope.checkpoints.verdict.join_units import NamedSite, join_units, renamed
 from neuronscope.checkpoints.verdict.layer_verdicts import LayerReport
 from neuronscope.checkpoints.verdict.waking_inputs import places_of_sites
@@ -218,24 +218,6 @@ def _left_out(checkpoints: Iterable[LeftOut]) -> Iterator[str]:
     return (f"Left out: {one.path}: {one.reason}" for one in checkpoints)
 
 
-@dataclass
-class _Findings:
-    """What was found about one checkpoint so far."""
-
-    notes: list[str]
-    evidence: list[Evidence] = field(default_factory=list)
-    abstentions: list[Abstention] = field(default_factory=list)
-    sites: list[NamedSite] = field(default_factory=list)
-
-    def add(self, found: Iterable[Evidence | Abstention]) -> None:
-        """Add evidence, and what could not be examined."""
-        for one in found:
-            if isinstance(one, Evidence):
-                self.evidence.append(one)
-            else:
-                self.abstentions.append(one)
-
-
 def _examine(
     opened: Checkpoint, before: Checkpoint | None, given: _Given
 ) -> tuple[PostmortemReport, dict[str, GradientMasks]]:
@@ -253,7 +235,7 @@ def _examine(
         checkpoint = as_loaded(network, checkpoint)
     first, batches = first_batch(resolve_batches(given.data))
     example = None if network is None else resolve_example(given.example, network)
-    found = _Findings(list(checkpoint.notes))
+    notes = list(checkpoint.notes)
 
     # Examine the file: the weights, the optimizer state, the records of a monitor.
     layers = find_layers(checkpoint.tensors)
@@ -262,13 +244,13 @@ def _examine(
     if parameter_names is None and checkpoint.optimizers and not checkpoint.is_ordered:
         parameter_names = configured_parameters(checkpoint)
     compared: list[GradientsBetween] = []
-    found.evidence, found.abstentions = examine_file(
+    evidence, abstentions = examine_file(
         checkpoint, parameter_names=parameter_names, earlier=before, on_compared=compared.append
     )
     records = [report for report in recorded_reports(checkpoint) if isinstance(report, Report)]
     recorded = [site for report in records for site in report.layers]
     for dtype, names in unexamined_types(checkpoint.tensors).items():
-        found.notes.append(f"Weights and biases of type {dtype} are not examined: {quoted_list(names)}.")
+        notes.append(f"Weights and biases of type {dtype} are not examined: {quoted_list(names)}.")
 
     # Examine the model: its sites, which neurons provably never fire, and which ones nothing reads.
     path_of: Callable[[str], str] = str
@@ -276,14 +258,14 @@ def _examine(
     if network is not None:
         examination = examine_model(network, example=example, batch=first, box=given.box, training_step=checkpoint.step)
         if examination.readers_known:  # the trace shows what reads each neuron; names only let it be guessed
-            found.evidence = [one for one in found.evidence if one.claim != "unread"]
+            evidence = [one for one in evidence if one.claim != "unread"]
         if examination.sites:  # the activation behind a norm is known: bounds prove it if its constant gives zero
-            found.evidence = [one for one in found.evidence if one.source != "weights" or one.claim != "dead"]
+            evidence = [one for one in evidence if one.source != "weights" or one.claim != "dead"]
         path_of = path_in_model(network, checkpoint)
-        found.evidence, recorded = renamed(found.evidence, recorded, path_of)
-        found.add((*examination.evidence, *examination.abstentions))
-
-    found.sites += (*recorded, *examination.sites)
+        evidence, recorded = renamed(evidence, recorded, path_of)
+        evidence += examination.evidence
+        abstentions += examination.abstentions
+    sites: list[NamedSite] = [*recorded, *examination.sites]
 
     # Measure: run the network over the data.
     moments = InputMoments()
@@ -294,9 +276,14 @@ def _examine(
             measured, unmeasured, scanned = measure(
                 network, track_batches(batches, "scanning", progress, *on_batch), given.loss
             )
-        found.add((*measured, *unmeasured))
-        found.sites += scanned.layers
-        found.add(fixed.evidence() if fixed is not None else ())
+        evidence += measured
+        abstentions += unmeasured
+        sites += scanned.layers
+        for one in () if fixed is None else fixed.evidence():
+            if isinstance(one, Evidence):
+                evidence.append(one)
+            else:
+                abstentions.append(one)
 
     # Join all evidence on one unit of a layer, combine it into one verdict, and check that no proof is contradicted.
     projections = find_projections(layers, checkpoint.networks, is_ordered=checkpoint.is_ordered)
@@ -304,9 +291,9 @@ def _examine(
         path_of(path): kind for path, kind in projections.items()
     }
     widths = {path_of(layer.path): layer.width for layer in of_neurons}
-    evidence, joined = join_units(found.evidence, found.sites, widths, left_out)
+    evidence, joined = join_units(evidence, sites, widths, left_out)
     verdicts = combine_evidence(evidence, joined.layers)
-    found.notes += contradictions(evidence)
+    notes += contradictions(evidence)
 
     # Search the box for inputs that make dead neurons fire.
     woken = Woken(verdicts)
@@ -327,7 +314,7 @@ def _examine(
         # Reads each weight once more, which only weight decay makes worth while.
         dead_norm_ratios=dead_norm_ratios(verdicts, of_neurons, name_by_path, checkpoint) if decay > 0 else {},
         input_offset=moments.offset(),
-        kinds=_kinds(verdicts, found.sites),
+        kinds=_kinds(verdicts, sites),
         normalised={
             *(name_by_path[path] for path in normalised_layers(layers)),
             *(layer.name for layer in verdicts if behind_norms.intersection(layer.sites)),
@@ -342,10 +329,10 @@ def _examine(
         level="file" if network is None else "model" if batches is None else "data",
         model="" if network is None else type(network).__name__,
         layers=verdicts,
-        abstentions=(*found.abstentions, *woken.abstentions),
+        abstentions=(*abstentions, *woken.abstentions),
         diagnoses=diagnose(facts),
         confirmations=confirmations(verdicts),
-        notes=(*found.notes, *woken.notes),
+        notes=(*notes, *woken.notes),
         waking_inputs=woken.inputs,
         versions={"neuronscope": neuronscope.__version__, "torch": torch.__version__, "numpy": np.__version__},
     )

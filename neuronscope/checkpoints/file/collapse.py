@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 
 import torch
 from torch import Tensor
@@ -85,22 +86,15 @@ def find_no_gradient_causes(layers: Sequence[Layer], readings: Sequence[LayerClo
 
 
 def _layer_states(layers: Sequence[Layer], clocks: Mapping[str, LayerClock]) -> Iterator[_LayerState]:
-    following: list[Layer | None] = [*layers, None][1:]
-    is_merged = False  # whether the layer is a norm that was merged into the layer before it
-    for layer, next_layer in zip(layers, following, strict=True):
-        if is_merged:
-            is_merged = False
+    left = iter(zip_longest(layers, layers[1:]))
+    for layer, norm in left:
+        if layer.path not in clocks:
             continue
-        own = clocks.get(layer.path)
-        if own is None:
-            continue
-        parts = [own]
-        has_bias = layer.bias is not None
-        if not has_bias and next_layer is not None and next_layer.kind == "norm" and next_layer.width == layer.width:
-            norm = clocks.get(next_layer.path)
-            if norm is not None:
-                parts.append(norm)
-                has_bias, is_merged = next_layer.bias is not None, True
+        parts, has_bias = [clocks[layer.path]], layer.bias is not None
+        if not has_bias and norm and norm.kind == "norm" and norm.width == layer.width and norm.path in clocks:
+            parts.append(clocks[norm.path])
+            has_bias = norm.bias is not None
+            next(left)  # the norm is a part of this layer
         input_is_zero = _input_is_zero(parts)
         silent = [_without_gradient(part, part.reading) for part in parts]
         no_gradient = not input_is_zero and all(bool(rows.all()) for rows in silent)

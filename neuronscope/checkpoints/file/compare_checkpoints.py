@@ -99,21 +99,20 @@ def compare_with_earlier(
         yield Abstention(_SOURCE, "", _AVERAGED)
     before = match_parameters(earlier, parameter_names).states
     clocks = {read.layer.path: read for read in read_clocks(earlier, layers, before) if isinstance(read, LayerClock)}
-    for read in readings:
-        start = clocks.get(read.layer.path)
-        passed = _steps_between(start, read)
-        if start is None or isinstance(passed, str):
-            yield Abstention(_SOURCE, read.layer.path, passed if isinstance(passed, str) else "No clock in both.")
-            continue
-        between = _Pair((earlier, later), (before, states), (start, read), passed).gradients()
-        yield between
-        yield from _judge(start, read, between)
+    for end in readings:
+        start = clocks.get(end.layer.path)
+        if start is None:
+            yield Abstention(_SOURCE, end.layer.path, "The earlier checkpoint has no clock for this layer.")
+        elif isinstance(steps := _steps_between(start, end), str):
+            yield Abstention(_SOURCE, end.layer.path, steps)
+        else:
+            between = _Pair((earlier, later), (before, states), (start, end), steps).gradients()
+            yield between
+            yield from _judge(start, end, between)
 
 
-def _steps_between(start: LayerClock | None, end: LayerClock) -> int | str:
+def _steps_between(start: LayerClock, end: LayerClock) -> int | str:
     """Return the number of updates of a layer between the two checkpoints, or why they cannot be compared."""
-    if start is None:
-        return "The earlier checkpoint has no clock for this layer."
     if not end.rule.betas:
         return f"There is {end.rule.no_clock}."
     if start.is_decayed != end.is_decayed:

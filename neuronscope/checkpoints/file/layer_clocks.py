@@ -128,7 +128,6 @@ class _ClockReader:
         self._decoupled: dict[int, bool] = {}
 
     def read(self, layers: Sequence[Layer]) -> Iterator[LayerClock | Abstention]:
-        """Yield the clock of each layer, or why it has none."""
         momentum_layers: dict[tuple[int, SGDClock], list[_RuledLayer]] = {}
         together: list[_RuledLayer] = []
         weights = 0
@@ -167,17 +166,13 @@ class _ClockReader:
             )
         found: dict[str, OptimizerRule] = {}
         for name in layer.incoming:
-            state = self._states.get(name)
-            if state is None:
-                continue
-            rule = self._recognize(state)
-            if isinstance(rule, OptimizerRule) and not _fits(state, rule, self._checkpoint.tensors[name].shape):
-                rule = "its optimizer's state has another shape"
-            reason = rule if isinstance(rule, str) else self._why_hidden(state, rule)
-            if reason is not None and name == layer.weight:
-                return reason
-            if reason is None and isinstance(rule, OptimizerRule):
-                found[name] = rule
+            if name in self._states:
+                rule = self._recognize(name)
+                reason = rule if isinstance(rule, str) else self._why_hidden(self._states[name], rule)
+                if reason is None and isinstance(rule, OptimizerRule):
+                    found[name] = rule
+                elif reason is not None and name == layer.weight:
+                    return reason
         own = found[layer.weight]
         return {
             name: rule
@@ -185,12 +180,17 @@ class _ClockReader:
             if (rule.source, rule.is_adam, rule.is_momentum) == (own.source, own.is_adam, own.is_momentum)
         }
 
-    def _recognize(self, state: ParameterState) -> OptimizerRule | str:
+    def _recognize(self, name: str) -> OptimizerRule | str:
         """Return the optimizer of a parameter: found once for all parameters of a group whose states are alike."""
+        state, shape = self._states[name], tuple(self._checkpoint.tensors[name].shape)
         key = id(state.group), *state.slots, *(getattr(kept, "dtype", "") for kept in state.slots.values())
         if key not in self._known:
             self._known[key] = recognize_optimizer(state.group, state.slots)
-        return self._known[key]
+        rule = self._known[key]
+        fits = isinstance(rule, str) or all(
+            tuple(getattr(state.slots[slot], "shape", ())) == shape for slot in rule.slots
+        )
+        return rule if fits else "its optimizer's state has another shape"
 
     def _why_hidden(self, state: ParameterState, rule: OptimizerRule) -> str | None:
         """Return why weight decay hides missing gradients in a parameter's state; ``None`` if it does not."""
@@ -225,14 +225,15 @@ class _ClockReader:
         return self._decoupled[optimizer]
 
     def _proves_decoupled(self, name: str, state: ParameterState) -> bool:
-        rule, tensor = self._recognize(state), self._checkpoint.tensors[name]
-        if isinstance(rule, str) or not rule.is_adam or not _fits(state, rule, tensor.shape):
+        rule = self._recognize(name)
+        if isinstance(rule, str) or not rule.is_adam:
             return False
         mean, square = (_read(state, slot) for slot in rule.slots)
         untouched = (mean == 0) & (square == 0)
         if not untouched.any():
             return False
-        return bool((tensor.read()[untouched].double().abs() * rule.decay > 1e-15).any())
+        weight = self._checkpoint.tensors[name].read()
+        return bool((weight[untouched].double().abs() * rule.decay > 1e-15).any())
 
     def _read_momentum(self, clock: SGDClock, found: Sequence[_RuledLayer]) -> Iterator[LayerClock]:
         """Read all layers of one optimizer, compared with the largest buffer of linear and convolutional layers.
@@ -330,10 +331,6 @@ class _ClockReader:
 
 def _without_bias(layer: Layer, rules: Mapping[str, OptimizerRule]) -> dict[str, OptimizerRule]:
     return {name: rule for name, rule in rules.items() if name != layer.bias}
-
-
-def _fits(state: ParameterState, rule: OptimizerRule, shape: tuple[int, ...]) -> bool:
-    return all(tuple(getattr(state.slots[slot], "shape", ())) == tuple(shape) for slot in rule.slots)
 
 
 def _read(state: ParameterState, slot: str) -> Tensor:

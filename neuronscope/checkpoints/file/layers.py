@@ -92,7 +92,6 @@ class Layer:
 
 
 def _is_floating(tensor: StoredTensor) -> bool:
-    """Whether a tensor's dtype is a floating-point one."""
     return "float" in tensor.dtype
 
 

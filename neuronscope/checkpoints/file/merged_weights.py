@@ -39,12 +39,7 @@ class MergedWeight(ComputedTensor):
     """
 
     def __init__(
-        self,
-        name: str,
-        stored: str,
-        parts: tuple[str, ...],
-        like: StoredTensor,
-        compute: Callable[[], Tensor],
+        self, name: str, stored: str, parts: tuple[str, ...], like: StoredTensor, compute: Callable[[], Tensor]
     ) -> None:
         super().__init__(like.shape, like.torch_dtype, compute)
         self.name, self.stored, self.parts = name, stored, parts

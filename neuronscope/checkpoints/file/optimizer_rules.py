@@ -67,17 +67,14 @@ class OptimizerRule:
 
 
 #: Optimizers without a clock that add each gradient, or its square, to a sum or a mean that does not reach zero again:
-#: the tensors that their state consists of, the one that is zero only if there never was a gradient, and its decay: the
-#: name of a hyperparameter, with the place in it; none for a sum.
-_ONLY_ZEROS: tuple[tuple[str, frozenset[str], str, tuple[str, int] | None], ...] = (
-    ("Adagrad", frozenset({"sum"}), "sum", None),
-    ("RMSprop", frozenset({"square_avg"}), "square_avg", ("alpha", 0)),
-    ("RMSprop", frozenset({"square_avg", "momentum_buffer"}), "square_avg", ("alpha", 0)),
-    ("RMSprop", frozenset({"square_avg", "grad_avg"}), "square_avg", ("alpha", 0)),
-    ("RMSprop", frozenset({"square_avg", "momentum_buffer", "grad_avg"}), "square_avg", ("alpha", 0)),
-    ("Adadelta", frozenset({"square_avg", "acc_delta"}), "square_avg", ("rho", 0)),
-    ("Adamax", frozenset({"exp_avg", "exp_inf"}), "exp_avg", ("betas", 0)),
-    ("Lion", frozenset({"exp_avg"}), "exp_avg", ("betas", 1)),
+#: the tensor of their state that is zero only if there never was a gradient, those that may lie beside it, and its
+#: decay: the name of a hyperparameter, with the place in it; none for a sum. The first row that fits counts.
+_ONLY_ZEROS: tuple[tuple[str, str, set[str], tuple[str, int] | None], ...] = (
+    ("Adagrad", "sum", set(), None),
+    ("RMSprop", "square_avg", {"momentum_buffer", "grad_avg"}, ("alpha", 0)),
+    ("Adadelta", "square_avg", {"acc_delta"}, ("rho", 0)),
+    ("Lion", "exp_avg", set(), ("betas", 1)),
+    ("Adamax", "exp_avg", {"exp_inf"}, ("betas", 0)),
 )
 #: Optimizers of which nothing can be read, by tensors of their state.
 _UNREADABLE = (
@@ -112,8 +109,8 @@ def recognize_optimizer(group: Mapping[str, Any], slots: Mapping[str, Any]) -> O
         return _momentum("Muon", group, slots)
     if "nesterov" in group and kept <= {"momentum_buffer"}:
         return _momentum("SGD", group, slots)
-    for name, parts, zero, decay in _ONLY_ZEROS:
-        if kept == parts:
+    for name, zero, beside, decay in _ONLY_ZEROS:
+        if zero in kept and kept <= {zero} | beside:
             return _only_zeros(name, group, slots, (zero,), decay, f"no clock for {name}")
     for name, marks in _UNREADABLE:
         if not kept.isdisjoint(marks):

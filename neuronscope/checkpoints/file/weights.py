@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from itertools import pairwise
 
 import torch
@@ -61,23 +62,18 @@ def examine_weights(tensors: Mapping[str, StoredTensor], layers: Sequence[Layer]
                     yield from _unread(writer, layer, tensor)
             else:  # weight norm's magnitudes: a magnitude of zero makes a row of zeros
                 all_zero |= zero
-        yield from evidence_where(
-            layer.path,
+        evidence = partial(evidence_where, layer.path, source=_SOURCE, basis="inferred")
+        yield from evidence(
             not_finite > 0,
             not_finite.double(),
-            source=_SOURCE,
             claim="not finite",
-            basis="inferred",
             measure="incoming weights that are NaN or infinite",
             text="A weight or bias of these neurons is NaN or infinite; so is their pre-activation for any input.",
         )
-        yield from evidence_where(
-            layer.path,
+        yield from evidence(
             all_zero & (not_finite == 0),
             bias,
-            source=_SOURCE,
             claim="zero row",
-            basis="inferred",
             measure="bias",
             text=(
                 "All incoming weights are zero: the pre-activation is the bias for every input. Pruning and zero "

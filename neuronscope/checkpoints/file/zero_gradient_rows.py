@@ -42,7 +42,6 @@ class _LayerGradients:
         self._measured: dict[str, Any] = {"numbers": read.reading.steps, "measure": measure}
 
     def evidence(self) -> Iterator[Evidence | Abstention]:
-        """Yield what the clock shows."""
         read, reading = self._read, self._read.reading
         limit, no_clock = read.clock.silent_steps, read.rule.no_clock
         is_short = read.taken is not None and read.taken - 1 <= limit

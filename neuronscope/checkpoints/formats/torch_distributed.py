@@ -20,11 +20,7 @@ from neuronscope.checkpoints.checkpoint import StoredTensor
 from neuronscope.checkpoints.formats.build_checkpoint import RawCheckpoint
 from neuronscope.checkpoints.formats.byte_range import ByteRange, quoted, sibling_file
 from neuronscope.checkpoints.formats.file_tensor import FileTensor, allocate, check_sizes
-from neuronscope.checkpoints.formats.restricted_pickle import (
-    as_checkpoint_error,
-    read_pickle,
-    safe_key,
-)
+from neuronscope.checkpoints.formats.restricted_pickle import as_checkpoint_error, read_pickle, safe_key
 from neuronscope.checkpoints.formats.safe_globals import (
     AttributesPlaceholder,
     SkippedTensor,
@@ -75,9 +71,8 @@ class ShardedTensor(StoredTensor):
     def __init__(self, name: str, dtype: torch.dtype, shape: tuple[int, ...], parts: Sequence[_TensorPart]) -> None:
         super().__init__(shape, dtype)
         self._name, self._parts = name, tuple(parts)
-        if any(math.prod(part.sizes) * dtype.itemsize > part.location.size for part in parts) or not _covers(
-            shape, self._parts
-        ):
+        are_there = all(math.prod(part.sizes) * dtype.itemsize <= part.location.size for part in parts)
+        if not are_there or not _covers(shape, self._parts):
             raise CheckpointError(
                 f"The parts of {quoted(name)}, of shape {quoted(shape)}, do not make up the whole of it."
             )

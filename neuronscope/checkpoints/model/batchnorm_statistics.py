@@ -63,10 +63,7 @@ _TINY = 1e-300
 
 
 def running_statistics_evidence(
-    graph: Graph,
-    intervals: Sequence[Interval | None],
-    batches: Mapping[str, int] | None = None,
-    training_step: int | None = None,
+    graph: Graph, intervals: Sequence[Interval | None], batches: Mapping[str, int], training_step: int | None
 ) -> Iterator[Evidence]:
     """Yield what the running statistics of batch norms say about the neurons of the sites right before them.
 
@@ -83,7 +80,7 @@ def running_statistics_evidence(
             continue
         seen.add(found.site.name)
         if found.norm.is_trained and not (found.depthwise and found.depthwise.has_bias):
-            count = (batches or {}).get(found.path)
+            count = batches.get(found.path)
             yield from _silent(found, count if training_step in (None, count) else None)
 
 
@@ -158,7 +155,8 @@ def batch_norm_activity(graph: Graph, intervals: Sequence[Interval | None]) -> I
         if len(graph.calls[site.name]) > 1 or not norm.is_trained:
             continue
         if found.depthwise is not None:
-            yield from _varies(site, _constant_steps(norm, found.depthwise))
+            if (constant := _constant_steps(norm, found.depthwise)) is not None:
+                yield from _varies(site, constant)
         elif (interval := intervals[site.after]) is not None and interval.is_never_negative:
             yield from _fires(found)
 
@@ -180,12 +178,11 @@ def _constant_steps(norm: BatchNormStep, layer: WeightedStep | None) -> FloatArr
 def _behind(graph: Graph, site: Site, shift: Tensor, constant: FloatArray | None) -> Iterator[Evidence]:
     """Yield evidence on a site whose pre-activation is the output of a batch norm."""
     above = shift > 0
+    evidence = partial(evidence_on_site, site.name, source=_ACTIVITY)
     if bool(above.any()) and is_positive_from(graph, site, float(shift[above].min())):
-        yield from evidence_on_site(
-            site.name,
+        yield from evidence(
             above,
             shift.double(),
-            source=_ACTIVITY,
             claim="alive",
             basis="inferred",
             measure="mean of its pre-activations over each training batch",
@@ -198,11 +195,9 @@ def _behind(graph: Graph, site: Site, shift: Tensor, constant: FloatArray | None
     if constant is None or not is_zero_below_zero(graph, site):
         return
     for basis, mask in (("inferred", constant > _SURE), ("suspected", (constant > _SUSPECTED) & (constant <= _SURE))):
-        yield from evidence_on_site(
-            site.name,
+        yield from evidence(
             mask & ~above.numpy(),
             constant,
-            source=_ACTIVITY,
             claim="dead",
             basis=basis,
             measure="training steps since its pre-activation varied, about",
@@ -214,22 +209,21 @@ def _behind(graph: Graph, site: Site, shift: Tensor, constant: FloatArray | None
         )
 
 
-def _varies(site: Site, constant: FloatArray | None) -> Iterator[Evidence]:
+def _varies(site: Site, constant: FloatArray) -> Iterator[Evidence]:
     """Yield evidence on a site whose neurons a depthwise convolution reads, one each, before a batch norm."""
-    if constant is not None:
-        yield from evidence_on_site(
-            site.name,
-            constant <= _VARIES,
-            constant.clip(min=0),
-            source=_ACTIVITY,
-            claim="alive",
-            basis="inferred",
-            measure="training steps since its output varied, about",
-            text=(
-                "By the running variance of the batch norm behind it, what the depthwise convolution made of its "
-                "output varied lately in training: it fires."
-            ),
-        )
+    return evidence_on_site(
+        site.name,
+        constant <= _VARIES,
+        constant.clip(min=0),
+        source=_ACTIVITY,
+        claim="alive",
+        basis="inferred",
+        measure="training steps since its output varied, about",
+        text=(
+            "By the running variance of the batch norm behind it, what the depthwise convolution made of its output "
+            "varied lately in training: it fires."
+        ),
+    )
 
 
 def _fires(found: NormBehindSite) -> Iterator[Evidence]:

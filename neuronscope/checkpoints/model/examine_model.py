@@ -19,12 +19,7 @@ from neuronscope.checkpoints.model.batchnorm_parameters import batch_norm_parame
 from neuronscope.checkpoints.model.batchnorm_statistics import batch_norm_activity, running_statistics_evidence
 from neuronscope.checkpoints.model.batchnorm_step import step_kind
 from neuronscope.checkpoints.model.bounds.interval import BACKWARD, LAYER_NORM
-from neuronscope.checkpoints.model.bounds.propagate import (
-    Box,
-    SiteBounds,
-    propagate_bounds,
-    site_bounds,
-)
+from neuronscope.checkpoints.model.bounds.propagate import Box, SiteBounds, propagate_bounds, site_bounds
 from neuronscope.checkpoints.model.example_inputs import Example, examples_for
 from neuronscope.checkpoints.model.observed_network import tensors_of
 from neuronscope.checkpoints.model.separate_examples import two_examples
@@ -98,14 +93,11 @@ def examine_model(
     layers = set() if hidden else set(_layers_used(graph))
     evidence = [*batch_norm_parameters(graph)]
     if graph.branches:
-        abstentions.append(
-            Abstention(
-                _SOURCE,
-                "",
-                f"The network's Python code reads numbers that depend on the input ({', '.join(graph.branches)}), so "
-                "that another input may take another path: nothing is proved of it.",
-            )
+        reason = (
+            f"The network's Python code reads numbers that depend on the input ({', '.join(graph.branches)}), so that "
+            "another input may take another path: nothing is proved of it."
         )
+        abstentions.append(Abstention(_SOURCE, "", reason))
         return Examination(tuple(evidence), tuple(abstentions), sites, False, normalised, layers, traced_example)
     scope = f"of the shape {traced_example.shapes} ({traced_example.origin}), with any batch size"
     free = propagate_bounds(graph)
@@ -120,30 +112,24 @@ def examine_model(
             if one.basis == "proved" and one.claim == "dead":
                 others[one.site][one.neurons] = False
         inside = f"for every input between {_end(box[0])} and {_end(box[1])} {scope}"
-        in_intervals = site_bounds(graph, in_box)
-        for bounds in (in_intervals, _backward_bounds(model, traced_example, box, sites)):
-            for one in _proved_dead(sites, bounds, inside, others):
+        bounds = site_bounds(graph, in_box)
+        for tried in (bounds, _backward_bounds(model, traced_example, box, sites)):
+            for one in _proved_dead(sites, tried, inside, others):
                 others[one.site][one.neurons] = False
                 evidence.append(one)
-        bounds = in_intervals
     evidence += negligible_neurons(graph, bounds, inside, judged)
     readers_known = not (graph.unseen_tensors or graph.output_not_searchable)
-    if not readers_known:
-        what = (
-            "returns objects that cannot be searched for tensors"
-            if graph.output_not_searchable
-            else "computes with calls that were not seen"
-        )
-        abstentions.append(
-            Abstention(
-                _READERS, "", f"The network {what}: it is not known what reads each neuron, so none is called unread."
-            )
-        )
-    else:
+    if readers_known:
         where = "for every finite input" if box is None else "for every input in the box"
         unread = unread_neurons(graph, in_box)
         found = {name: mask & unread[name] for name, mask in judged.items()}
         evidence += _unread(sites, wherever_seen(found, judged, sites), f"{where} {scope}")
+    else:
+        what = "computes with calls that were not seen"
+        if graph.output_not_searchable:
+            what = "returns objects that cannot be searched for tensors"
+        reason = f"The network {what}: it is not known what reads each neuron, so none is called unread."
+        abstentions.append(Abstention(_READERS, "", reason))
     return Examination(tuple(evidence), tuple(abstentions), sites, readers_known, normalised, layers, traced_example)
 
 
@@ -167,11 +153,9 @@ def _trace_example(model: nn.Module, given: Any, batch: Any) -> tuple[Graph | No
 
 
 def _no_forward(failures: list[str]) -> Abstention:
-    tried = f" Tried: {'; '.join(failures)}." if failures else " No weighted layer to guess an input from."
-    reason = (
-        f"The network could not be run once, which is needed to find its sites.{tried} Give an example input, or data."
-    )
-    return Abstention(_SOURCE, "", reason)
+    tried = f"Tried: {'; '.join(failures)}." if failures else "No weighted layer to guess an input from."
+    needed = "The network could not be run once, which is needed to find its sites."
+    return Abstention(_SOURCE, "", f"{needed} {tried} Give an example input, or data.")
 
 
 def _batches_counted(model: nn.Module) -> dict[str, int]:

@@ -294,20 +294,18 @@ def _fill(slots: Mapping[str, HeldTensor], stored_names: Mapping[str, str], stor
     loaded: dict[int, Tensor] = {}  # a weight that two modules share is read once
     with torch.no_grad():
         for name, (module, attribute, tensor) in sorted(slots.items(), key=lambda slot: slot[0] not in stored_names):
-            if id(tensor) in loaded:
-                new = loaded[id(tensor)]
-            elif name in stored_names:
+            if name in stored_names and id(tensor) not in loaded:
                 read = stored[stored_names[name]].read()
                 if tensor.device.type != "meta":
                     tensor.copy_(read)
                     continue
-                new = read if read.dtype == tensor.dtype else read.to(tensor.dtype)
-                new = nn.Parameter(new, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else new
+                new = read.to(tensor.dtype)
+                if isinstance(tensor, nn.Parameter):
+                    new = nn.Parameter(new, tensor.requires_grad)
                 loaded[id(tensor)] = new
-            else:
-                continue
-            table: dict[str, Any] = module._parameters if attribute in module._parameters else module._buffers
-            table[attribute] = new
+            if id(tensor) in loaded:
+                table: dict[str, Any] = module._parameters if attribute in module._parameters else module._buffers
+                table[attribute] = loaded[id(tensor)]
 
 
 def _require_memory(model: nn.Module, checkpoint: Checkpoint) -> None:

@@ -30,7 +30,7 @@ from neuronscope.attach.tensor_map import TensorMap
 from neuronscope.attach.torch_functions import spellings
 from neuronscope.checkpoints.model.load_model import held_tensors
 from neuronscope.checkpoints.model.site_calls import SiteCallHooks
-from neuronscope.checkpoints.model.traced_graph import Graph, Site, Step, TensorRef, Value, references, substitute
+from neuronscope.checkpoints.model.traced_graph import Graph, Site, Step, TensorRef, Value, leaves, substitute
 from neuronscope.checkpoints.user_code import describe_exception
 from neuronscope.count.neuron_layout import neurons_first
 from neuronscope.errors import NeuronscopeError, UsageError
@@ -77,7 +77,7 @@ def trace(
         model.train(training)
         try:
             hooks.recorder.set_phase("trace", 0)
-            with _StepRecorder(builder):
+            with builder:
                 hooks.set_observing(True)
                 random_states = _random_states()
                 try:
@@ -101,7 +101,6 @@ def trace(
     search = _Search()
     graph.outputs = tuple(builder.number(tensor) for tensor in search.tensors(output))
     graph.output_not_searchable = search.failed
-    graph.unseen_tensors = builder.unseen_tensors
     recorder = hooks.recorder
     infos = {key.name: recorder.sites.current_info(key, info) for key, info in met.items()}
     graph.sites = [replace(site, info=infos[site.name]) for site in graph.sites]
@@ -119,17 +118,16 @@ def _random_states() -> tuple[int, ...]:
     return hash(random.getstate()), hash(state["key"].tobytes()), state["pos"]
 
 
-class _GraphBuilder:
-    """Builds the graph of a forward while it runs: numbers its tensors, and knows which are constants.
+# Functions whose result has no numbers yet.
+_UNINITIALISED = spellings("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "empty_permuted")
 
-    Attributes:
-        graph: The graph so far.
-        unseen_tensors: How many tensors were made by calls that were not seen.
-    """
+
+class _GraphBuilder(TorchFunctionMode):
+    """Builds the graph of a forward while it runs: records every call of a torch function, and numbers the tensors."""
 
     def __init__(self, model: nn.Module) -> None:
+        super().__init__()
         self.graph = Graph()
-        self.unseen_tensors = 0
         self._numbers: TensorMap[tuple[int, int]] = TensorMap()
         self._versions: list[int] = []  # of each value when it was numbered
         self._names: dict[int, tuple[str, int]] = {}  # of parameters and buffers: name, and version before the forward
@@ -137,11 +135,7 @@ class _GraphBuilder:
         for name, held in held_tensors(model):
             self._names.setdefault(id(held.tensor), (name, held.tensor._version))
             self._kept.append(held.tensor)
-        self._running = False
-
-    def start(self) -> None:
-        """Count every new tensor that is met from now on as made by a call that was not seen."""
-        self._running = True
+        self._running = False  # from the first call on, a tensor that is new was made by a call that was not seen
 
     def number(self, tensor: Tensor) -> int:
         """Return the number of a tensor: a new one if the tensor is new or was changed since it was numbered."""
@@ -151,20 +145,13 @@ class _GraphBuilder:
         name, version = self._names.get(id(tensor), ("", 0))
         if name and version == tensor._version:
             return self.put(tensor, constant=True, name=name, sources=frozenset([name]))
-        self.unseen_tensors += self._running
+        self.graph.unseen_tensors += self._running
         return self.put(tensor)
 
     def put(
         self, tensor: Tensor, *, constant: bool = False, name: str = "", sources: frozenset[str] = frozenset()
     ) -> int:
-        """Give a new number to a tensor that was made or changed.
-
-        Args:
-            tensor: The tensor.
-            constant: Whether it does not depend on the input.
-            name: Its name if it is a parameter or buffer.
-            sources: The parameters and buffers that a constant is or was computed from.
-        """
+        """Give a new number to a tensor that was made or changed; the other arguments are as in :class:`Value`."""
         kept = tensor if constant else None
         self.graph.values.append(Value(tuple(tensor.shape), tensor.dtype, kept, name, sources))
         self._versions.append(tensor._version)
@@ -182,10 +169,6 @@ class _GraphBuilder:
         self.graph.sites.append(
             Site(call.key.name, call.info, call.layout, before, self.number(y), by_neuron.shape[axis])
         )
-
-    def is_parameter_or_buffer(self, tensor: Tensor) -> bool:
-        """Whether a tensor is one of the network's parameters and buffers."""
-        return id(tensor) in self._names
 
     def constant(self, number: int) -> Tensor | None:
         """Return the tensor of a constant, or ``None`` if it was overwritten since it was numbered."""
@@ -207,32 +190,17 @@ class _GraphBuilder:
         values = self.graph.values
         values[:] = [replace(value, constant=self.constant(number)) for number, value in enumerate(values)]
 
-
-# Functions whose result has no numbers yet.
-_UNINITIALISED = spellings(
-    *("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "empty_permuted"),
-)
-
-
-class _StepRecorder(TorchFunctionMode):
-    """Records every call of a torch function, with the numbers of its tensors."""
-
-    def __init__(self, builder: _GraphBuilder) -> None:
-        super().__init__()
-        self.builder = builder
-
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        builder = self.builder
         with unwatched():
-            builder.start()
+            self._running = True
             arguments = substitute(
-                (args, kwargs), lambda leaf: TensorRef(builder.number(leaf)) if isinstance(leaf, Tensor) else leaf
+                (args, kwargs), lambda leaf: TensorRef(self.number(leaf)) if isinstance(leaf, Tensor) else leaf
             )
-            reads = tuple(references(arguments))
-            constant = all(builder.constant(number) is not None for number in reads)
+            reads = tuple(leaf.value for leaf in leaves(arguments) if isinstance(leaf, TensorRef))
+            constant = all(self.constant(number) is not None for number in reads)
             random_state = torch.random.get_rng_state() if constant else None
         output = func(*args, **kwargs)
         with unwatched():
@@ -243,29 +211,28 @@ class _StepRecorder(TorchFunctionMode):
             if random_state is not None:
                 known = func not in _UNINITIALISED and torch.equal(random_state, torch.random.get_rng_state())
                 for tensor in made:  # not a buffer that the forward writes: it is restored after the forward
-                    constant = known and not builder.is_parameter_or_buffer(tensor)
-                    builder.put(tensor, constant=constant, sources=builder.sources(reads))
+                    constant = known and id(tensor) not in self._names
+                    self.put(tensor, constant=constant, sources=self.sources(reads))
                 return output
             self._note_branches(func, args, reads, output)
             if made:
-                numbers = tuple(builder.put(tensor) for tensor in made)
-                builder.graph.steps.append(Step(func, arguments[0], arguments[1], numbers, reads))
+                numbers = tuple(self.put(tensor) for tensor in made)
+                self.graph.steps.append(Step(func, arguments[0], arguments[1], numbers, reads))
         return output
 
     def _note_branches(
         self, func: Callable[..., Any], args: tuple[Any, ...], reads: tuple[int, ...], output: Any
     ) -> None:
         """Note a call through which numbers that depend on the input reach Python code, or decide a shape."""
-        builder = self.builder
         masks = any(
-            builder.graph.values[number].dtype in (torch.bool, torch.uint8) and builder.constant(number) is None
+            self.graph.values[number].dtype in (torch.bool, torch.uint8) and self.constant(number) is None
             for number in reads
         )
         gives_tensors = any(True for _ in _Search().tensors(output))
         if reads_out(func, args, output, gives_tensors=gives_tensors, masks=masks):
             name = getattr(func, "__name__", str(func))
-            if name not in builder.graph.branches:
-                builder.graph.branches.append(name)
+            if name not in self.graph.branches:
+                self.graph.branches.append(name)
 
 
 class _Search:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -13,7 +13,7 @@ from torch import Tensor
 from neuronscope.count.neuron_layout import NeuronLayout
 from neuronscope.sites import SiteInfo
 
-__all__ = ["Graph", "Site", "Step", "TensorRef", "Value", "references", "substitute"]
+__all__ = ["Graph", "Site", "Step", "TensorRef", "Value", "leaves", "substitute"]
 
 
 class TensorRef(NamedTuple):
@@ -133,6 +133,10 @@ class Graph:
             calls.setdefault(site.name, []).append(site)
         return calls
 
+    def steps_until(self, number: int) -> int:
+        """Return how many of the steps ran until a tensor was made; 0 for an input or a constant."""
+        return next((index for index, step in enumerate(self.steps, start=1) if number in step.outputs), 0)
+
     @cached_property
     def producers(self) -> dict[int, Step]:
         """The step that made each tensor, by the tensor's number; to be read when the forward is over."""
@@ -158,8 +162,8 @@ def substitute(tree: Any, change: Callable[[Any], Any]) -> Any:
     return change(tree)
 
 
-def references(tree: Any) -> Iterator[int]:
-    """Return the numbers of the tensors in a tree of arguments."""
-    found: list[int] = []
-    substitute(tree, lambda leaf: found.append(leaf.value) if isinstance(leaf, TensorRef) else None)
-    return iter(found)
+def leaves(tree: Any) -> list[Any]:
+    """Return the leaves of a tree, as :func:`substitute` meets them."""
+    found: list[Any] = []
+    substitute(tree, found.append)
+    return found

@@ -105,11 +105,7 @@ def search_waking_inputs(
     result = WakeSearch({name: np.full(mask.size, -1, dtype=np.int64) for name, mask in every.items()})
     if not targets:
         return result
-    with (
-        torch.random.fork_rng(devices=[]),
-        model_state_restored(model),
-        torch.inference_mode(False),
-    ):
+    with torch.random.fork_rng(devices=[]), model_state_restored(model), torch.inference_mode(False):
         model.eval()
         for parameter in model.parameters():
             parameter.requires_grad_(False)
@@ -119,7 +115,7 @@ def search_waking_inputs(
             result.refused = inputs.refused or network.unreliable()
             if not result.refused:
                 search = _NeuronWaker(network, inputs, every, result, deadline)
-                result.complete = search.run(targets, data, progress)
+                result.complete = search.run(targets, data, progress or (lambda *_: None))
         except UsageError as error:
             result.refused, result.complete = str(error), False
         finally:
@@ -147,7 +143,7 @@ class _NeuronWaker:
         self._numbers = sum(call.before.numel() for call in calls) + self._inputs.numbers
         self._most_rows = max(1, min(_ROWS, _NUMBERS // self._numbers)) if self._network.batched else 1
 
-    def run(self, targets: Mapping[str, BoolArray], data: Example | None, progress: Progress | None) -> bool:
+    def run(self, targets: Mapping[str, BoolArray], data: Example | None, progress: Progress) -> bool:
         """Search until every target was woken or had all its starts; return whether that came before the deadline."""
         pairs = [(name, neuron) for name, mask in targets.items() for neuron in np.flatnonzero(mask).tolist()]
         try:
@@ -156,8 +152,7 @@ class _NeuronWaker:
                 (place, start) for start in range(_STARTS) for place, pair in enumerate(pairs) if self._is_left(pair)
             )
             while batch := list(islice(waiting, self._batch_size(self._count_left(pairs)))):
-                if progress is not None:
-                    progress(len(pairs) - self._count_left(pairs), len(pairs))
+                progress(len(pairs) - self._count_left(pairs), len(pairs))
                 tensors = self._inputs.draw(len(batch))
                 for row, (place, start) in enumerate(batch):
                     if start < len(best):
@@ -167,8 +162,7 @@ class _NeuronWaker:
         except _TimeUp:
             return False
         finally:
-            if progress is not None:
-                progress(len(pairs) - self._count_left(pairs), len(pairs))
+            progress(len(pairs) - self._count_left(pairs), len(pairs))
         return True
 
     def _batch_size(self, left: int) -> int:
@@ -253,12 +247,11 @@ class _NeuronWaker:
 
     def _look(self, calls: Sequence[SiteCall], tensors: Sequence[Tensor]) -> None:
         """Note the neurons that fired and were left: by few of the inputs, each of which is run again alone."""
-        fired = []
-        for call in calls:
-            places = np.flatnonzero(self._left[call.name])
-            if places.size:
-                after = call.after[:, :, torch.from_numpy(places)]
-                fired.append(_fires(after).numpy())
+        fired = [
+            _fires(call.after[:, :, torch.from_numpy(left)]).numpy()
+            for call in calls
+            if (left := self._left[call.name]).any()
+        ]
         if not fired:
             return
         by_input = np.concatenate(fired, axis=1)  # (inputs, neurons)

@@ -168,14 +168,7 @@ def places_but_gates(sites: Sequence[NamedSite]) -> dict[str, BoolArray]:
         if site.kind == "gated":
             for layer, units in _units_by_layer(site).items():
                 products[layer] = np.union1d(products.get(layer, units), units)
-    masks: dict[str, BoolArray] = {}
-    for site in sites:
-        mask = np.ones(site.neurons, dtype=np.bool_)
-        if site.kind != "gated":
-            for layer, units in _units_by_layer(site).items():
-                mask &= (units < 0) | ~np.isin(units, products.get(layer, ()))
-        masks[site.name] = mask
-    return masks
+    return {site.name: _none_of(site, {} if site.kind == "gated" else products) for site in sites}
 
 
 def wherever_seen(
@@ -193,12 +186,15 @@ def wherever_seen(
         for layer, units in _units_by_layer(site).items():
             missed = units[judged[site.name] & ~masks[site.name]]
             outside[layer] = np.union1d(outside.get(layer, missed), missed)
-    found: dict[str, BoolArray] = {}
-    for site in sites:
-        found[site.name] = masks[site.name].copy()
-        for layer, units in _units_by_layer(site).items():
-            found[site.name] &= (units < 0) | ~np.isin(units, outside[layer])
-    return found
+    return {site.name: masks[site.name] & _none_of(site, outside) for site in sites}
+
+
+def _none_of(site: NamedSite, others: Mapping[str, IntArray]) -> BoolArray:
+    """Return which neurons of a site are none of some units of layers, bool ``(N,)``."""
+    mask = np.ones(site.neurons, dtype=np.bool_)
+    for layer, units in _units_by_layer(site).items():
+        mask &= (units < 0) | ~np.isin(units, others.get(layer, ()))
+    return mask
 
 
 def _units_by_layer(site: NamedSite, widths: Mapping[str, int] | None = None) -> dict[str, IntArray]:

@@ -187,6 +187,11 @@ class LayerReport:
         woken = self.dead_mask & ~proved & (self.woken >= 0)
         return InBox(self.dead, int(proved.sum()), int(woken.sum()), self.dead - int(proved.sum() + woken.sum()))
 
+    @cached_property
+    def listed(self) -> BoolArray:
+        """True for neurons that are neither alive nor unknown, and for contested ones, bool ``(N,)``."""
+        return self.contested | (self.labels < CLAIMS.index("alive"))
+
     @property
     def neurons(self) -> int:
         """The number of neurons, ``N``."""
@@ -300,7 +305,7 @@ class LayerReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the layer as plain data: all evidence, and each verdict that is contested or not alive or unknown."""
-        listed = np.flatnonzero(self.contested | (self.labels < CLAIMS.index("alive")))
+        listed = np.flatnonzero(self.listed)
         return {
             "name": self.name,
             "sites": list(self.sites),

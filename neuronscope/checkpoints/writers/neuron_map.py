@@ -93,7 +93,7 @@ def pack(layer: LayerReport, budget: int) -> NeuronMap:
         budget: Most characters that ``NeuronMap.data`` should have.
     """
     order = worst_first(layer)
-    marked = int((layer.contested | (layer.labels < CLAIMS.index("alive"))).sum())
+    marked = int(layer.listed.sum())
 
     def packed(detail: Detail) -> NeuronMap:
         planes: list[ByteArray] = []
@@ -123,9 +123,9 @@ def network_map(layers: Sequence[LayerReport], last: int, budget: int) -> Networ
         last: Step of the checkpoint.
         budget: Most characters that ``NetworkMap.data`` should have.
     """
-    dated = any((layer.dead_mask & (layer.since >= 0)).any() for layer in layers)
-    steps = np.unique(np.linspace(0, last, COLUMNS if dated else 1).astype(np.int64)) if last > 0 and dated else None
-    steps = np.array([max(last, 0)], dtype=np.int64) if steps is None else steps
+    steps = np.array([max(last, 0)], dtype=np.int64)
+    if last > 0 and any((layer.dead_mask & (layer.since >= 0)).any() for layer in layers):
+        steps = np.unique(np.linspace(0, last, COLUMNS).astype(np.int64))
     histories = [(steps, _levels(layer, steps)) for layer in layers]
     return summarise_histories([layer.name for layer in layers], histories, budget)
 
@@ -143,10 +143,8 @@ def _levels(layer: LayerReport, steps: IntArray) -> ByteArray:
 
 def worst_first(layer: LayerReport) -> IntArray:
     """Return the indices of the neurons, worst first, int64 ``(N,)``; *unknown* comes before *alive*."""
-    alive = CLAIMS.index("alive")
-    rank = np.where(layer.labels == UNKNOWN, alive - 0.5, layer.labels.astype(np.float64))
-    plain = ~layer.contested & (rank > alive - 1)
-    return np.lexsort((np.arange(layer.neurons), layer.since, layer.basis, rank, layer.idle, plain)).astype(np.int64)
+    rank = np.where(layer.labels == UNKNOWN, CLAIMS.index("alive") - 0.5, layer.labels)
+    return np.lexsort((layer.since, layer.basis, rank, layer.idle, ~layer.listed)).astype(np.int64)
 
 
 def _runs(layer: LayerReport, order: IntArray) -> list[tuple[int, int, int]]:

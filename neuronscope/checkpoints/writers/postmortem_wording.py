@@ -137,9 +137,7 @@ def findings(report: PostmortemReport) -> list[str]:
             f"{count(report.contested)} {is_are(report.contested)} contested: one source calls {them} dead, another "
             "alive. The surer source decides."
         )
-    disagreements = find_disagreements(report.headline_layers)
-    silent = [contest for contest in disagreements if contest.silent_on_data]
-    if silent:
+    if silent := [contest for contest in find_disagreements(report.headline_layers) if contest.silent_on_data]:
         number = sum(contest.neurons.size for contest in silent)
         sources = listed(sorted({source for contest in silent for source in contest.alive_in_training}))
         were, they = ("was", "it is") if number == 1 else ("were", "they are")
@@ -156,8 +154,7 @@ def _left_out(report: PostmortemReport) -> list[str]:
     """Say which layers are not in the totals."""
     sentences = []
     for reason, why in LEFT_OUT.items():
-        names = [layer.name for layer in report.layers if layer.left_out == reason]
-        if names:
+        if names := [layer.name for layer in report.layers if layer.left_out == reason]:
             who = f"{_layers(names, 'Layer')} {'is' if len(names) == 1 else 'are'}"
             sentences.append(f"{who} not in the totals: {why}.")
     return sentences
@@ -171,20 +168,17 @@ def is_alarm(report: PostmortemReport) -> bool:
 def _collapses(report: PostmortemReport) -> list[str]:
     """Return a sentence for each layer that has collapsed or may have."""
     tell = "" if report.level == "data" else " Data (--data) would tell."
-    sentences: dict[str, list[str]] = {"firm": [], "suspected": []}
+    firm, suspected = [], []
     for layer in report.headline_layers:
-        layer_name, none = visible(layer.name), f"none of its {count(layer.neurons)} neurons"
+        where, none, since = visible(layer.name), f"none of its {count(layer.neurons)} neurons", _collapsed_since(layer)
         if layer.collapse == "firm":
-            sentences["firm"].append(
-                f"COLLAPSED: layer {layer_name}: {none} is left{_collapsed_since(layer)}. No signal passes through it, "
-                "and the layers before it learn nothing through it."
+            firm.append(
+                f"COLLAPSED: layer {where}: {none} is left{since}. No signal passes through it, and the layers before "
+                "it learn nothing through it."
             )
         elif layer.collapse == "suspected":
-            since = _collapsed_since(layer)
-            sentences["suspected"].append(
-                f"Layer {layer_name} may have collapsed: {none} gets a gradient{since}.{tell}"
-            )
-    return [*_first(sentences["firm"], COLLAPSES, "layer"), *_first(sentences["suspected"], COLLAPSES, "layer")]
+            suspected.append(f"Layer {where} may have collapsed: {none} gets a gradient{since}.{tell}")
+    return [*_first(firm, COLLAPSES, "layer"), *_first(suspected, COLLAPSES, "layer")]
 
 
 def _first(lines: list[str], most: int, noun: str) -> list[str]:
@@ -295,7 +289,7 @@ def _tone(layer: LayerReport) -> str:
         return "alarm"
     if layer.dead:
         return "bad"
-    if layer.contested.any() or (layer.labels < CLAIMS.index("alive")).any():
+    if layer.listed.any():
         return "warn"
     return "unknown" if layer.count("unknown") else "calm"
 
@@ -384,8 +378,7 @@ def woken(report: PostmortemReport, most: int, named: int) -> list[str]:
     """
     lines = []
     for layer in report.layers:
-        neurons = np.flatnonzero(layer.woken >= 0) if layer.woken is not None else np.array([])
-        if layer.woken is not None and neurons.size:
+        if layer.woken is not None and (neurons := np.flatnonzero(layer.woken >= 0)).size:
             by = f"by {plural(np.unique(layer.woken[neurons]).size, 'input')}, stored in the JSON report"
             lines.append(f"{visible(layer.name)}, {_named(neurons, named)}: {by}")
     return _first(lines, most, "layer")

@@ -78,15 +78,14 @@ def findings(timeline: CheckpointTimeline) -> list[str]:
         sentences = [f"Only the checkpoint of step {count(first.step)} could be examined, so there is no timeline."]
     else:
         died, revived = timeline.count(DIED), timeline.count(REVIVED)
-        later, back = int(died[1:].sum()), int(revived.sum())
+        at_first, later, back, at_last = int(died[0]), int(died[1:].sum()), int(revived.sum()), int(timeline.dead[-1])
         whole = (
             f"Over {count(len(timeline.checkpoints))} checkpoints, steps {count(first.step)} to {count(last.step)}: "
-            f"{plural(int(died[0]), 'neuron')} {is_are(int(died[0]))} dead at the first, {count(later)} died later and "
-            f"{count(back)} revived; {count(int(timeline.dead[-1]))} {is_are(int(timeline.dead[-1]))} dead at the last."
+            f"{plural(at_first, 'neuron')} {is_are(at_first)} dead at the first, {count(later)} died later and "
+            f"{count(back)} revived; {count(at_last)} {is_are(at_last)} dead at the last."
         )
         sentences = [whole]
-        unconfirmed = int(died.sum() - revived.sum() - timeline.dead[-1])
-        if unconfirmed > 0:
+        if (unconfirmed := at_first + later - back - at_last) > 0:
             were = "was" if unconfirmed == 1 else "were"
             sentences.append(
                 f"{plural(unconfirmed, 'neuron')} {were} dead at a checkpoint, and a later one leaves it open."
@@ -97,17 +96,11 @@ def findings(timeline: CheckpointTimeline) -> list[str]:
             sentences.append(
                 f"Most deaths were seen between steps {count(since)} and {count(until)}: {count(int(died[worst]))}."
             )
-    unreadable = sum(one.unreadable for one in timeline.left_out)
-    if timeline.left_out:
-        sentences.append(
-            f"{plural(len(timeline.left_out), 'checkpoint')} {is_are(len(timeline.left_out))} left out"
-            + (
-                f", {count(unreadable)} of them because {'it' if unreadable == 1 else 'they'} could not be read"
-                if unreadable
-                else ""
-            )
-            + ": see the notes."
-        )
+    if left_out := len(timeline.left_out):
+        unreadable = sum(one.unreadable for one in timeline.left_out)
+        they = "it" if unreadable == 1 else "they"
+        why = f", {count(unreadable)} of them because {they} could not be read" if unreadable else ""
+        sentences.append(f"{plural(left_out, 'checkpoint')} {is_are(left_out)} left out{why}: see the notes.")
     return sentences
 
 

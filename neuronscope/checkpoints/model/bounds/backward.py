@@ -59,16 +59,15 @@ def tightened(graph: Graph, intervals: list[Interval | None], number: int, examp
         examples: Number of examples of the forward, ``B``.
     """
     known, shape = intervals[number], graph.values[number].shape
-    steps = graph.steps[: _step_of(graph, number) + 1]
+    steps = graph.steps[: graph.steps_until(number)]
     if known is None or not steps or shape[:1] != (examples,) or known.low.shape[0] != 1:
         return known
     low, high = (end[:1].expand(1, *shape[1:]).clone() for end in (known.low, known.high))
     unsure = torch.nonzero((low < 0) & (high > 0).logical_and(high < torch.inf))
-    numbers = sum(math.prod(graph.values[output].shape) for step in steps for output in step.outputs)
-    if not len(unsure) or 2 * len(unsure) * numbers > _MOST:
+    sizes = [math.prod(graph.values[output].shape) for step in steps for output in step.outputs]
+    if not len(unsure) or 2 * len(unsure) * sum(sizes) > _MOST:
         return known
-    widest = max(math.prod(graph.values[output].shape) for step in steps for output in step.outputs)
-    for part in unsure.split(max(1, _PART // (2 * widest))):
+    for part in unsure.split(max(1, _PART // (2 * max(sizes)))):
         places = tuple(part.T)
         coefficients = torch.zeros((2, len(part), *shape), dtype=torch.float64)
         for sign, side in zip((1.0, -1.0), coefficients, strict=True):
@@ -77,10 +76,6 @@ def tightened(graph: Graph, intervals: list[Interval | None], number: int, examp
         high[places] = torch.minimum(high[places], above)
         low[places] = torch.maximum(low[places], -below)
     return Interval(low, high, known.shape, known.source, known.normed).cleaned()
-
-
-def _step_of(graph: Graph, number: int) -> int:
-    return next((index for index, step in enumerate(graph.steps) if number in step.outputs), -1)
 
 
 class _Backward:

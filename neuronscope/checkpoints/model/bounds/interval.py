@@ -84,12 +84,6 @@ class Interval:
         """Return an interval without bounds."""
         return cls.between(-torch.inf, torch.inf, shape)
 
-    @classmethod
-    def exactly(cls, tensor: Tensor) -> Interval:
-        """Return the interval that contains exactly one tensor."""
-        wide = tensor.detach().to("cpu", torch.float64)
-        return cls(wide, wide, tuple(tensor.shape))
-
     @property
     def full_low(self) -> Tensor:
         """Lower bounds, expanded to the tensor's shape."""

@@ -48,20 +48,15 @@ def propagate_bounds(graph: Graph, box: Box | None = None, *, backwards: int = 0
     """
     intervals: list[Interval | None] = [None] * len(graph.values)
     for number in graph.inputs:
-        intervals[number] = _input_interval(graph, number, box)
+        value = graph.values[number]
+        intervals[number] = Interval.unknown(value.shape)
+        if box is not None and value.dtype.is_floating_point:
+            intervals[number] = Interval(*box_ends(box, value.shape), value.shape).cleaned()
     for step in graph.steps:
         if backwards and step.function in RELU and step.reads:
             intervals[step.reads[0]] = tightened(graph, intervals, step.reads[0], backwards)
-        for number, interval in zip(step.outputs, _output_intervals(graph, step, intervals), strict=True):
-            intervals[number] = interval
+        _pass_through(graph, step, intervals)
     return intervals
-
-
-def _input_interval(graph: Graph, number: int, box: Box | None) -> Interval:
-    value = graph.values[number]
-    if box is None or not value.dtype.is_floating_point:
-        return Interval.unknown(value.shape)
-    return Interval(*box_ends(box, value.shape), value.shape).cleaned()
 
 
 def box_ends(box: Box, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
@@ -88,30 +83,29 @@ def box_ends(box: Box, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     return low, high
 
 
-def _output_intervals(graph: Graph, step: Step, known: list[Interval | None]) -> list[Interval]:
-    """Return the intervals of a step's outputs: unknown wherever there is any doubt."""
+def _pass_through(graph: Graph, step: Step, intervals: list[Interval | None]) -> None:
+    """Add the intervals of a step's outputs: unknown wherever there is any doubt."""
     values = [graph.values[number] for number in step.outputs]
-    unknown = [Interval.unknown(value.shape) for value in values]
+    for number, value in zip(step.outputs, values, strict=True):
+        intervals[number] = Interval.unknown(value.shape)
     rule = OPERATORS.get(step.function)
     if rule is None or not values or not values[0].dtype.is_floating_point:
-        return unknown
+        return
 
     def interval_or_constant(number: int) -> Interval | Tensor:
         value = graph.values[number]
-        return known[number] or Interval.unknown(value.shape) if value.constant is None else value.constant.cpu()
+        return intervals[number] or Interval.unknown(value.shape) if value.constant is None else value.constant.cpu()
 
     args, kwargs = step.arguments(interval_or_constant)
     try:
         made = rule.bounds(values[0].dtype, *args, **kwargs)
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError):
-        return unknown
-    intervals = made if isinstance(made, list) else [made]
-    if len(intervals) != len(values):
-        return unknown
-    return [
-        _with_shape(interval, value.shape) if value.dtype.is_floating_point else nothing
-        for interval, value, nothing in zip(intervals, values, unknown, strict=True)
-    ]
+        return
+    bounds = made if isinstance(made, list) else [made]
+    if len(bounds) == len(values):
+        for number, value, bound in zip(step.outputs, values, bounds, strict=True):
+            if value.dtype.is_floating_point:
+                intervals[number] = _with_shape(bound, value.shape)
 
 
 def _with_shape(interval: Interval, shape: tuple[int, ...]) -> Interval:
@@ -153,14 +147,10 @@ def _site_output(graph: Graph, site: Site, low: float, high: float) -> Interval 
     before, after = graph.values[site.before], graph.values[site.after]
     if before.shape != after.shape:
         return None
-    made = [step.outputs for step in graph.steps]
-    first = next((index + 1 for index, outputs in enumerate(made) if site.before in outputs), 0)
-    last = next((index + 1 for index, outputs in enumerate(made) if site.after in outputs), 0)
     intervals: list[Interval | None] = [None] * len(graph.values)
     intervals[site.before] = Interval.between(low, high, before.shape)
-    for step in graph.steps[first:last]:
-        for number, interval in zip(step.outputs, _output_intervals(graph, step, intervals), strict=True):
-            intervals[number] = interval
+    for step in graph.steps[graph.steps_until(site.before) : graph.steps_until(site.after)]:
+        _pass_through(graph, step, intervals)
     return intervals[site.after]
 
 
@@ -171,11 +161,9 @@ def site_bounds(graph: Graph, intervals: list[Interval | None]) -> dict[str, Sit
         graph: A traced forward.
         intervals: What :func:`propagate_bounds` gave for it.
     """
-    calls: dict[str, list[SiteBounds | None]] = {}
-    for site in graph.sites:
-        calls.setdefault(site.name, []).append(_call_bounds(site, intervals[site.before], intervals[site.after]))
     bounds: dict[str, SiteBounds] = {}
-    for name, found in calls.items():
+    for name, calls in graph.calls.items():
+        found = [_call_bounds(call, intervals[call.before], intervals[call.after]) for call in calls]
         known = [one for one in found if one is not None]
         if len(known) == len(found) and len({one.dead.size for one in known}) == 1:
             bounds[name] = SiteBounds(

@@ -25,7 +25,7 @@ from neuronscope.checkpoints.model.bounds.interval import (
     widened,
     widened_by_rounding,
 )
-from neuronscope.checkpoints.model.traced_graph import substitute
+from neuronscope.checkpoints.model.traced_graph import leaves, substitute
 
 __all__ = ["dropout", "interpolate", "monotone", "same"]
 
@@ -67,7 +67,7 @@ def monotone(function: Callable[..., Any], *, rounds: bool = False) -> Rule:
         kwargs.pop("dtype", None)
         if any(isinstance(argument, torch.dtype) for argument in args):
             raise NotKnownError  # a view of the same bits as another type
-        inputs = _intervals((args, kwargs))
+        inputs = [leaf for leaf in leaves((args, kwargs)) if isinstance(leaf, Interval)]
         terms = max((math.prod(x.shape[1:]) for x in inputs), default=0)
         relative = gamma(terms, dtype) if rounds else 0.0
         lows, highs = (_call_on_bounds(function, args, kwargs, side, relative) for side in (0, 1))
@@ -85,12 +85,6 @@ def monotone(function: Callable[..., Any], *, rounds: bool = False) -> Rule:
         return outputs
 
     return bound
-
-
-def _intervals(tree: Any) -> list[Interval]:
-    found: list[Interval] = []
-    substitute(tree, lambda leaf: found.append(leaf) if isinstance(leaf, Interval) else None)
-    return found
 
 
 def _call_on_bounds(
