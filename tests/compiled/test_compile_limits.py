@@ -196,7 +196,7 @@ def test_nothing_of_a_graph_is_kept_when_it_has_been_traced():
     """A node of a graph holds its tensors, so a map from these to nodes would keep each graph for good."""
     model = Stack(2)
     with ns.watch(model) as scope:
-        torch.compile(model, backend="eager", fullgraph=True)(torch.randn(4, 8)).sum().backward()
+        torch.compile(model, backend="eager", fullgraph=True)(torch.randn(4, 5)).sum().backward()
         scope.step()
     assert scope.census()
     assert not compiling._nodes.entries
