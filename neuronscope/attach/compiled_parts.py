@@ -8,18 +8,21 @@ when it was traced, such as units of the same layer. A guard sees to that; see :
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 
-from neuronscope.attach.compiling import TracedEnd, in_backward
+from neuronscope.attach.compiling import TracedEnd, in_autograd_function, in_backward, unwatched
 from neuronscope.attach.neuron_flow import NeuronFlow
 from neuronscope.attach.ordinals import Counts, Ordinals
 from neuronscope.attach.origins import LOST, RAW, UNKNOWN, Origin
 from neuronscope.attach.plain_sizes import plain_shape
 from neuronscope.attach.tensor_map import TensorMap
 from neuronscope.attach.units import has_units, resized
+from neuronscope.count.compiled_graphs import KeptCounts
 from neuronscope.sites import SiteKey
 
 __all__ = ["CompiledParts", "GivenPreActivation", "PartGraph"]
@@ -59,6 +62,7 @@ class CompiledParts:
 
     def __init__(self, flow: NeuronFlow, ordinals: Ordinals) -> None:
         self.exist = self.tracing = self._guarded = False
+        self._in_function: bool | None = None
         self.flow = flow
         self.ordinals = ordinals
         self.is_here: Callable[[], bool] = lambda: True
@@ -68,27 +72,34 @@ class CompiledParts:
         self._before: tuple[int, int, Counts, dict[int, Any]] = 0, 0, {}, {}
         self._given: list[tuple[Tensor, SiteKey, GivenPreActivation]] = []  # to that graph
 
-    def begin_graph(self, given: Iterable[Tensor], *, is_model: bool, guarded: bool) -> Hashable:
+    def begin_graph(
+        self, given: Iterable[Tensor], *, is_model: bool, guarded: bool, in_function: bool | None
+    ) -> Hashable:
         """Note that a graph begins to be traced, and return what is known of what it is given.
 
         Args:
             given: Tensors that the traced function is given.
             is_model: Whether the function is the model's own forward or a part of it, or nothing runs around it.
             guarded: Whether the model's forward began before in eager code, so that inputs of the graph are known.
+            in_function: Whether it runs in the ``forward`` of an ``autograd.Function``; ``None`` if it may serve both.
         """
         self.tracing = not is_model
         self.exist |= self.tracing
         self._guarded = guarded
+        self._in_function = in_function
         flow = self.flow
         self._before = len(flow.layers), flow.read, self.ordinals.counts(), flow.all_known()
+        if in_backward(False):  # what runs again has the numbers that it had
+            self.ordinals.clear()
         self._given = []
         return self.facts(tuple(map(flow.given, given))) if guarded else ()
 
-    def end_graph(self, end: TracedEnd | None) -> PartGraph | None:
+    def end_graph(self, end: TracedEnd | None, counts: Sequence[Tensor] = ()) -> PartGraph | None:
         """Note that a graph was traced, and undo what it did to the flow: it has not run, and may never do.
 
         Args:
             end: See :class:`~neuronscope.attach.compiling.GraphListener`.
+            counts: The counts of outputs that the graph changes.
 
         Returns:
             What is to be done around each run of the graph; ``None`` if nothing is.
@@ -97,17 +108,17 @@ class CompiledParts:
         if end is None:
             self._undo()
             return None
-        if not (self._guarded or given or not end.ends):
-            return None
-        graph = PartGraph(self, end, self._before)
+        followed = bool(self._guarded or given or not end.ends)
+        graph = PartGraph(self, end, self._before, counts, followed=followed)
         for x, site, activation in given:
             place = next((place for place, each in enumerate(end.inputs) if each is x), None)
             if place is None:
                 activation.give_up()
             else:
                 graph.hooked[place, site] = activation
-        self._undo()
-        return graph
+        if followed or in_backward(False):
+            self._undo()
+        return graph if followed or counts else None
 
     def _undo(self) -> None:
         first, read, ordinals, known = self._before
@@ -152,15 +163,32 @@ class PartGraph:
         parts: The graphs of the model.
         end: What was traced.
         state: When the graph began: the number of calls, those that were read, ordinals, and what was known of tensors.
+        counts: The counts of outputs that it changes.
+        followed: Whether the flow is to know of its runs.
 
     Attributes:
         guarded: Whether the graph must not run for other inputs.
         hooked: Of each input that is a pre-activation, by its number, and of each site: the activation.
     """
 
-    def __init__(self, parts: CompiledParts, end: TracedEnd, state: tuple[int, int, Counts, dict[int, Any]]) -> None:
+    def __init__(
+        self,
+        parts: CompiledParts,
+        end: TracedEnd,
+        state: tuple[int, int, Counts, dict[int, Any]],
+        counts: Sequence[Tensor],
+        *,
+        followed: bool,
+    ) -> None:
         flow, (first, read, ordinals, before) = parts.flow, state
-        self.guarded = parts._guarded
+        self._is_again = in_backward(False)
+        if self._is_again:
+            ordinals = {}
+        self._in_function = parts._in_function
+        self._has_facts = parts._guarded
+        self.guarded = self._has_facts or self._is_again or self._in_function is not None
+        self._followed = followed
+        self._counts = KeptCounts(counts)
         self._parts = parts
         self._given = tuple([flow.given(each, before) for each in end.inputs if each is not None])
         self._facts = parts.facts(self._given)
@@ -169,7 +197,8 @@ class PartGraph:
         self._read = flow.read & ~read
         made = {place: count - ordinals.get(place, 0) for place, count in parts.ordinals.counts().items()}
         self._ordinals = {place: count for place, count in made.items() if count}
-        self._before = {place: ordinals.get(place, 0) for place in self._ordinals if max(place[0][0]) < first}
+        known = () if self._is_again else self._ordinals
+        self._before = {place: ordinals.get(place, 0) for place in known if max(place[0][0]) < first}
         self._returned = [None if each is None else flow.origin(each) for each in end.outputs]
         self._used = end.used
         self._changed = {
@@ -185,6 +214,12 @@ class PartGraph:
         Args:
             inputs: The tensors that the graph would be given.
         """
+        if self._is_again and not in_backward(False):
+            return False
+        if self._in_function is not None and self._in_function != in_autograd_function():
+            return False
+        if not self._has_facts:
+            return True
         parts, given = self._parts, tuple(map(self._parts.flow.given, inputs))
         if parts.facts(given) != self._facts:
             return False
@@ -194,23 +229,38 @@ class PartGraph:
         counts = parts.ordinals.counts()
         return all(counts.get(numbers.place(place), 0) == count for place, count in self._before.items())
 
-    def begin(self, inputs: Sequence[Any]) -> Callable[[Origin], Origin] | None:
+    def begin(self, inputs: Sequence[Any]) -> Callable[[Sequence[Any] | None], None] | None:
         """Do to the flow what tracing the graph did, because it is about to run.
+
+        In a backward pass, where activation checkpointing runs it again, its outputs were counted before.
 
         Args:
             inputs: What it is given.
 
         Returns:
-            What gives an origin of then by the numbers of now; ``None`` if the flow is not to know of this run.
+            What is to be called with its outputs; ``None`` if nothing is to be done with them.
         """
-        parts, flow = self._parts, self._parts.flow
-        if in_backward(False) or not parts.is_here():
+        parts, again = self._parts, in_backward(False)
+        if not again and not (self._followed and parts.is_here()):
             return None
-        for (place, _), activation in self.hooked.items():
+        for (place, _), activation in self.hooked.items() if again == self._is_again else ():
             if parts.partly_used.get(inputs[place]):
                 activation.give_up()
             else:
                 activation.register(inputs[place])
+        if again:
+            with unwatched(), torch.no_grad():
+                self._counts.keep()
+            return self._end_again
+        return functools.partial(self._end, self._add_calls(inputs), inputs)
+
+    def _end_again(self, _: Any) -> None:
+        with unwatched(), torch.no_grad():
+            self._counts.put_back()
+
+    def _add_calls(self, inputs: Sequence[Any]) -> Callable[[Origin], Origin]:
+        """Add the calls of the graph to the flow, and return what gives an origin of then by the numbers of now."""
+        parts, flow = self._parts, self._parts.flow
         given = tuple([flow.given(each) for each in inputs if isinstance(each, Tensor)])
         numbers = _CallNumbers(self._given, given, self._first)
         numbers.shift(self._first, len(self._layers), len(flow.layers))
@@ -220,22 +270,24 @@ class PartGraph:
             parts.ordinals.add(numbers.place(key), count)
         return numbers.origin
 
-    def end(self, begun: Callable[[Origin], Origin], inputs: Sequence[Any], outputs: Sequence[Any]) -> None:
+    def _end(self, renumber: Callable[[Origin], Origin], inputs: Sequence[Any], outputs: Sequence[Any] | None) -> None:
         """Note what the tensors are that the graph returned or changed.
 
         Args:
-            begun: What :meth:`begin` returned.
+            renumber: Gives an origin of then by the numbers of now.
             inputs: What it was given.
-            outputs: What it returned.
+            outputs: What it returned; ``None`` if it raised.
         """
+        if outputs is None:
+            return
         partly_used = self._parts.partly_used
         for tensor, origin, used in zip(outputs, self._returned, self._used, strict=True):
             if origin is not None:
-                self._put(tensor, origin, begun)
+                self._put(tensor, origin, renumber)
                 if used:
                     partly_used.put(tensor, True)
         for place, origin in self._changed.items():
-            self._put(inputs[place], origin, begun)
+            self._put(inputs[place], origin, renumber)
             partly_used.put(inputs[place], True)
 
     def _put(self, tensor: Tensor, origin: Origin, renumber: Callable[[Origin], Origin]) -> None:

@@ -27,6 +27,7 @@ from torch._dynamo.eval_frame import skip_code
 from torch._dynamo.symbolic_convert import tls as tracing_thread
 from torch._dynamo.variables import UserFunctionVariable
 from torch._ops import HigherOrderOperator
+from torch.autograd.function import BackwardCFunction
 from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode_stack
 
 from neuronscope.attach.tensor_map import TensorMap, nested_tensors
@@ -51,6 +52,7 @@ __all__ = [
     "guards_hooks",
     "has_real_tensors",
     "hidden",
+    "in_autograd_function",
     "in_backward",
     "in_compiled_graph",
     "in_operator",
@@ -132,6 +134,27 @@ def in_backward(traced: bool | None = None) -> bool:
         traced: What :func:`is_tracing` says, if the caller has asked.
     """
     return not (is_tracing() if traced is None else traced) and torch._C._current_graph_task_id() != -1
+
+
+_APPLY = inspect.unwrap(torch.autograd.Function.apply).__func__.__code__
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def in_autograd_function() -> bool:
+    """Whether the ``forward`` of an ``autograd.Function`` runs, such as the first run of reentrant checkpointing.
+
+    Torch turns gradients off in it, and they arrive nevertheless. A graph that is traced is for one of the two.
+    """
+    frame = sys._getframe(1).f_back
+    while frame is not None:
+        code = frame.f_code
+        if code is _APPLY:  # the `forward` of a function with a `setup_context` has no context
+            return True
+        named = code.co_name == "forward" and code.co_argcount > 0 and code.co_varnames[0] != "self"
+        if named and isinstance(frame.f_locals.get(code.co_varnames[0]), BackwardCFunction):
+            return True
+        frame = frame.f_back
+    return False
 
 
 def has_real_tensors(traced: bool | None = None) -> bool:
@@ -337,20 +360,14 @@ class GraphRuns(Protocol):
             inputs: The tensors among them.
         """
 
-    def begin(self, inputs: Sequence[Any]) -> Any:
-        """Note that the graph is about to run, and return what :meth:`end` needs; ``None`` if it is not to be told.
+    def begin(self, inputs: Sequence[Any]) -> Callable[[Sequence[Any] | None], None] | None:
+        """Note that the graph is about to run.
 
         Args:
             inputs: What it is given.
-        """
 
-    def end(self, begun: Any, inputs: Sequence[Any], outputs: Sequence[Any]) -> None:
-        """Note that the graph has run.
-
-        Args:
-            begun: What :meth:`begin` returned of this run: another thread may run the graph at the same time.
-            inputs: What it was given.
-            outputs: What it returned.
+        Returns:
+            What is to be called with its outputs when it has run, if anything is, or with ``None`` if it raised.
         """
 
 
@@ -474,17 +491,20 @@ def _told_of_runs(backend: Callable[..., Any], runs: GraphRuns, listener: GraphL
         compiled = backend(*args, **kwargs)
 
         def run(*inputs: Any) -> Any:
-            begun = None
+            end = None
             try:
-                begun = runs.begin(inputs)
+                end = runs.begin(inputs)
             except Exception as error:
                 listener.trace_error = error
-            outputs = compiled(*inputs)
+            outputs = None
             try:
-                if begun is not None:
-                    runs.end(begun, inputs, outputs)
-            except Exception as error:
-                listener.trace_error = error
+                outputs = compiled(*inputs)
+            finally:
+                try:
+                    if end is not None:
+                        end(outputs)
+                except Exception as error:
+                    listener.trace_error = error
             return outputs
 
         return run

@@ -13,19 +13,17 @@ rollout, generation. What a forward with gradients runs under ``no_grad`` is a p
 
 from __future__ import annotations
 
-import inspect
-import sys
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import BackwardCFunction
 
 from neuronscope.attach.compiled_parts import CompiledParts
 from neuronscope.attach.compiling import (
     comptime,
     has_real_tensors,
+    in_autograd_function,
     in_backward,
     is_tracing,
     unwatched,
@@ -38,8 +36,6 @@ from neuronscope.attach.neuron_flow import NeuronFlow
 from neuronscope.attach.ordinals import Ordinals
 
 __all__ = ["ForwardContext", "Recomputation"]
-
-_APPLY = inspect.unwrap(torch.autograd.Function.apply).__func__.__code__
 
 Place = tuple[str, str]  # path of a module, and name of a function or ""
 
@@ -229,7 +225,7 @@ class ForwardContext:
     def _begins_inference(self) -> bool:
         if not self.training or torch.is_grad_enabled() or in_backward():
             return False
-        return is_tracing() or not _in_autograd_function()
+        return not in_autograd_function()
 
     def _begin(self, path: str, args: Any, kwargs: Any) -> None:
         """Forget the tensors of the last forward, and note the inputs of this one.
@@ -377,20 +373,3 @@ class Recomputation:
         self._only.clear()
         self._made.clear()
         self._fired = False
-
-
-def _in_autograd_function() -> bool:
-    """Whether the ``forward`` of an ``autograd.Function`` runs, such as the first run of reentrant checkpointing.
-
-    Torch turns gradients off in it, and they arrive nevertheless.
-    """
-    frame = sys._getframe(1).f_back
-    while frame is not None:
-        code = frame.f_code
-        if code is _APPLY:  # the `forward` of a function with a `setup_context` has no context
-            return True
-        named = code.co_name == "forward" and code.co_argcount > 0 and code.co_varnames[0] != "self"
-        if named and isinstance(frame.f_locals.get(code.co_varnames[0]), BackwardCFunction):
-            return True
-        frame = frame.f_back
-    return False

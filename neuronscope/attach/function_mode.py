@@ -5,6 +5,7 @@ The mode is entered only for a forward, or an explicit training step, of an obse
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Callable, Mapping
 from types import FrameType
@@ -70,6 +71,9 @@ class Watch(Protocol):
             output: What it returned.
         """
 
+    def in_backward_of_step(self) -> contextlib.AbstractContextManager[None]:
+        """Return a context in which an explicit step runs its backward pass, and the mode is off."""
+
     def fail(self, error: Exception) -> None:
         """Handle an error in our own code."""
 
@@ -102,7 +106,7 @@ class ActivationFunctionMode(TorchFunctionMode):
         ask_modes_about(manager.registry.functions)
         # Sets are quick to look through.
         self._functions = frozenset(manager.registry.functions if manager.functional else ())
-        self._not_only_followed = self._functions | _QUESTIONS | SELECTING
+        self._not_only_followed = self._functions | _QUESTIONS | SELECTING | {Tensor.backward}
         self._end_fused_while_tracing = while_tracing(manager.end_fused_while_tracing, "args", "output")
         self._follow_while_tracing = while_tracing(
             self.follow_traced, "func", "args", "kwargs", "output", "mask", listener=manager.recorder
@@ -123,6 +127,9 @@ class ActivationFunctionMode(TorchFunctionMode):
         if special:
             if func in _QUESTIONS:
                 return func(*args, **kwargs)
+            if func is Tensor.backward:
+                with manager.in_backward_of_step():
+                    return func(*args, **kwargs)
             known = func in self._functions
         recorder = manager.recorder
         before, self.handling = self.handling, True

@@ -8,10 +8,11 @@ alive or drawn at random. An error in our own code removes the hooks and lets th
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import warnings
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from threading import get_ident
 from types import CodeType, FrameType
 from typing import Any
@@ -137,6 +138,7 @@ class HookManager:
         self._hidden = HiddenHooks(self._leave_fused)
         self.traced_layers = TracedLayers()
         self._step_open = False  # in the counted thread
+        self._step_in_backward = False
         self._handles = HookHandles()
         self._skipped: list[CodeType] = []  # see `skip_when_hooked`
         self._model = weakref.ref(model)
@@ -377,8 +379,28 @@ class HookManager:
 
     def _leave_mode(self) -> None:
         """Leave the function mode, if it was entered and no step is open."""
-        if self.entered.threads and not self._step_open:
+        if self.entered.threads and (self._step_in_backward or not self._step_open):
             self.entered.leave(handling=self._mode.handling)
+
+    @contextlib.contextmanager
+    def in_backward_of_step(self) -> Iterator[None]:
+        """Return a context in which an explicit step runs its backward pass.
+
+        Torch has taken the mode off for it. Modules that activation checkpointing runs again enter and leave the mode.
+        """
+        here = get_ident()
+        if not self._step_open or self.recorder.forward.module_stack or here not in self.entered.threads:
+            yield
+            return
+        self.entered.threads.remove(here)
+        self._step_in_backward = True
+        try:
+            yield
+        finally:
+            self._step_in_backward = False
+            self.entered.leave(handling=False)  # an interrupt may have ended a module
+            if self._step_open:
+                self.entered.threads.append(here)
 
     def fail(self, error: Exception) -> None:
         """Handle an error in our own code: warn once, detach, and let the training go on."""

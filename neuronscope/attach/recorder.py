@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from types import CodeType
 from typing import Any, NamedTuple
@@ -25,6 +26,7 @@ from neuronscope.attach.compiling import (
     comptime,
     enters_graph,
     has_real_tensors,
+    in_autograd_function,
     in_backward,
     is_in_graph,
     is_tracing,
@@ -72,6 +74,8 @@ from neuronscope.count.positions import blank_positions, keep_positions
 from neuronscope.sites import INFERENCE, SiteKey
 
 __all__ = ["SiteRecorder"]
+
+_CallPlace = tuple[str, str, str, str]  # phase, path of a module, name of a function or "", name of the activation
 
 
 class SiteRecorder:
@@ -141,6 +145,9 @@ class SiteRecorder:
         self._leaf_handles: list[RemovableHandle] = []  # a leaf outlives the step, and its hook must not
         #: Calls in graphs, whether each adds to the examples, and whether its graph is of a part of the model.
         self._traced: list[tuple[Call, bool, bool]] = []
+        self._first_of_graph = 0  # the number of its first call
+        self._numbers: Counter[_CallPlace] = Counter()  # of the calls in it
+        self._forward_calls: dict[tuple[_CallPlace, int], dict[tuple[SiteKey, bool], Call]] = {}  # see `_call_again`
         self._traced_owners: dict[int, weakref.ref[Tensor]] = {}  # of those of experts: which one each row is of
         self._given: set[int] = set()  # those of them whose pre-activation enters the graph
         self._pre_activations: dict[int, weakref.ref[Tensor]] = {}  # of selections
@@ -391,8 +398,12 @@ class SiteRecorder:
             is_model = not (forward.explicit_step and self.is_part(owner))
         # In an explicit step a function that is compiled by itself may be given the units of any layer.
         guarded = bool(running) or not is_model or forward.explicit_step
-        facts = forward.parts.begin_graph(given, is_model=is_model, guarded=guarded)
-        return id(self), self.running_phase, facts, *running
+        outside = forward.training and not running and not torch.is_grad_enabled()
+        in_function = in_autograd_function() if outside else None
+        self._first_of_graph = len(self._traced)
+        self._numbers.clear()
+        facts = forward.parts.begin_graph(given, is_model=is_model, guarded=guarded, in_function=in_function)
+        return id(self), self.running_phase, facts, in_backward(False), in_function, *running
 
     def end_graph(self, end: TracedEnd | None) -> PartGraph | None:
         """Note that a graph was traced, and return what is to be done around each of its runs.
@@ -400,7 +411,14 @@ class SiteRecorder:
         Args:
             end: See :class:`~neuronscope.attach.compiling.GraphListener`.
         """
-        return self.forward.parts.end_graph(end)
+        counters = {id(call.counters): call.counters for call, *_ in self._traced[self._first_of_graph :]}
+        counts = [
+            tensor
+            for each in counters.values()
+            if isinstance(each, (SiteCounters, ExpertCounters))
+            for tensor in each.of_outputs
+        ]
+        return self.forward.parts.end_graph(end, counts)
 
     def _find_traced(
         self, phase: str, path: str, function: str, activation: Activation, x: Tensor, glu_dim: int | None
@@ -413,15 +431,59 @@ class SiteRecorder:
         if operator := operator_around():
             self.unmeasured.note_inside(operator, phase, path, function, x)
             return
-        call = self.sites.find(phase, path, function, activation, x, glu_dim, traced=True)
+        place = (phase, path, function, activation.name)
+        known = self._forward_calls.setdefault((place, self._numbers[place]), {})
+        self._numbers[place] += 1
+        again = in_backward(False)
+        call = self._call_again(known, x) if again else None
+        if call is None:
+            call = self.sites.find(phase, path, function, activation, x, glu_dim, traced=True)
         if call is not None:
             self._note_traced(call)
-            self._note_given(call, x)
+            if not again:
+                known[call.key, torch.is_grad_enabled()] = call
+            # What was called with gradients has them already.
+            self._note_given(call, x, has_gradients=again and any(graded for _, graded in known))
 
-    def _note_given(self, call: Call, x: Tensor) -> None:
+    def _call_again(self, known: Mapping[tuple[SiteKey, bool], Call], x: Tensor) -> Call | None:
+        """Return the call that a graph makes again in a backward pass; ``None`` if the flow is to say what it is.
+
+        Activation checkpointing may give the graph tensors of which the flow knows nothing, or nothing any more. The
+        graph needs the same operators as the first one, also where the call may be of several sites. Then it counts
+        for none.
+
+        Args:
+            known: The calls in the same place of graphs that ran in no backward pass, by site and by whether they had
+                gradients.
+            x: The pre-activation.
+        """
+        units = self.forward.flow.origin(x).units
+        calls = {
+            key: (call, call.counters)
+            for (key, _), call in known.items()
+            if isinstance(call.counters, SiteCounters) and (units is None or units.layer == key.layer)
+        }
+        if not calls or (len(calls) > 1 and units is not None):
+            return None
+        call, counters = next(iter(calls.values()))
+        if len(calls) == 1:
+            return call
+        if not all(graded for _, graded in known):
+            for key, (_, each) in calls.items():
+                each.unreadable = True
+                self.unmeasured.note(
+                    key.name,
+                    "its gradients are not counted: a compiled graph applies its activation to the units of several "
+                    "layers, and reentrant activation checkpointing does not say to which, where the graph runs again",
+                )
+        return replace(call, counters=SiteCounters(counters.neurons, counters.traced.device), hook=None)
+
+    def _note_given(self, call: Call, x: Tensor, has_gradients: bool = False) -> None:
         """Note the call that was noted last as one whose pre-activation enters the graph, if it does."""
         if enters_graph(x) and x.requires_grad and torch.is_grad_enabled():
             self._given.add(len(self._traced) - 1)
+            if has_gradients:
+                return
             self.forward.parts.note_given(x, call.key, _PreActivationOfCall(self, call))
 
     def _note_traced(self, call: Call) -> None:
@@ -602,7 +664,7 @@ class SiteRecorder:
             self._note_traced(call)
             if x is not None and is_in_graph(x):
                 self._pre_activations[len(self._traced) - 1] = weakref.ref(x)
-                self._note_given(call, x)
+                self._note_given(call, x, has_gradients=in_backward(False))
 
     def _count_rows(self, counters: JoinedCounters, y: Tensor, layout: NeuronLayout, owners: Owners | None) -> None:
         """Count an output whose rows are of several experts.
@@ -746,7 +808,7 @@ class SiteRecorder:
         self._found.clear()
         if call is not None:
             self._note_traced(call)
-            self._note_given(call, x)
+            self._note_given(call, x, has_gradients=in_backward(False))
 
     def count_named_in_graph(self, y: Any, x: Any) -> None:
         """Count in a graph the tensor whose call was noted last.

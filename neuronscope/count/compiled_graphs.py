@@ -6,7 +6,7 @@ These are functions because the compiler does not trace methods of an object tha
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, ParamSpec, TypeVar
 
 import torch
@@ -20,6 +20,7 @@ from neuronscope.count.neuron_layout import Dims, neurons_first
 from neuronscope.count.positions import blank_positions
 
 __all__ = [
+    "KeptCounts",
     "add_outputs_in_graph",
     "gate_half",
     "handled_as",
@@ -202,6 +203,42 @@ def save_unchecked(*counters: Tensor) -> None:
 #: Returns the nodes of a tensor in the graph that AOTAutograd traces. Torch 2.13 has this function. Without it, graphs
 #: of the back end ``aot_eager`` fail where the forward runs twice; those of Inductor tell nobody what they change.
 _proxies_of = getattr(torch.fx.experimental.proxy_tensor, "_get_proxies", lambda _: ())
+
+
+class KeptCounts:
+    """Keeps counts while a graph runs again that was counted before, and puts them back.
+
+    Args:
+        counters: The tensors of the counts that the graph changes.
+
+    >>> count = torch.tensor([1, 2])
+    >>> kept = KeptCounts([count])
+    >>> kept.keep()
+    >>> _ = count.add_(5)
+    >>> kept.put_back()
+    >>> count.tolist()
+    [1, 2]
+    """
+
+    def __init__(self, counters: Iterable[Tensor]) -> None:
+        groups: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}  # what one call copies
+        for counter in counters:
+            groups.setdefault((counter.device, counter.dtype), []).append(counter)
+        self._counters = [*groups.values()]
+        self._kept: list[list[Tensor]] = []
+
+    def keep(self) -> None:
+        """Keep the counts as they are."""
+        if not self._kept:
+            with torch.inference_mode(False):
+                self._kept = [[torch.empty_like(each) for each in group] for group in self._counters]
+        for kept, group in zip(self._kept, self._counters, strict=True):
+            torch._foreach_copy_(kept, group)
+
+    def put_back(self) -> None:
+        """Set the counts to what they were when they were kept."""
+        for kept, group in zip(self._kept, self._counters, strict=True):
+            torch._foreach_copy_(group, kept)
 
 
 def _others(tensor: Tensor, axis: int) -> list[int]:

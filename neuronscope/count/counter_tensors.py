@@ -53,6 +53,11 @@ class CounterTensors(NamedTuple):
     traced: Tensor
     traced_gradients: Tensor
 
+    @property
+    def of_outputs(self) -> tuple[Tensor, ...]:
+        """Those that change when an output is counted."""
+        return tuple([each for name, each in zip(self._fields, self) if "gradients" not in name])  # noqa: B905
+
 
 @functools.cache
 def has_float64(device_type: str) -> bool:

@@ -100,6 +100,11 @@ class SiteCounters:
                 self._wide = wide_tensors(self.neurons, self.traced, self.traced_gradients)
         return self._wide
 
+    @property
+    def of_outputs(self) -> tuple[Tensor, ...]:
+        """The tensors that a graph changes which counts an output."""
+        return (*self.tensors.of_outputs, self.last_forward)
+
     def enter_graph(self) -> None:
         """Note that a graph holds the tensors from now on. They are there before they are traced."""
         self.in_graph = True

@@ -128,6 +128,11 @@ class ExpertCounters(JoinedCounters):
         """Whether a compiled graph holds the tensors."""
         return any(member.in_graph for member in self.wanted)
 
+    @property
+    def of_outputs(self) -> tuple[Tensor, ...]:
+        """The tensors that a graph changes which counts an output."""
+        return (*self.tensors.of_outputs, *self.pace)
+
     def enter_graph(self) -> None:
         """Note that a graph holds the tensors from now on."""
         for member in self.wanted:

@@ -1,0 +1,236 @@
+"""Compiled parts that activation checkpointing runs again in the backward pass: their outputs are counted once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch._dynamo
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import neuronscope as ns
+from tests.agreement.slow_twin import Nobody, Twin, Watched, assert_bits, assert_same, state_of
+from tests.attach.test_experts import WAYS, Mixture, assert_counts, truth, watched
+from tests.compiled.compiler_marks import COMPILES
+from tests.compiled.test_compile import assert_same_census
+
+pytestmark = COMPILES
+
+
+class Block(nn.Module):
+    """Begins with an activation of what it is given, and has a gated product."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.up, self.down, self.act = (*(nn.Linear(8, 8) for _ in range(3)), nn.ReLU())
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(x)
+        return self.down(F.gelu(self.act(self.gate(x)) * self.up(x) + x))
+
+
+class Broken(Block):
+    """Applies an activation to what eager code between two graphs returned."""
+
+    @torch._dynamo.disable
+    def between(self, x: Tensor) -> Tensor:
+        return F.silu(self.up(x))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.relu(self.between(self.act(self.gate(x)))))
+
+
+class Net(nn.Module):
+    """Two blocks, each under a checkpoint; or all of it under one, and each block under another one inside."""
+
+    def __init__(self, block: type[Block], reentrant: bool | None, *, nested: bool = False) -> None:
+        super().__init__()
+        self.first, self.blocks, self.last = nn.Linear(8, 8), nn.ModuleList([block(), block()]), nn.Linear(8, 2)
+        self.reentrant, self.nested = reentrant, nested
+
+    def again(self, part: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        if self.reentrant is None or not self.training:
+            return part(x)
+        return checkpoint(part, x, use_reentrant=self.reentrant)
+
+    def middle(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = self.again(block, x)
+        return x
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        return self.last(self.again(self.middle, x) if self.nested else self.middle(x))
+
+
+def train(model: nn.Module, run: Callable[[Tensor], Tensor], watcher: Nobody) -> None:
+    """Two batches a step, the second of which goes back first, and twice."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    generator = torch.Generator().manual_seed(5)
+    for _ in range(3):
+        losses = [run(torch.randn(4, 8, generator=generator)).square().mean() for _ in range(2)]
+        watcher.backward(losses[1], again=True)
+        watcher.backward(losses[1], again=True)
+        watcher.backward(losses[0])
+        optimizer.step()
+        optimizer.zero_grad()
+        watcher.step()
+    model.eval()
+    with watcher.phase("val"), torch.no_grad():
+        run(torch.ones(3, 8))
+
+
+Training = Callable[[Any, Callable[[Tensor], Tensor], Nobody], None]
+Build = Callable[[], tuple[nn.Module, list[nn.Module]]]
+
+
+def in_three_runs(
+    build: Build, run_of: Callable[[Any], Callable[[Tensor], Tensor]], training: Training, backend: str = "aot_eager"
+) -> ns.Scope:
+    """Compare a watched compiled run with an eager one, and its weights with those of an unwatched compiled one.
+
+    Args:
+        build: Returns a network, and the parts of it to compile.
+        run_of: Returns what is called in place of the network.
+        training: The training loop.
+        backend: Compiles the parts.
+    """
+    runs = []
+    for watcher, compiles in ((Watched(), False), (Watched(), True), (Nobody(), True)):
+        torch._dynamo.reset()
+        torch.manual_seed(0)
+        model, parts = build()
+        for part in parts if compiles else ():
+            part.compile(backend=backend)
+        with watcher.attach(model):
+            training(model, run_of(model), watcher)
+        runs.append((getattr(watcher, "scope", None), state_of(model)))
+    (eager, _), (compiled, weights), (_, plain) = runs
+    assert_bits(weights, plain)
+    assert compiled._hooks.failure is None
+    assert compiled.phases == eager.phases
+    for phase in eager.phases:
+        assert_same_census(compiled.census(phase), eager.census(phase))
+    assert compiled.report().not_measured == eager.report().not_measured
+    return compiled
+
+
+def as_it_is(model: Net) -> Callable[[Tensor], Tensor]:
+    return model
+
+
+def compiled_blocks(block: type[Block], reentrant: bool, **options: bool) -> Build:
+    def build() -> tuple[nn.Module, list[nn.Module]]:
+        model = Net(block, reentrant, **options)
+        return model, [*model.blocks]
+
+    return build
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad:UserWarning")  # in the outer checkpoint
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize(
+    ("block", "nested", "backend"),
+    [(Block, False, "aot_eager"), (Block, True, "aot_eager"), (Broken, False, "aot_eager"), (Block, False, "inductor")],
+)
+def test_blocks_that_are_compiled_one_by_one_count_what_eager_ones_and_the_twin_do(block, nested, backend, reentrant):
+    scope = in_three_runs(compiled_blocks(block, reentrant, nested=nested), as_it_is, train, backend)
+    torch.manual_seed(0)
+    twin, model = Twin({None: -1}), Net(block, None)
+    with twin.attach(model):
+        train(model, model, twin)
+    assert_same(scope.census(), twin.tallies())
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_compiled_model_that_the_loop_calls_under_a_checkpoint(reentrant):
+    """No forward of the model runs around it. Its first run without gradients is training, and another is inference."""
+
+    def build() -> tuple[nn.Module, list[nn.Module]]:
+        model = Net(Block, None)
+        return model, [model]
+
+    def run_of(model: nn.Module) -> Callable[[Tensor], Tensor]:
+        def run(x: Tensor) -> Tensor:
+            with torch.no_grad():
+                model(x)
+            return checkpoint(model, x.requires_grad_(), use_reentrant=reentrant)
+
+        return run
+
+    scope = in_three_runs(build, run_of, train)
+    positions = [{site.positions for site in scope.census(phase).values()} for phase in ("train", "inference")]
+    assert positions == [{24}, {24}]
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_compiled_blocks_that_an_explicit_step_calls_under_a_checkpoint(reentrant):
+    def in_steps(model: Net, run: Callable[[Tensor], Tensor], watcher: Nobody) -> None:
+        scope = getattr(watcher, "scope", None)
+        for number in range(3):
+            x = torch.full((4, 8), number / 3)
+            if scope is not None:
+                scope.open_step()
+            for _ in range(2):
+                watcher.backward(model.last(model.middle(model.first(x))).square().mean())
+            if scope is not None:
+                scope.close_step()
+            watcher.step()
+
+    scope = in_three_runs(compiled_blocks(Block, reentrant), as_it_is, in_steps)
+    assert {site.gradient_positions for site in scope.census().values()} == {24}
+
+
+class Shared(Net):
+    """One block, which is given the units of two layers."""
+
+    def __init__(self, reentrant: bool | None) -> None:
+        super().__init__(Block, reentrant)
+        self.blocks = nn.ModuleList([self.blocks[0], self.blocks[0]])
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_compiled_block_that_is_given_the_units_of_two_layers(reentrant):
+    """Where its input is unknown in the backward pass, its first activation counts for neither layer."""
+    torch.manual_seed(0)
+    watched, model = Watched(), Shared(reentrant)
+    model.blocks[0].compile(backend="aot_eager")
+    with watched.attach(model):
+        train(model, model, watched)
+    torch.manual_seed(0)
+    twin, model = Twin({None: -1}), Shared(None)
+    with twin.attach(model):
+        train(model, model, twin)
+    expected, unseen = twin.tallies(), {"first/relu", "blocks.0.down/relu"} if reentrant else set()
+    for name in unseen:
+        expected[name]["gradient_positions"] = 0
+        expected[name]["zero_gradients"][:] = 0
+    assert_same(watched.scope.census(), expected)
+    assert {each.name for each in watched.scope.report().not_measured} == unseen
+
+
+def test_a_forward_that_a_hook_runs_in_the_backward_pass_is_not_counted():
+    def with_hook(model: Net, run: Callable[[Tensor], Tensor], watcher: Nobody) -> None:
+        for number in range(3):
+            y = run(torch.full((4, 8), number / 3))
+            y.register_hook(lambda gradient: gradient + 0 * run(torch.ones(4, 8)).detach())
+            watcher.backward(y.sum())
+            watcher.step()
+
+    def build() -> tuple[nn.Module, list[nn.Module]]:
+        model = Net(Block, None)
+        return model, [model]
+
+    scope = in_three_runs(build, as_it_is, with_hook)
+    assert {site.positions for site in scope.census().values()} == {12}
+
+
+def test_experts_in_a_graph_that_runs_again_are_counted_once():
+    model = Mixture(WAYS["index_select"])
+    run = torch.compile(model, backend="aot_eager", fullgraph=True)
+    scope = watched(model, lambda x: checkpoint(run, x, use_reentrant=False))
+    assert_counts(scope.census("train"), truth(model))
