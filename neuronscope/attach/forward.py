@@ -338,6 +338,7 @@ class Recomputation:
             place: Path and function of the site.
             call: The call; ``None`` if it is not counted.
         """
+        self._drop_repeated()
         self._due.setdefault(place, []).append(call)
         only = self._only.setdefault(place, call)
         if only != call:
@@ -345,14 +346,18 @@ class Recomputation:
 
     def next_number(self, place: Place) -> int:
         """Note a call that is made in a backward pass, and return its number within the recomputed segment."""
-        if self._fired:  # gradients have arrived since: another segment begins
+        self._drop_repeated()
+        number = self._made.get(place, 0)
+        self._made[place] = number + 1
+        return number
+
+    def _drop_repeated(self) -> None:
+        """Forget the calls of the last segment if its gradients have arrived: another segment, or forward, begins."""
+        if self._fired:
             for done, count in self._made.items():
                 del self._due.get(done, [])[-count:]
             self._made.clear()
             self._fired = False
-        number = self._made.get(place, 0)
-        self._made[place] = number + 1
-        return number
 
     def forward_call(self, place: Place, number: int) -> Any:
         """Return the call of the forward that a call of the recomputed segment repeats, or ``None``.

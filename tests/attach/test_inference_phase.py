@@ -162,21 +162,24 @@ def test_a_function_of_the_users_own_that_gives_gradients_is_training(inside: bo
     assert positions(scope, "train") == 3
 
 
+class Shared(nn.Module):
+    """Two layers share one activation, each in a segment that is run again in the backward pass if `save` is true."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two, self.act = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH), nn.ReLU()
+
+    def forward(self, x: Tensor, save: bool = False) -> Tensor:
+        for layer in (self.one, self.two):
+            x = checkpoint(self.part, layer, x, use_reentrant=True) if save else self.part(layer, x)
+        return x
+
+    def part(self, layer: nn.Linear, x: Tensor) -> Tensor:
+        return self.act(layer(x))
+
+
 def test_a_reference_pass_between_a_checkpointed_forward_and_its_backward_disturbs_no_gradient() -> None:
-    """Two segments share one activation, and the recomputed calls must still find which call each was."""
-
-    class Shared(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.one, self.two, self.act = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH), nn.ReLU()
-
-        def forward(self, x: Tensor, save: bool = False) -> Tensor:
-            for layer in (self.one, self.two):
-                x = checkpoint(self.part, layer, x, use_reentrant=True) if save else self.part(layer, x)
-            return x
-
-        def part(self, layer: nn.Linear, x: Tensor) -> Tensor:
-            return self.act(layer(x))
+    """The recomputed calls must still find which call each was."""
 
     def gradients(refer: bool) -> dict[str, list[int]]:
         torch.manual_seed(0)
@@ -193,6 +196,29 @@ def test_a_reference_pass_between_a_checkpointed_forward_and_its_backward_distur
     alone = gradients(False)
     assert len(alone) == 2
     assert gradients(True) == alone
+
+
+@pytest.mark.parametrize("together", [False, True], ids=["one after another", "all forwards first"])
+def test_gradients_of_several_checkpointed_batches_in_a_step_are_those_without_checkpoints(together: bool) -> None:
+    def gradients(save: bool) -> dict[str, tuple[int, list[int]]]:
+        torch.manual_seed(0)
+        model = Shared()
+        with ns.watch(model) as scope:
+            for _ in range(2):
+                losses = []
+                for _ in range(3):
+                    losses.append(model(torch.randn(4, WIDTH, requires_grad=True), save=save).sum())
+                    if not together:
+                        losses.pop().backward()
+                for loss in losses:
+                    loss.backward()
+                scope.step()
+        census = scope.census("train").items()
+        return {name: (tally.gradient_positions, tally.zero_gradients.tolist()) for name, tally in census}
+
+    plain = gradients(False)
+    assert {positions for positions, _ in plain.values()} == {24}
+    assert gradients(True) == plain
 
 
 def test_resampling_batch_norm_and_generation_are_inference() -> None:
