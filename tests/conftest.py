@@ -96,7 +96,9 @@ def _threads() -> Iterator[None]:
     """A test leaves torch as many threads as it found: the tests after it would take many times as long with others."""
     before = torch.get_num_threads()
     yield
-    assert torch.get_num_threads() == before
+    after = torch.get_num_threads()
+    torch.set_num_threads(before)
+    assert after == before
 
 
 @pytest.fixture(autouse=True)

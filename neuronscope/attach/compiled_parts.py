@@ -33,11 +33,12 @@ _MOST_FACTS = 20_000
 class GivenPreActivation(Protocol):
     """The activation of a tensor that a graph is given, and that code outside of the graph may use too."""
 
-    def register(self, x: Tensor) -> None:
+    def register(self, x: Tensor, again: bool) -> None:
         """Register a hook for the gradient of the tensor.
 
         Args:
             x: The tensor.
+            again: Whether the graph runs in a backward pass, so that the tensor may have the hook already.
         """
 
     def give_up(self) -> None:
@@ -243,20 +244,20 @@ class PartGraph:
         parts, again = self._parts, in_backward(False)
         if not again and not (self._followed and parts.is_here()):
             return None
-        for (place, _), activation in self.hooked.items() if again == self._is_again else ():
+        for (place, _), activation in self.hooked.items():
             if parts.partly_used.get(inputs[place]):
                 activation.give_up()
             else:
-                activation.register(inputs[place])
+                activation.register(inputs[place], again)
         if again:
             with unwatched(), torch.no_grad():
-                self._counts.keep()
-            return self._end_again
+                kept = self._counts.keep()
+            return functools.partial(self._end_again, kept)
         return functools.partial(self._end, self._add_calls(inputs), inputs)
 
-    def _end_again(self, _: Any) -> None:
+    def _end_again(self, kept: list[list[Tensor]], _: Any) -> None:
         with unwatched(), torch.no_grad():
-            self._counts.put_back()
+            self._counts.put_back(kept)
 
     def _add_calls(self, inputs: Sequence[Any]) -> Callable[[Origin], Origin]:
         """Add the calls of the graph to the flow, and return what gives an origin of then by the numbers of now."""

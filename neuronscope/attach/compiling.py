@@ -60,6 +60,7 @@ __all__ = [
     "is_in_graph",
     "is_tracing",
     "operator_around",
+    "original_code",
     "seen_by_modes",
     "set_integer",
     "set_variable",
@@ -330,7 +331,7 @@ class GraphListener(Protocol):
         """Note that a graph begins to be traced, and return for what of ours it is made, so that others need another.
 
         Args:
-            code: Which function is traced, or a part of.
+            code: The function that is traced, or what torch made of the rest of one behind a break.
             owner: The ``self`` of that function; ``None`` if it has none, or does not need it any more.
             given: The tensors among the arguments and variables of that function.
         """
@@ -512,7 +513,7 @@ def _told_of_runs(backend: Callable[..., Any], runs: GraphRuns, listener: GraphL
     return compile_graph
 
 
-def _original_code(code: CodeType) -> CodeType:
+def original_code(code: CodeType) -> CodeType:
     """Return the code of a function; of one that torch made of the rest of a function, the code of the whole."""
     from torch._dynamo.resume_execution import ContinueExecutionCache
 
@@ -557,7 +558,7 @@ def _running(translator: Any, listener: GraphListener | None) -> Iterator[None]:
             end.graph.add_cleanup_hook(end)
             root = end.graph.root_tx
             given = nested_tensors(root.f_locals)
-            state = listener.begin_graph(_original_code(root.f_code), root.f_locals.get("self"), given)
+            state = listener.begin_graph(root.f_code, root.f_locals.get("self"), given)
             if _leave_uncounted(root.f_code, state):
                 listener.trace_error = RuntimeError(_CROWDED.format(root.f_code.co_qualname))
         with _tracing(translator):

@@ -399,8 +399,10 @@ class HookManager:
         finally:
             self._step_in_backward = False
             self.entered.leave(handling=False)  # an interrupt may have ended a module
-            if self._step_open:
+            if self._step_open and self.is_attached():
                 self.entered.threads.append(here)
+            else:  # torch puts the mode back after the call
+                self.entered.take_off_next()
 
     def fail(self, error: Exception) -> None:
         """Handle an error in our own code: warn once, detach, and let the training go on."""

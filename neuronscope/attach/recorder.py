@@ -31,6 +31,7 @@ from neuronscope.attach.compiling import (
     is_in_graph,
     is_tracing,
     operator_around,
+    original_code,
     set_integer,
     set_variable,
     trace_attempt,
@@ -75,7 +76,10 @@ from neuronscope.sites import INFERENCE, SiteKey
 
 __all__ = ["SiteRecorder"]
 
-_CallPlace = tuple[str, str, str, str]  # phase, path of a module, name of a function or "", name of the activation
+#: The traced code, the phase, the path of a module, the name of a function or "", and that of the activation.
+_CallPlace = tuple[CodeType | None, str, str, str, str]
+#: In the metadata of a node of autograd's graph: the sites whose gradients are counted at its results.
+_HOOKED = "neuronscope"
 
 
 class SiteRecorder:
@@ -145,6 +149,7 @@ class SiteRecorder:
         self._leaf_handles: list[RemovableHandle] = []  # a leaf outlives the step, and its hook must not
         #: Calls in graphs, whether each adds to the examples, and whether its graph is of a part of the model.
         self._traced: list[tuple[Call, bool, bool]] = []
+        self._code: CodeType | None = None  # what is traced
         self._first_of_graph = 0  # the number of its first call
         self._numbers: Counter[_CallPlace] = Counter()  # of the calls in it
         self._forward_calls: dict[tuple[_CallPlace, int], dict[tuple[SiteKey, bool], Call]] = {}  # see `_call_again`
@@ -393,14 +398,14 @@ class SiteRecorder:
         forward = self.forward
         running = forward.module_stack  # by hooks that ran in eager code, and were not traced
         if running:
-            is_model = running[-1] == "" and code == self.own_code and not self.is_part(owner)
+            is_model = running[-1] == "" and original_code(code) == self.own_code and not self.is_part(owner)
         else:
             is_model = not (forward.explicit_step and self.is_part(owner))
         # In an explicit step a function that is compiled by itself may be given the units of any layer.
         guarded = bool(running) or not is_model or forward.explicit_step
         outside = forward.training and not running and not torch.is_grad_enabled()
         in_function = in_autograd_function() if outside else None
-        self._first_of_graph = len(self._traced)
+        self._code, self._first_of_graph = code, len(self._traced)
         self._numbers.clear()
         facts = forward.parts.begin_graph(given, is_model=is_model, guarded=guarded, in_function=in_function)
         return id(self), self.running_phase, facts, in_backward(False), in_function, *running
@@ -431,7 +436,7 @@ class SiteRecorder:
         if operator := operator_around():
             self.unmeasured.note_inside(operator, phase, path, function, x)
             return
-        place = (phase, path, function, activation.name)
+        place = (self._code, phase, path, function, activation.name)
         known = self._forward_calls.setdefault((place, self._numbers[place]), {})
         self._numbers[place] += 1
         again = in_backward(False)
@@ -442,8 +447,7 @@ class SiteRecorder:
             self._note_traced(call)
             if not again:
                 known[call.key, torch.is_grad_enabled()] = call
-            # What was called with gradients has them already.
-            self._note_given(call, x, has_gradients=again and any(graded for _, graded in known))
+            self._note_given(call, x)
 
     def _call_again(self, known: Mapping[tuple[SiteKey, bool], Call], x: Tensor) -> Call | None:
         """Return the call that a graph makes again in a backward pass; ``None`` if the flow is to say what it is.
@@ -478,12 +482,10 @@ class SiteRecorder:
                 )
         return replace(call, counters=SiteCounters(counters.neurons, counters.traced.device), hook=None)
 
-    def _note_given(self, call: Call, x: Tensor, has_gradients: bool = False) -> None:
+    def _note_given(self, call: Call, x: Tensor) -> None:
         """Note the call that was noted last as one whose pre-activation enters the graph, if it does."""
         if enters_graph(x) and x.requires_grad and torch.is_grad_enabled():
             self._given.add(len(self._traced) - 1)
-            if has_gradients:
-                return
             self.forward.parts.note_given(x, call.key, _PreActivationOfCall(self, call))
 
     def _note_traced(self, call: Call) -> None:
@@ -626,7 +628,7 @@ class SiteRecorder:
             if selected is None:
                 return
             call, before = selected
-            if call.counters is not None:
+            if call.counters is not None and not (self.forward.recomputing or in_backward()):  # counted before
                 self._count(call.counters, y, call.layout, call.owners)
             if before is not None and before.requires_grad:
                 self.hook_call(before, call)
@@ -664,7 +666,7 @@ class SiteRecorder:
             self._note_traced(call)
             if x is not None and is_in_graph(x):
                 self._pre_activations[len(self._traced) - 1] = weakref.ref(x)
-                self._note_given(call, x, has_gradients=in_backward(False))
+                self._note_given(call, x)
 
     def _count_rows(self, counters: JoinedCounters, y: Tensor, layout: NeuronLayout, owners: Owners | None) -> None:
         """Count an output whose rows are of several experts.
@@ -808,7 +810,7 @@ class SiteRecorder:
         self._found.clear()
         if call is not None:
             self._note_traced(call)
-            self._note_given(call, x, has_gradients=in_backward(False))
+            self._note_given(call, x)
 
     def count_named_in_graph(self, y: Any, x: Any) -> None:
         """Count in a graph the tensor whose call was noted last.
@@ -957,10 +959,18 @@ class _PreActivationOfCall(NamedTuple):
     recorder: SiteRecorder
     call: Call
 
-    def register(self, x: Tensor) -> None:
-        if x.requires_grad:
-            call, units = self.call, self.recorder.forward.flow.given(x).units
-            self.recorder.hook_call(x, call if units is None else self.recorder.sites.with_owners(call, units))
+    def register(self, x: Tensor, again: bool) -> None:
+        if not x.requires_grad:
+            return
+        if x.grad_fn is not None:  # its hooks are there: plain checkpointing gives the graph another tensor of it
+            metadata: Any = x.grad_fn.metadata
+            hooked = metadata.setdefault(_HOOKED, set())
+            place = (id(self.recorder), self.call.key, x.output_nr)
+            if again and place in hooked:
+                return
+            hooked.add(place)
+        call, units = self.call, self.recorder.forward.flow.given(x).units
+        self.recorder.hook_call(x, call if units is None else self.recorder.sites.with_owners(call, units))
 
     def give_up(self) -> None:
         if self.call.counters is not None:

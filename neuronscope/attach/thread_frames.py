@@ -24,8 +24,8 @@ def frames_of_threads() -> dict[int, FrameType]:
         return sys._current_frames()
     with _reading:  # so that no other thread turns the collector on
         enabled = gc.isenabled()
-        gc.disable()
         try:
+            gc.disable()  # in here, because an interrupt may come as soon as it returns
             return sys._current_frames()
         finally:
             if enabled:

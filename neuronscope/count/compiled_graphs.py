@@ -212,10 +212,10 @@ class KeptCounts:
         counters: The tensors of the counts that the graph changes.
 
     >>> count = torch.tensor([1, 2])
-    >>> kept = KeptCounts([count])
-    >>> kept.keep()
+    >>> counts = KeptCounts([count])
+    >>> kept = counts.keep()
     >>> _ = count.add_(5)
-    >>> kept.put_back()
+    >>> counts.put_back(kept)
     >>> count.tolist()
     [1, 2]
     """
@@ -225,20 +225,23 @@ class KeptCounts:
         for counter in counters:
             groups.setdefault((counter.device, counter.dtype), []).append(counter)
         self._counters = [*groups.values()]
-        self._kept: list[list[Tensor]] = []
 
-    def keep(self) -> None:
-        """Keep the counts as they are."""
-        if not self._kept:
-            with torch.inference_mode(False):
-                self._kept = [[torch.empty_like(each) for each in group] for group in self._counters]
-        for kept, group in zip(self._kept, self._counters, strict=True):
-            torch._foreach_copy_(kept, group)
+    def keep(self) -> list[list[Tensor]]:
+        """Return copies of the counts, for :meth:`put_back`."""
+        with torch.inference_mode(False):
+            kept = [[torch.empty_like(each) for each in group] for group in self._counters]
+        for copies, group in zip(kept, self._counters, strict=True):
+            torch._foreach_copy_(copies, group)
+        return kept
 
-    def put_back(self) -> None:
-        """Set the counts to what they were when they were kept."""
-        for kept, group in zip(self._kept, self._counters, strict=True):
-            torch._foreach_copy_(group, kept)
+    def put_back(self, kept: list[list[Tensor]]) -> None:
+        """Set the counts to what they were when they were kept.
+
+        Args:
+            kept: What :meth:`keep` returned.
+        """
+        for copies, group in zip(kept, self._counters, strict=True):
+            torch._foreach_copy_(group, copies)
 
 
 def _others(tensor: Tensor, axis: int) -> list[int]:

@@ -68,6 +68,12 @@ def training(model: nn.Module, shape: tuple[int, ...], scope: ns.Scope | None = 
     return step
 
 
+@pytest.fixture(autouse=True)
+def _all_objects() -> None:
+    """The garbage collector's list has all objects, also those that it is spared (tests/conftest.py)."""
+    gc.unfreeze()
+
+
 def tensors() -> int:
     gc.collect()
     return sum(issubclass(type(each), Tensor) for each in gc.get_objects())

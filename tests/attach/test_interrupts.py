@@ -383,3 +383,16 @@ def test_a_function_behind_an_interrupt_that_came_while_an_output_was_counted_is
         "second/relu": 2,
         "second/tanh": 4,
     }
+
+
+@pytest.mark.parametrize("ends", [ns.Scope.close_step, ns.Scope.detach])
+def test_a_step_that_ends_within_its_backward_pass_leaves_no_mode(ends: Callable[[ns.Scope], None]) -> None:
+    """Torch has taken the mode off for ``backward``, and puts it back."""
+    net = Net()
+    with ns.watch(net) as scope:
+        scope.open_step()
+        y = net(torch.ones(2, 4))
+        y.register_hook(lambda _: ends(scope))
+        y.sum().backward()
+        assert torch.overrides._len_torch_function_stack() == 0
+        assert scope._hooks.entered.threads == []

@@ -52,14 +52,16 @@ def batch(number: int, step: int) -> Tensor:
 
 @pytest.fixture(autouse=True)
 def _short_turns() -> Iterator[None]:
-    """Python changes the thread after every few operations."""
-    before, threads = sys.getswitchinterval(), torch.get_num_threads()
+    """Python changes the thread after every few operations, and collects garbage as often as by itself."""
+    before, threads, collects = sys.getswitchinterval(), torch.get_num_threads(), gc.get_threshold()
     sys.setswitchinterval(1e-5)
+    gc.set_threshold(700, 10, 10)
     torch.set_num_threads(1)
     with warnings.catch_warnings():
         warnings.simplefilter("error", ns.NeuronscopeWarning)
         yield
     sys.setswitchinterval(before)
+    gc.set_threshold(*collects)
     torch.set_num_threads(threads)
 
 
@@ -457,6 +459,19 @@ def test_threads_that_ask_for_frames_never_wait_for_each_other_for_ever():
     """``sys._current_frames`` in place of ours hangs here within two seconds, before Python 3.12."""
     done = subprocess.run([sys.executable, "-c", ASK], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_an_interrupt_while_frames_are_read_leaves_the_garbage_collector_on(monkeypatch: pytest.MonkeyPatch):
+    disable = gc.disable
+
+    def interrupted() -> None:
+        disable()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(gc, "disable", interrupted)
+    with contextlib.suppress(KeyboardInterrupt):  # from Python 3.12 on the collector is left alone
+        frames_of_threads()
+    assert gc.isenabled()
 
 
 def test_a_garbage_collector_that_is_off_stays_off_when_frames_are_read():

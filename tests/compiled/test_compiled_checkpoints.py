@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -234,3 +235,65 @@ def test_experts_in_a_graph_that_runs_again_are_counted_once():
     run = torch.compile(model, backend="aot_eager", fullgraph=True)
     scope = watched(model, lambda x: checkpoint(run, x, use_reentrant=False))
     assert_counts(scope.census("train"), truth(model))
+
+
+class First(nn.Module):
+    """Begins with an activation, and has others behind a graph break."""
+
+    def __init__(self, broken: bool) -> None:
+        super().__init__()
+        self.fc, self.b, self.broken = nn.Linear(8, 8), nn.Linear(8, 8), broken
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.fc(F.relu(x))
+        if self.broken:
+            torch._dynamo.graph_break()
+        return self.b(F.relu(x))
+
+
+class Selecting(nn.Module):
+    """Selects by data."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.up = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.up(x)
+        return self.fc(x * (x > 0.1))
+
+
+class At(nn.Module):
+    """Runs its block in one of several ways, each step in another."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.first, self.block = nn.Linear(8, 8), block
+        self.reentrant: bool | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        return self.block(x) if self.reentrant is None else checkpoint(self.block, x, use_reentrant=self.reentrant)
+
+
+@pytest.mark.parametrize("order", [(None, True), (True, None, True), (True, True), (False, True, False), (None, False)])
+@pytest.mark.parametrize(
+    "block", [lambda: First(False), lambda: First(True), Selecting], ids=["one graph", "two graphs", "selection"]
+)
+def test_checkpointing_that_begins_or_ends_in_training_changes_no_count(block, order):
+    censuses = []
+    for compiled, reentrant in itertools.product((False, True), (order, (None,) * len(order))):
+        torch._dynamo.reset()
+        torch.manual_seed(0)
+        model = At(block())
+        if compiled:
+            model.block.compile(backend="aot_eager")
+        with ns.watch(model) as scope:
+            for model.reentrant in reentrant:
+                model(torch.randn(4, 8)).square().mean().backward()
+                scope.step()
+        assert scope._hooks.failure is None
+        censuses.append(scope.census())
+    assert len({tally.positions for tally in censuses[0].values()}) == 1
+    for census in censuses[1:]:
+        assert_same_census(census, censuses[0])
