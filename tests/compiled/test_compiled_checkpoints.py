@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
 import torch._dynamo
+import torch._functorch.config
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -20,6 +21,13 @@ from tests.compiled.compiler_marks import COMPILES
 from tests.compiled.test_compile import assert_same_census
 
 pytestmark = COMPILES
+
+
+@pytest.fixture(autouse=True)
+def _backward_may_run_again() -> Iterator[None]:
+    """Inductor's graphs leave their inputs whole, also one that it keeps on the disk: the training goes back twice."""
+    with torch._functorch.config.patch(donated_buffer=False):
+        yield
 
 
 class Block(nn.Module):
