@@ -300,10 +300,10 @@ class NeuronFlow:
         """Return what a fake tensor is by the call in the graph that gives it, which no function mode has seen."""
         if traced_modules() is None:
             return self._origin_by_autograd(tensor, unseen)
-        inner, call = traced_in_body(tensor), traced_call(tensor)
+        inner = traced_in_body(tensor)
         if inner is not None:
             self._origins.put(tensor, self.origin(inner))
-        elif call is not None:
+        elif (call := traced_call(tensor)) is not None:
             self.follow(*call)
         return self._origins.get(tensor) or unseen
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from tests.agreement.slow_twin import Nobody, Watched, assert_bits, state_of
 from tests.compiled.compiler_marks import COMPILES
 from tests.compiled.test_compile import Counter, assert_same_census, train
+from tests.compiled.three_runs import in_three_runs
 
 pytestmark = COMPILES
 
@@ -117,23 +118,16 @@ CASES = {
 
 @pytest.mark.parametrize("name", CASES)
 def test_behind_a_break_in_a_submodule_sites_and_counts_are_those_of_eager(name):
-    runs = []
-    for watcher, compiles in ((Watched(), False), (Watched(), True), (Nobody(), True)):
-        torch._dynamo.reset()
-        torch.manual_seed(0)
+    def run(watcher: Nobody, compiles: bool) -> nn.Module:
         model = CASES[name]()
-        run = torch.compile(model, backend=Counter("aot_eager")) if compiles else model
+        called = torch.compile(model, backend=Counter("aot_eager")) if compiles else model
         with watcher.attach(model):
-            train(model, run, watcher, (4, 5), 3)
+            train(model, called, watcher, (4, 5), 3)
             with watcher.phase("val"), torch.no_grad():
-                run(torch.ones(3, 5))
-        runs.append((getattr(watcher, "scope", None), state_of(model)))
-    (eager, _), (compiled, weights), (_, plain) = runs
-    assert_bits(weights, plain)
-    assert compiled._hooks.failure is None
-    for phase in ("train", "val"):
-        assert_same_census(compiled.census(phase), eager.census(phase))
-    assert compiled.report().not_measured == eager.report().not_measured
+                called(torch.ones(3, 5))
+        return model
+
+    assert in_three_runs(run).phases == ("train", "val")
 
 
 class Point(nn.Module):
@@ -302,27 +296,21 @@ HELPED = (
 @pytest.mark.parametrize("in_place", [True, False], ids=["compile()", "torch.compile"])
 @pytest.mark.parametrize("build", HELPED)
 def test_a_function_that_is_compiled_by_itself_counts_at_the_layer_that_it_is_given(build, in_place):
-    runs = []
-    for watcher, compiles in ((Watched(), False), (Watched(), True), (Nobody(), True)):
-        torch._dynamo.reset()
-        torch.manual_seed(0)
-        model = run = build()
+    def run(watcher: Nobody, compiles: bool) -> nn.Module:
+        model = called = build()
         if compiles and in_place:
             model.compile(backend="eager")
         elif compiles:
-            run = torch.compile(model, backend="eager")
+            called = torch.compile(model, backend="eager")
         with watcher.attach(model):
-            train(model, run, watcher, (4, 5 if isinstance(model, Outer) else 8), 3)
+            train(model, called, watcher, (4, 5 if isinstance(model, Outer) else 8), 3)
             with watcher.phase("val"), torch.no_grad():
-                run(torch.ones(3, 5 if isinstance(model, Outer) else 8))
-        runs.append((getattr(watcher, "scope", None), state_of(model)))
-    (eager, _), (compiled, weights), (_, plain) = runs
-    assert_bits(weights, plain)
-    assert compiled._hooks.failure is None
-    for phase in ("train", "val"):
-        assert compiled.census(phase)
-        assert_same_census(compiled.census(phase), eager.census(phase))
-    assert compiled.report().not_measured == eager.report().not_measured
+                called(torch.ones(3, 5 if isinstance(model, Outer) else 8))
+        return model
+
+    compiled = in_three_runs(run)
+    assert compiled.census("train")
+    assert compiled.census("val")
 
 
 class Tied(nn.Module):

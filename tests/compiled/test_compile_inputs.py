@@ -13,9 +13,10 @@ import torch._dynamo
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tests.agreement.slow_twin import Nobody, Watched, assert_bits, state_of
+from tests.agreement.slow_twin import Nobody, Watched
 from tests.compiled.compiler_marks import COMPILES
 from tests.compiled.test_compile import Partly, assert_same_census, train
+from tests.compiled.three_runs import in_three_runs
 
 pytestmark = COMPILES
 
@@ -72,10 +73,8 @@ USES: dict[str, tuple[Callable[..., Tensor], bool, Callable[[Partly, Tensor], Te
 @pytest.mark.parametrize("name", USES)
 def test_the_gradient_of_an_input_of_a_graph_is_that_of_all_its_uses(name, wraps):
     function, layer, use = USES[name]
-    runs = []
-    for watcher, compiles in ((Watched(), False), (Watched(), True), (Nobody(), True)):
-        torch._dynamo.reset()
-        torch.manual_seed(0)
+
+    def run(watcher: Nobody, compiles: bool) -> nn.Module:
         model = Partly(Applied(function, layer), use)
         if compiles and wraps:
             model.part = torch.compile(model.part, backend="aot_eager", fullgraph=True)
@@ -86,13 +85,10 @@ def test_the_gradient_of_an_input_of_a_graph_is_that_of_all_its_uses(name, wraps
                 train(model, model, watcher, (size, 8), 1)
             with watcher.phase("val"), torch.no_grad():
                 model(torch.ones(5, 8))
-        runs.append((getattr(watcher, "scope", None), state_of(model)))
-    (eager, _), (compiled, weights), (_, plain) = runs
-    assert_bits(weights, plain)
-    assert compiled._hooks.failure is None
-    for phase in ("train", "val"):
-        assert_same_census(compiled.census(phase), eager.census(phase))
-    assert compiled.report().not_measured == eager.report().not_measured
+        return model
+
+    compiled = in_three_runs(run)
+    assert compiled.phases == ("train", "val")
     assert compiled.census()["first/relu"].gradient_positions == 21
 
 

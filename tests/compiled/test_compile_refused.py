@@ -7,14 +7,15 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch._dynamo
-from torch import Tensor
+from torch import Tensor, nn
 from torch._dynamo.exc import SkipFrame
 from torch._subclasses.fake_tensor import DataDependentOutputException
 
-from tests.agreement.slow_twin import Nobody, Watched, assert_bits, state_of
+from tests.agreement.slow_twin import Nobody
 from tests.compiled.compiler_marks import COMPILES
-from tests.compiled.test_compile import assert_same_census, train
+from tests.compiled.test_compile import train
 from tests.compiled.test_compile_breaks import Halves, Outer, Twice, TwoMethods
+from tests.compiled.three_runs import in_three_runs
 
 pytestmark = COMPILES
 
@@ -49,21 +50,15 @@ ERRORS = {
 @pytest.mark.parametrize("error", ERRORS)
 @pytest.mark.parametrize("build", [TwoMethods, Twice, Halves])
 def test_a_part_that_the_back_end_refuses_counts_as_in_eager(build, error, each):
-    runs = []
-    for watcher, compiles in ((Watched(), False), (Watched(), True), (Nobody(), True)):
-        torch._dynamo.reset()
-        torch.manual_seed(0)
+    def run(watcher: Nobody, compiles: bool) -> nn.Module:
         model, backend = build(), Refusing(ERRORS[error], each)
-        run = torch.compile(model, backend=backend) if compiles else model
+        called = torch.compile(model, backend=backend) if compiles else model
         with torch._dynamo.config.patch(suppress_errors=True), watcher.attach(model):
-            train(model, run, watcher, (4, 5 if isinstance(model, Outer) else 8), 3)
+            train(model, called, watcher, (4, 5 if isinstance(model, Outer) else 8), 3)
         assert bool(backend.refused) == compiles
-        runs.append((getattr(watcher, "scope", None), state_of(model)))
-    (eager, _), (compiled, weights), (_, plain) = runs
-    assert_bits(weights, plain)
-    assert compiled._hooks.failure is None
-    assert_same_census(compiled.census(), eager.census())
-    assert compiled.report().not_measured == eager.report().not_measured
+        return model
+
+    in_three_runs(run)
 
 
 def calls(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Tensor]:
@@ -80,13 +75,11 @@ def calls(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Te
 
 @pytest.mark.parametrize("build", [TwoMethods, Twice, Halves])
 def test_a_back_end_that_calls_the_graph_from_its_own_code_counts_once(build):
-    runs = []
-    for compiles in (False, True):
-        torch.manual_seed(0)
-        model, watcher = build(), Watched()
+    def run(watcher: Nobody, compiles: bool) -> nn.Module:
+        model = build()
+        called = torch.compile(model, backend=calls) if compiles else model
         with watcher.attach(model):
-            run = torch.compile(model, backend=calls) if compiles else model
-            train(model, run, watcher, (4, 5 if isinstance(model, Outer) else 8), 3)
-        runs.append(watcher.scope)
-    assert runs[1]._hooks.failure is None
-    assert_same_census(runs[1].census(), runs[0].census())
+            train(model, called, watcher, (4, 5 if isinstance(model, Outer) else 8), 3)
+        return model
+
+    in_three_runs(run)

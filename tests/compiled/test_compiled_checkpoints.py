@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import neuronscope as ns
-from tests.agreement.slow_twin import Nobody, Twin, Watched, assert_bits, assert_same, state_of
+from tests.agreement.slow_twin import Nobody, Twin, Watched, assert_same
 from tests.attach.test_experts import WAYS, Mixture, assert_counts, truth, watched
 from tests.compiled.compiler_marks import COMPILES
 from tests.compiled.test_compile import assert_same_census
+from tests.compiled.three_runs import in_three_runs
 
 pytestmark = COMPILES
 
@@ -97,10 +98,10 @@ Training = Callable[[Any, Callable[[Tensor], Tensor], Nobody], None]
 Build = Callable[[], tuple[nn.Module, list[nn.Module]]]
 
 
-def in_three_runs(
+def compared(
     build: Build, run_of: Callable[[Any], Callable[[Tensor], Tensor]], training: Training, backend: str = "aot_eager"
 ) -> ns.Scope:
-    """Compare a watched compiled run with an eager one, and its weights with those of an unwatched compiled one.
+    """Compare a watched compiled run with others; see :func:`tests.compiled.three_runs.in_three_runs`.
 
     Args:
         build: Returns a network, and the parts of it to compile.
@@ -108,24 +109,16 @@ def in_three_runs(
         training: The training loop.
         backend: Compiles the parts.
     """
-    runs = []
-    for watcher, compiles in ((Watched(), False), (Watched(), True), (Nobody(), True)):
-        torch._dynamo.reset()
-        torch.manual_seed(0)
+
+    def run(watcher: Nobody, compiles: bool) -> nn.Module:
         model, parts = build()
         for part in parts if compiles else ():
             part.compile(backend=backend)
         with watcher.attach(model):
             training(model, run_of(model), watcher)
-        runs.append((getattr(watcher, "scope", None), state_of(model)))
-    (eager, _), (compiled, weights), (_, plain) = runs
-    assert_bits(weights, plain)
-    assert compiled._hooks.failure is None
-    assert compiled.phases == eager.phases
-    for phase in eager.phases:
-        assert_same_census(compiled.census(phase), eager.census(phase))
-    assert compiled.report().not_measured == eager.report().not_measured
-    return compiled
+        return model
+
+    return in_three_runs(run)
 
 
 def as_it_is(model: Net) -> Callable[[Tensor], Tensor]:
@@ -147,7 +140,7 @@ def compiled_blocks(block: type[Block], reentrant: bool, **options: bool) -> Bui
     [(Block, False, "aot_eager"), (Block, True, "aot_eager"), (Broken, False, "aot_eager"), (Block, False, "inductor")],
 )
 def test_blocks_that_are_compiled_one_by_one_count_what_eager_ones_and_the_twin_do(block, nested, backend, reentrant):
-    scope = in_three_runs(compiled_blocks(block, reentrant, nested=nested), as_it_is, train, backend)
+    scope = compared(compiled_blocks(block, reentrant, nested=nested), as_it_is, train, backend)
     torch.manual_seed(0)
     twin, model = Twin({None: -1}), Net(block, None)
     with twin.attach(model):
@@ -171,7 +164,7 @@ def test_a_compiled_model_that_the_loop_calls_under_a_checkpoint(reentrant):
 
         return run
 
-    scope = in_three_runs(build, run_of, train)
+    scope = compared(build, run_of, train)
     positions = [{site.positions for site in scope.census(phase).values()} for phase in ("train", "inference")]
     assert positions == [{24}, {24}]
 
@@ -190,7 +183,7 @@ def test_compiled_blocks_that_an_explicit_step_calls_under_a_checkpoint(reentran
                 scope.close_step()
             watcher.step()
 
-    scope = in_three_runs(compiled_blocks(Block, reentrant), as_it_is, in_steps)
+    scope = compared(compiled_blocks(Block, reentrant), as_it_is, in_steps)
     assert {site.gradient_positions for site in scope.census().values()} == {24}
 
 
@@ -234,7 +227,7 @@ def test_a_forward_that_a_hook_runs_in_the_backward_pass_is_not_counted():
         model = Net(Block, None)
         return model, [model]
 
-    scope = in_three_runs(build, as_it_is, with_hook)
+    scope = compared(build, as_it_is, with_hook)
     assert {site.positions for site in scope.census().values()} == {12}
 
 

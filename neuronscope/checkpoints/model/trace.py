@@ -151,7 +151,14 @@ class _GraphBuilder(TorchFunctionMode):
     def put(
         self, tensor: Tensor, *, constant: bool = False, name: str = "", sources: frozenset[str] = frozenset()
     ) -> int:
-        """Give a new number to a tensor that was made or changed; the other arguments are as in :class:`Value`."""
+        """Give a new number to a tensor that was made or changed.
+
+        Args:
+            tensor: The tensor.
+            constant: Whether it does not depend on the input.
+            name: Its name if it is a parameter or buffer.
+            sources: The parameters and buffers that a constant is or was computed from.
+        """
         kept = tensor if constant else None
         self.graph.values.append(Value(tuple(tensor.shape), tensor.dtype, kept, name, sources))
         self._versions.append(tensor._version)
