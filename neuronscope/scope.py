@@ -584,12 +584,11 @@ class Scope:
         phase, paused = self._threads.state()
         step, due = self._decided  # not as they are: another thread may be in the middle of a step
         observing = not paused and (phase != "train" or due)
-        if (phase, step, observing) == self._applied or not (observing or hooks.observing):
-            return
-        self._applied = phase, step, observing
-        hooks.recorder.set_phase(phase, step)
-        hooks.set_observing(observing)
-        if not observing and not paused and not self._threads.running:
+        if (phase, step, observing) != self._applied and (observing or hooks.observing):
+            self._applied = phase, step, observing
+            hooks.recorder.set_phase(phase, step)
+            hooks.set_observing(observing)
+        if not due and not self._threads.running:
             hooks.pause(self.every_n_steps - step % self.every_n_steps)
 
     def _end(self, join: bool) -> None:

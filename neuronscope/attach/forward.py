@@ -67,6 +67,7 @@ class ForwardContext:
         training: Whether the phase is ``train``, in which forwards without gradients are inference.
         step_is_forward: Whether the training step runs inside the forward of the root, as Lightning's does under DDP.
             The forwards that the step makes are then one level deeper.
+        ran: Whether the model, a part of it or an activation was seen to run.
         ran_root: Whether the model's own forward was seen.
         ran_parts: Whether parts of the model were called outside of its forward and of an explicit step.
         restarts_at_parts: Whether a part of the model that runs again begins a new pass.
@@ -90,6 +91,7 @@ class ForwardContext:
         self.explicit_step = False
         self.training = False
         self.step_is_forward = False
+        self.ran = False
         self.ran_root = False
         self.ran_parts = False
         self.ran_alone = False
@@ -128,6 +130,7 @@ class ForwardContext:
             self.recomputing = in_backward(traced)
             self.exporting = not has_real_tensors(traced)
             self._graded = torch.is_grad_enabled()
+            self.ran = True
             if path == "":
                 self.ran_root = True
             elif not self.explicit_step:

@@ -234,8 +234,7 @@ class HookManager:
         """
         if steps < _FEWEST_UNOBSERVED:
             return
-        forward, model = self.recorder.forward, self._model()
-        ran = forward.ran_root or forward.ran_parts
+        ran, model = self.recorder.forward.ran, self._model()
         self._compiles |= self.recorder.compiled or self._compilations != count_compilations()
         if ran and model is not None and not self._compiles and not self._handles.off:
             self._compiles = any(is_compiled(module) for module in model.modules())

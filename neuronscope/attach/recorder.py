@@ -277,6 +277,7 @@ class SiteRecorder:
             return None
         recomputing = forward.recomputing
         if not forward.module_stack:
+            forward.ran = True
             if not forward.explicit_step:
                 forward.ran_parts = forward.ran_alone = True
             if not has_real_tensors():

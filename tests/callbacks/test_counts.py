@@ -82,6 +82,24 @@ def test_an_optimizer_of_torch_steps_without_a_function_mode() -> None:
     assert depths == [0] * 4
 
 
+def test_the_hooks_are_off_the_model_in_steps_that_are_not_observed() -> None:
+    model = network()
+    logits, hooked = model.logits, []
+
+    def note(x: Tensor) -> Tensor:
+        if model.trainer.training:
+            hooked.append((model.trainer.global_step, bool(model.act._forward_hooks or model.act._forward_pre_hooks)))
+        return logits(x)
+
+    model.logits = note
+    monitor = DeadNeuronMonitor(every_n_steps=10)
+    trainer(monitor, max_epochs=1, val_check_interval=5).fit(model, batches(14), batches(2))
+    assert hooked == [(step, step % 10 == 0) for step in range(14)]
+    for site in SITES:
+        assert_counts(monitor.census("train")[site], counted(model.notes, site, "train", {0, 10}))
+        assert_counts(monitor.census("val")[site], counted(model.notes, site, "validate"))
+
+
 @pytest.mark.parametrize("framework", ["pytorch_lightning", "lightning.pytorch"])
 def test_phases_are_kept_apart(framework: str) -> None:
     monitor = DeadNeuronMonitor(every_n_steps=2)
