@@ -109,9 +109,9 @@ class ActivationFunctionMode(TorchFunctionMode):
         self._not_only_followed = self._functions | _QUESTIONS | SELECTING | {Tensor.backward}
         self._end_fused_while_tracing = while_tracing(manager.end_fused_while_tracing, "args", "output")
         self._follow_while_tracing = while_tracing(
-            self.follow_traced, "func", "args", "kwargs", "output", "mask", listener=manager.recorder
+            self.follow_traced, "func", "args", "kwargs", "output", "mask", listener=manager.recorder.graphs
         )
-        self.listener: GraphListener = manager.recorder
+        self.listener: GraphListener = manager.recorder.graphs
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None

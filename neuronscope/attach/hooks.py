@@ -143,8 +143,8 @@ class HookManager:
         self._skipped: list[CodeType] = []  # see `skip_when_hooked`
         self._model = weakref.ref(model)
         self.note_weights: Callable[[], None] | None = None  # called when the model's own forward begins
-        self.recorder.own_code = code_of_forward([module for path, module in walk(model) if path == ""][-1])
-        self.recorder.is_part = self._is_part
+        self.recorder.graphs.own_code = code_of_forward([module for path, module in walk(model) if path == ""][-1])
+        self.recorder.graphs.is_part = self._is_part
         self.recorder.forward.parts.is_here = lambda: self.thread.in_forward in (None, get_ident())
         self.recorder.sites.is_tensor_parallel = lambda: is_tensor_parallel(self._model())
         self.recorder.sites.paths = self._paths
@@ -511,8 +511,8 @@ class HookManager:
         """
         if self._fused_calls:
             self._end_fused(output)
-        if self.recorder.trace_error is not None and not is_tracing():
-            raise self.recorder.trace_error
+        if self.recorder.graphs.trace_error is not None and not is_tracing():
+            raise self.recorder.graphs.trace_error
         forward = self.recorder.forward
         ended = forward.leave()
         if ended:

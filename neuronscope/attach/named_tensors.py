@@ -74,7 +74,7 @@ class NamedTensors:
         self._recorder = manager.recorder
         self._refused: set[str] = set()
         self._find_while_tracing = while_tracing(
-            self._find_traced, "phase", "named", "y", "pre", listener=manager.recorder
+            self._find_traced, "phase", "named", "y", "pre", listener=manager.recorder.graphs
         )
 
     def count(self, named: NamedTensor, y: Any, pre: Any) -> None:
@@ -125,7 +125,7 @@ class NamedTensors:
     ) -> None:
         phase = self._recorder.running_phase  # noqa: F841
         comptime(self._find_while_tracing)
-        self._recorder.count_named_in_graph(y, y if pre is None else pre)
+        self._recorder.graphs.count_named(y, y if pre is None else pre)
 
     def _find_traced(self, phase: str, named: Any, y: Any, pre: Any) -> None:
         named = NamedTensor(*named)
@@ -137,7 +137,7 @@ class NamedTensors:
             self._recorder.unmeasured.note(named.name, IN_OPERATOR.format(operator))
         elif not self._is_refused(named, y, pre):
             call = self._find(phase, named, y, traced=True)
-        self._recorder.find_named_traced(call, y if pre is None else pre)
+        self._recorder.graphs.find_named(call, y if pre is None else pre)
 
     def _find(self, phase: str, named: NamedTensor, y: Tensor, *, traced: bool) -> Call | None:
         axis = named.axis % y.dim()

@@ -1,64 +1,37 @@
 """Record the calls of all sites: register hooks for gradients, and update the counters of the sites.
 
 The hooks and the function mode pass the tensors in: see :mod:`neuronscope.attach.hooks`. Which site a call is of, is
-found by :mod:`neuronscope.attach.site_finder`. ``torch.compile`` can trace this. What a call leads to is found while it
-traces, and is a constant of the graph: the counters, and where the neurons of the tensor lie.
+found by :mod:`neuronscope.attach.site_finder`. Where ``torch.compile`` traces a call, it is handed on to
+:mod:`neuronscope.attach.graph_recorder`.
 """
 
 from __future__ import annotations
 
 import threading
-import weakref
-from collections import Counter
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
-from dataclasses import replace
-from types import CodeType
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from neuronscope.attach.activations import Activation
-from neuronscope.attach.compiled_parts import PartGraph
-from neuronscope.attach.compiling import (
-    TracedEnd,
-    comptime,
-    enters_graph,
-    has_real_tensors,
-    in_autograd_function,
-    in_backward,
-    is_in_graph,
-    is_tracing,
-    operator_around,
-    original_code,
-    set_integer,
-    set_variable,
-    trace_attempt,
-    unwatched,
-    while_tracing,
-)
+from neuronscope.attach.compiling import has_real_tensors, in_backward, is_tracing, unwatched
 from neuronscope.attach.dtensor import is_partial, local_tensor, sharded_dims
 from neuronscope.attach.examples import ExampleCounter
 from neuronscope.attach.forward import ForwardContext
 from neuronscope.attach.gradient_hooks import CountedGradient, Counters, GradientHook, RecomputedGradient, register
+from neuronscope.attach.graph_recorder import GraphRecorder
 from neuronscope.attach.layer_names import LayerNames
 from neuronscope.attach.masks import PositionMask
 from neuronscope.attach.origins import LOST
 from neuronscope.attach.row_owners import Owners
-from neuronscope.attach.selections import SELECTING
 from neuronscope.attach.site_finder import Call, CountersFactory, DeclaredAxis, SiteFinder, neurons_in
 from neuronscope.attach.unmeasured import place_of
-from neuronscope.attach.unsupported import BATCHED_GRADIENT, CAPTURED, IN_OPERATOR, describe_input, in_transform
+from neuronscope.attach.unsupported import BATCHED_GRADIENT, CAPTURED, describe_input, in_transform
 from neuronscope.count.backends import add_gradients_on_device, add_outputs_on_device
 from neuronscope.count.captured_graphs import StepClock, is_capturing
-from neuronscope.count.compiled_graphs import (
-    add_outputs_in_graph,
-    gate_half,
-    leave_out,
-    once_a_forward,
-    register_gradient_hook,
-)
+from neuronscope.count.compiled_graphs import gate_half, once_a_forward
 from neuronscope.count.counters import SiteCounters, add_gradients, add_outputs
 from neuronscope.count.cpu_kernels import ScratchBuffers
 from neuronscope.count.expert_counters import (
@@ -66,20 +39,13 @@ from neuronscope.count.expert_counters import (
     JoinedCounters,
     add_expert_gradients,
     add_expert_outputs,
-    add_expert_outputs_in_graph,
     leave_out_rows,
-    register_expert_gradient_hook,
 )
 from neuronscope.count.neuron_layout import NeuronLayout, neurons_first, rows_kept
-from neuronscope.count.positions import blank_positions, keep_positions
+from neuronscope.count.positions import keep_positions
 from neuronscope.sites import INFERENCE, SiteKey
 
 __all__ = ["SiteRecorder"]
-
-#: The traced code, the phase, the path of a module, the name of a function or "", and that of the activation.
-_CallPlace = tuple[CodeType | None, str, str, str, str]
-#: In the metadata of a node of autograd's graph: the sites whose gradients are counted at its results.
-_HOOKED = "neuronscope"
 
 
 class SiteRecorder:
@@ -99,12 +65,10 @@ class SiteRecorder:
         step: The optimizer step that is counted.
         clock: The same on each device, for graphs.
         compiled: Whether ``torch.compile`` traced any part of the model.
-        trace_error: An error of our own while ``torch.compile`` traced, if there was one.
+        graphs: Records the calls that ``torch.compile`` traces.
         forward: The forward that is running.
         sites: Finds the sites.
         unmeasured: What is not measured.
-        own_code: The model's own forward.
-        is_part: Returns whether an object is a module inside the model.
         lock: Held while counts are changed or read, because gradients arrive in whatever thread runs the backward pass.
         got_gradients: Whether a gradient has arrived.
         ignored_mask: Whether rows of several experts were counted in a forward with a mask, which does not reach them.
@@ -129,7 +93,6 @@ class SiteRecorder:
     ) -> None:
         self.phase = ""
         self.compiled = False
-        self.trace_error: Exception | None = None
         self.step = 0
         self.clock = StepClock()
         self._asked_at = -1  # number of the forward when `was_not_called` was last asked
@@ -137,8 +100,6 @@ class SiteRecorder:
         self.sites = SiteFinder(self.forward, self, new_counters, declared_axis)
         self.unmeasured = self.sites.unmeasured
         self.fail = fail
-        self.own_code: CodeType | None = None
-        self.is_part: Callable[[Any], bool] = lambda _: False
         self.lock = threading.RLock()
         self.got_gradients = False
         self.ignored_mask = False
@@ -147,61 +108,7 @@ class SiteRecorder:
         self._tolerance = tolerance
         self._scratch = ScratchBuffers()
         self._leaf_handles: list[RemovableHandle] = []  # a leaf outlives the step, and its hook must not
-        #: Calls in graphs, whether each adds to the examples, and whether its graph is of a part of the model.
-        self._traced: list[tuple[Call, bool, bool]] = []
-        self._code: CodeType | None = None  # what is traced
-        self._first_of_graph = 0  # the number of its first call
-        self._numbers: Counter[_CallPlace] = Counter()  # of the calls in it
-        self._forward_calls: dict[tuple[_CallPlace, int], dict[tuple[SiteKey, bool], Call]] = {}  # see `_call_again`
-        self._traced_owners: dict[int, weakref.ref[Tensor]] = {}  # of those of experts: which one each row is of
-        self._given: set[int] = set()  # those of them whose pre-activation enters the graph
-        self._pre_activations: dict[int, weakref.ref[Tensor]] = {}  # of selections
-
-        # torch.compile runs these while it traces.
-        self._find_while_tracing = while_tracing(
-            self._find_traced, "phase", "path", "function", "activation", "x", "glu_dim", listener=self
-        )
-        self._end_while_tracing = while_tracing(self._end_traced, "call", "x", "y")
-        self._load_mask_while_tracing = while_tracing(self._load_mask, "tensor", "experts")
-        self._load_examples_while_tracing = while_tracing(lambda: set_integer("examples", "forward", "examples"))
-        self._load_owners_while_tracing = while_tracing(self._load_owners, "call")
-        self._load_pre_activation_while_tracing = while_tracing(self._load_pre_activation, "number")
-        self._unreadable_while_tracing = while_tracing(self._unreadable_traced, "call")
-        self._select_while_tracing = while_tracing(self._select_traced, "phase", "function", "args", "kwargs", "y")
-        self._carry_while_tracing = while_tracing(self._carry, "x", "y")
-        found: list[int | None] = []
-        self._found = found
-
-        def last_found() -> int | None:
-            return found.pop() if found else None
-
-        def counters_of(call: int) -> SiteCounters | None:
-            counters = self._traced[call][0].counters
-            return counters if isinstance(counters, SiteCounters) else None
-
-        def experts_of(call: int) -> ExpertCounters | None:
-            counters = self._traced[call][0].counters
-            return counters if isinstance(counters, ExpertCounters) else None
-
-        def layout_of(call: int) -> tuple[Any, ...]:
-            return tuple(self._traced[call][0].layout)
-
-        def adds_examples(call: int) -> bool:
-            return self._traced[call][1]
-
-        def is_in_part(call: int) -> bool:
-            return self._traced[call][2]
-
-        def is_given(call: int) -> bool:
-            return call in self._given
-
-        self._last_found = torch.compiler.assume_constant_result(last_found)
-        self._counters_of = torch.compiler.assume_constant_result(counters_of)
-        self._experts_of = torch.compiler.assume_constant_result(experts_of)
-        self._layout_of = torch.compiler.assume_constant_result(layout_of)
-        self._adds_examples = torch.compiler.assume_constant_result(adds_examples)
-        self._is_given = torch.compiler.assume_constant_result(is_given)
-        self._is_in_part = torch.compiler.assume_constant_result(is_in_part)
+        self.graphs = GraphRecorder(self, tolerance)
 
     def set_phase(self, phase: str, step: int) -> None:
         """Count for this phase and this optimizer step from now on.
@@ -216,6 +123,13 @@ class SiteRecorder:
         if self.compiled or self.clock.devices:
             with unwatched():
                 self.clock.set(step)
+
+    def note_compiled(self) -> None:
+        """Note that ``torch.compile`` traces a part of the model."""
+        if not self.compiled:
+            self.compiled = True
+            with torch._C.DisableTorchFunction():
+                self.clock.set(self.step)
 
     def was_not_called(self) -> bool:
         """Whether no forward began since this was last asked, on a device on which a CUDA graph may have run it."""
@@ -284,7 +198,7 @@ class SiteRecorder:
                 return None
             recomputing = in_backward()
         if traced:
-            return self._begin_in_graph(path, function, activation, x, glu_dim)
+            return self.graphs.begin(path, function, activation, x, glu_dim)
         phase = self.phase  # see `running_phase`
         if forward.training:
             plain = forward.module_stack and not forward.step_is_forward
@@ -333,175 +247,6 @@ class SiteRecorder:
         own = self.forward.flow.row_masks.of(tensor)
         return mask if own is None else own
 
-    def _begin_in_graph(  # `comptime` reads its arguments and variables
-        self,
-        path: str,  # noqa: ARG002
-        function: str,  # noqa: ARG002
-        activation: Activation,  # noqa: ARG002
-        x: Tensor,
-        glu_dim: int | None,
-    ) -> Any:
-        phase = self.running_phase  # noqa: F841
-        comptime(self._find_while_tracing)
-        call = self._last_found()
-        if call is None:
-            return None
-        self._count_gradient_in_graph(call, x, glu_dim)
-        return call
-
-    def _count_gradient_in_graph(self, call: int, x: Tensor, glu_dim: int | None) -> None:
-        if self._is_given(call) or not x.requires_grad or not torch.is_grad_enabled():
-            return
-        axis, dims = self._layout_of(call)
-        experts = self._experts_of(call)
-        if experts is not None:
-            tensors = experts.tensors
-            register_expert_gradient_hook(
-                x,
-                dims,
-                glu_dim,
-                self._owners_in_graph(call),
-                self._mask_in_graph(x, True),
-                tensors.zero_gradients,
-                tensors.traced_gradients,
-            )
-            return
-        counters = self._counters_of(call)
-        if counters is not None:
-            register_gradient_hook(x, axis, dims, glu_dim, counters, self._mask_in_graph(x, False))
-
-    def _owners_in_graph(self, call: int) -> Any:  # noqa: ARG002, `comptime` reads it
-        """Return which expert each row is of, int64 ``(R,)``, in a graph that is traced."""
-        owners = None
-        comptime(self._load_owners_while_tracing)
-        if owners is None:  # eager code made the rows
-            owners = self.forward.flow.expert_rows.last_owners
-        return owners
-
-    def _load_owners(self, call: int) -> None:
-        """Set the variable ``owners`` of :meth:`_owners_in_graph` to what says which expert each row is of."""
-        owners = self._traced_owners[call]()
-        if owners is not None and is_in_graph(owners):
-            set_variable("owners", owners)
-
-    def begin_graph(self, code: CodeType, owner: Any, given: Iterable[Tensor]) -> Hashable:
-        """Note that a graph begins to be traced, and return for what of ours it is made.
-
-        Args:
-            code: See :class:`~neuronscope.attach.compiling.GraphListener`.
-            owner: See there.
-            given: See there.
-        """
-        if not self.compiled:
-            self.compiled = True
-            with torch._C.DisableTorchFunction():
-                self.clock.set(self.step)
-        forward = self.forward
-        running = forward.module_stack  # by hooks that ran in eager code, and were not traced
-        if running:
-            is_model = running[-1] == "" and original_code(code) == self.own_code and not self.is_part(owner)
-        else:
-            is_model = not (forward.explicit_step and self.is_part(owner))
-        # In an explicit step a function that is compiled by itself may be given the units of any layer.
-        guarded = bool(running) or not is_model or forward.explicit_step
-        outside = forward.training and not running and not torch.is_grad_enabled()
-        in_function = in_autograd_function() if outside else None
-        self._code, self._first_of_graph = code, len(self._traced)
-        self._numbers.clear()
-        facts = forward.parts.begin_graph(given, is_model=is_model, guarded=guarded, in_function=in_function)
-        return id(self), self.running_phase, facts, in_backward(False), in_function, *running
-
-    def end_graph(self, end: TracedEnd | None) -> PartGraph | None:
-        """Note that a graph was traced, and return what is to be done around each of its runs.
-
-        Args:
-            end: See :class:`~neuronscope.attach.compiling.GraphListener`.
-        """
-        counters = {id(call.counters): call.counters for call, *_ in self._traced[self._first_of_graph :]}
-        counts = [
-            tensor
-            for each in counters.values()
-            if isinstance(each, (SiteCounters, ExpertCounters))
-            for tensor in each.of_outputs
-        ]
-        return self.forward.parts.end_graph(end, counts)
-
-    def _find_traced(
-        self, phase: str, path: str, function: str, activation: Activation, x: Tensor, glu_dim: int | None
-    ) -> None:
-        """Find a call while ``torch.compile`` traces, and note its number."""
-        self._found.clear()
-        if torch._C._functorch.maybe_current_level() is not None:
-            self.unmeasured.note_transformed(phase, path, function, x)
-            return
-        if operator := operator_around():
-            self.unmeasured.note_inside(operator, phase, path, function, x)
-            return
-        place = (self._code, phase, path, function, activation.name)
-        known = self._forward_calls.setdefault((place, self._numbers[place]), {})
-        self._numbers[place] += 1
-        again = in_backward(False)
-        call = self._call_again(known, x) if again else None
-        if call is None:
-            call = self.sites.find(phase, path, function, activation, x, glu_dim, traced=True)
-        if call is not None:
-            self._note_traced(call)
-            if not again:
-                known[call.key, torch.is_grad_enabled()] = call
-            self._note_given(call, x)
-
-    def _call_again(self, known: Mapping[tuple[SiteKey, bool], Call], x: Tensor) -> Call | None:
-        """Return the call that a graph makes again in a backward pass; ``None`` if the flow is to say what it is.
-
-        Activation checkpointing may give the graph tensors of which the flow knows nothing, or nothing any more. The
-        graph needs the same operators as the first one, also where the call may be of several sites. Then it counts
-        for none.
-
-        Args:
-            known: The calls in the same place of graphs that ran in no backward pass, by site and by whether they had
-                gradients.
-            x: The pre-activation.
-        """
-        units = self.forward.flow.origin(x).units
-        calls = {
-            key: (call, call.counters)
-            for (key, _), call in known.items()
-            if isinstance(call.counters, SiteCounters) and (units is None or units.layer == key.layer)
-        }
-        if not calls or (len(calls) > 1 and units is not None):
-            return None
-        call, counters = next(iter(calls.values()))
-        if len(calls) == 1:
-            return call
-        if not all(graded for _, graded in known):
-            for key, (_, each) in calls.items():
-                each.unreadable = True
-                self.unmeasured.note(
-                    key.name,
-                    "its gradients are not counted: a compiled graph applies its activation to the units of several "
-                    "layers, and reentrant activation checkpointing does not say to which, where the graph runs again",
-                )
-        return replace(call, counters=SiteCounters(counters.neurons, counters.traced.device), hook=None)
-
-    def _note_given(self, call: Call, x: Tensor) -> None:
-        """Note the call that was noted last as one whose pre-activation enters the graph, if it does."""
-        if enters_graph(x) and x.requires_grad and torch.is_grad_enabled():
-            self._given.add(len(self._traced) - 1)
-            self.forward.parts.note_given(x, call.key, _PreActivationOfCall(self, call))
-
-    def _note_traced(self, call: Call) -> None:
-        counters = call.counters if isinstance(call.counters, (SiteCounters, ExpertCounters)) else None
-        if counters is not None:
-            counters.enter_graph()
-            counters.clock = self.clock.on(counters.tensors.traced.device)
-        if isinstance(call.owners, Tensor):  # the compiler keeps it as long as it traces the graph
-            self._traced_owners[len(self._traced)] = weakref.ref(call.owners)
-            call = replace(call, owners=None)
-        self._found.append(len(self._traced))
-        part = self.forward.parts.tracing
-        first = part or (counters is not None and counters.is_first_call(self.forward.number, trace_attempt()))
-        self._traced.append((call, first, part))
-
     def end(self, call: Any, x: Any, y: Any) -> None:
         """End a call of a site: count its output.
 
@@ -511,7 +256,7 @@ class SiteRecorder:
             y: The output ``(…, N, …)``.
         """
         if isinstance(call, int):
-            self._end_in_graph(call, x, _first_output(y))
+            self.graphs.end(call, x, _first_output(y))
             return
         if y is None:
             self.unmeasured.failed.add(call.key.name)
@@ -529,7 +274,7 @@ class SiteRecorder:
             self.forward.flow.put(y, call.after)
             return
         if not isinstance(y, Tensor) or y.dim() <= call.layout.axis:
-            self._unreadable(call, given)
+            self.note_unreadable(call, given)
             return
         if call.counters is not None:
             neurons = neurons_in(local_tensor(y).shape, call.layout)
@@ -540,16 +285,9 @@ class SiteRecorder:
                     call.key.name,
                     f"its output has {neurons} neurons where {call.counters.neurons} were expected",
                 )
-        self._end(call, y)
+        self.note_output(call, y)
 
-    def _end_in_graph(self, call: int, x: Any, y: Any) -> None:  # noqa: ARG002, `comptime` reads its arguments
-        if isinstance(y, Tensor):
-            comptime(self._end_while_tracing)
-            self._count_in_graph(call, y)
-        else:
-            comptime(self._unreadable_while_tracing)
-
-    def _unreadable(self, call: Call, given: Any) -> None:
+    def note_unreadable(self, call: Call, given: Any) -> None:
         """Note that what an activation gave cannot be counted, so that its gradients are not either."""
         what = f"shape {tuple(given.shape)}" if isinstance(given, Tensor) else type(given).__name__
         what = "" if given is None else f" ({what})"
@@ -557,40 +295,16 @@ class SiteRecorder:
         if call.counters is not None:
             call.counters.unreadable = True
 
-    def _unreadable_traced(self, call: int) -> None:
-        self._unreadable(self._traced[call][0], None)
+    def note_output(self, call: Call, y: Tensor) -> None:
+        """Note what the output of a call is.
 
-    def _end(self, call: Call, y: Tensor) -> None:
+        Args:
+            call: The call.
+            y: Its output ``(…, N, …)``.
+        """
         units = call.after.units
         if units is None or len(units.dims) == y.dim():
             self.forward.flow.put(y, call.after)
-
-    def _end_traced(self, call: int, x: Any, y: Tensor) -> None:
-        self.forward.flow.row_masks.pass_on(x, y)
-        self._end(self._traced[call][0], y)
-
-    def _mask_in_graph(self, tensor: Tensor, experts: bool) -> Tensor | None:  # noqa: ARG002, `comptime` reads them
-        """Return which positions of a tensor are counted in a graph that is traced; ``None`` = all.
-
-        Args:
-            tensor: An activation or a pre-activation.
-            experts: Whether its rows are of several experts, which the mask of the forward does not fit.
-        """
-        mask = self.forward.mask
-        if mask is None:
-            return None
-        if experts:
-            mask = None
-        comptime(self._load_mask_while_tracing)
-        return mask
-
-    def _load_mask(self, tensor: Tensor, experts: bool) -> None:
-        """Set the variable ``mask`` of :meth:`_mask_in_graph` to the tensor's own mask, if it has one."""
-        own = self.forward.flow.row_masks.of(tensor)
-        if own is not None and is_in_graph(own):
-            set_variable("mask", own)
-        elif experts:
-            self.ignored_mask = True
 
     def carry(self, _: None, x: Any, y: Any) -> None:
         """Note what an activation module returned whose call is not counted: what it was given.
@@ -603,11 +317,17 @@ class SiteRecorder:
         if not isinstance(x, Tensor) or not isinstance(y, Tensor):
             return
         if is_tracing():
-            comptime(self._carry_while_tracing)
+            self.graphs.carry(x, y)
         elif has_real_tensors():
-            self._carry(x, y)
+            self.carry_origin(x, y)
 
-    def _carry(self, x: Tensor, y: Tensor) -> None:
+    def carry_origin(self, x: Tensor, y: Tensor) -> None:
+        """Note that what a tensor is, is carried to another one by an activation that is not counted.
+
+        Args:
+            x: The pre-activation.
+            y: The output.
+        """
         origin = self.forward.flow.origin(x)
         if x.is_nested or y.is_nested or x.shape != y.shape:
             origin = origin.without_units(LOST)
@@ -624,50 +344,17 @@ class SiteRecorder:
             y: What it returned.
         """
         phase = self.running_phase
-        if not is_tracing():
-            selected = self.sites.selections.find(phase, function, args, kwargs, y)
-            if selected is None:
-                return
-            call, before = selected
-            if call.counters is not None and not (self.forward.recomputing or in_backward()):  # counted before
-                self._count(call.counters, y, call.layout, call.owners)
-            if before is not None and before.requires_grad:
-                self.hook_call(before, call)
+        if is_tracing():
+            self.graphs.select(phase, function, args, kwargs, y)
             return
-        comptime(self._select_while_tracing)
-        number = self._last_found()
-        if number is not None:
-            x: Any = None
-            comptime(self._load_pre_activation_while_tracing)
-            if x is not None:
-                self._count_gradient_in_graph(number, x, None)
-            self._count_in_graph(number, y)
-
-    def _load_pre_activation(self, number: int) -> None:
-        """Set the variable ``x`` of :meth:`select` to the pre-activation of a selection, if there is one."""
-        known = self._pre_activations.get(number)
-        found = None if known is None else known()
-        if found is not None:
-            set_variable("x", found)
-
-    def _select_traced(self, phase: str, function: Any, args: Any, kwargs: Any, y: Any) -> None:
-        self._found.clear()
-        if function not in SELECTING:
+        selected = self.sites.selections.find(phase, function, args, kwargs, y)
+        if selected is None:
             return
-        if operator := operator_around():
-            data = [each for each in args if isinstance(each, Tensor)]
-            origins = [self.forward.flow.origin(each) for each in data]
-            if len(data) != 1 and any(origin.site is not None for origin in origins):  # it may be a gated product
-                place = place_of(self.forward.current_path, function.__name__)
-                self.unmeasured.note(place, IN_OPERATOR.format(operator))
-            return
-        selected = self.sites.selections.find(phase, function, args, kwargs, y, traced=True)
-        if selected is not None:
-            call, x = selected
-            self._note_traced(call)
-            if x is not None and is_in_graph(x):
-                self._pre_activations[len(self._traced) - 1] = weakref.ref(x)
-                self._note_given(call, x)
+        call, before = selected
+        if call.counters is not None and not (self.forward.recomputing or in_backward()):  # counted before
+            self._count(call.counters, y, call.layout, call.owners)
+        if before is not None and before.requires_grad:
+            self.hook_call(before, call)
 
     def _count_rows(self, counters: JoinedCounters, y: Tensor, layout: NeuronLayout, owners: Owners | None) -> None:
         """Count an output whose rows are of several experts.
@@ -729,55 +416,6 @@ class SiteRecorder:
             elif reason := add_outputs_on_device(counters, plain, layout, mask, examples, self.clock, self._tolerance):
                 self.unmeasured.note(self.sites.name_of(counters), reason)
 
-    def _count_rows_in_graph(self, call: int, y: Tensor, experts: ExpertCounters) -> None:
-        """Count an output whose rows are of several experts in a graph that is traced; see :meth:`_count_rows`."""
-        _, dims = self._layout_of(call)
-        forward = self.forward
-        number = forward.number_tensor if self._is_in_part(call) else None
-        first = self._adds_examples(call)
-        add_expert_outputs_in_graph(
-            y,
-            dims,
-            self._owners_in_graph(call),
-            self._mask_in_graph(y, True),
-            self._examples_in_graph(),
-            number,
-            first,
-            experts.clock,
-            self._tolerance,
-            *experts.tensors,
-            *experts.pace,
-        )
-
-    def _examples_in_graph(self) -> int:
-        """Return the number of examples of a forward in a graph that is traced, as a number that may change."""
-        forward, examples = self.forward, None
-        comptime(self._load_examples_while_tracing)
-        return forward.examples if examples is None else examples
-
-    def _count_in_graph(self, call: int, y: Tensor) -> None:
-        experts = self._experts_of(call)
-        if experts is not None:
-            self._count_rows_in_graph(call, y, experts)
-            return
-        counters = self._counters_of(call)
-        if counters is None:
-            return
-        axis, dims = self._layout_of(call)
-        plain, axis = neurons_first(y, axis, dims)
-        left_out = None
-        if dims is None:
-            plain, left_out = blank_positions(plain, axis, self._mask_in_graph(y, False))
-        examples: int | Tensor = 0
-        if self._adds_examples(call):
-            positions = plain.numel() // plain.shape[axis]
-            examples = min(positions, self._examples_in_graph())
-            if self._is_in_part(call):
-                examples = once_a_forward(examples, self.forward.number_tensor, counters.last_forward)
-        add_outputs_in_graph(counters, plain, axis, examples, self._tolerance)
-        if left_out is not None:
-            leave_out(counters, left_out)
-
     def count_named(self, call_of: Callable[[str], Call | None], place: tuple[str, str], y: Tensor, x: Tensor) -> None:
         """Count a tensor that the user names, and register a hook for the gradient at its pre-activation.
 
@@ -800,30 +438,6 @@ class SiteRecorder:
             self.hook_call(x, call)
         if call is not None and call.counters is not None:
             self._count(call.counters, y, call.layout, call.owners)
-
-    def find_named_traced(self, call: Call | None, x: Any) -> None:
-        """Note the call of a tensor that the user names, while ``torch.compile`` traces.
-
-        Args:
-            call: The call, or ``None``.
-            x: Its pre-activation.
-        """
-        self._found.clear()
-        if call is not None:
-            self._note_traced(call)
-            self._note_given(call, x)
-
-    def count_named_in_graph(self, y: Any, x: Any) -> None:
-        """Count in a graph the tensor whose call was noted last.
-
-        Args:
-            y: The tensor ``(…, N, …)``.
-            x: Its pre-activation.
-        """
-        call = self._last_found()
-        if call is not None:
-            self._count_gradient_in_graph(call, x, None)
-            self._count_in_graph(call, y)
 
     def _register_recomputed(self, x: Tensor, path: str, function: str, activation: str, glu_dim: int | None) -> None:
         """Register a gradient hook for a recomputed call: activation checkpointing runs a site again in backward.
@@ -952,35 +566,6 @@ def _parts_of(
 
 def _counted_gradients(x: Tensor) -> list[CountedGradient]:
     return [hook for hook in (x._backward_hooks or {}).values() if isinstance(hook, CountedGradient)]
-
-
-class _PreActivationOfCall(NamedTuple):
-    """See :class:`~neuronscope.attach.compiled_parts.GivenPreActivation`."""
-
-    recorder: SiteRecorder
-    call: Call
-
-    def register(self, x: Tensor, again: bool) -> None:
-        if not x.requires_grad:
-            return
-        if x.grad_fn is not None:  # its hooks are there: plain checkpointing gives the graph another tensor of it
-            metadata: Any = x.grad_fn.metadata
-            hooked = metadata.setdefault(_HOOKED, set())
-            place = (id(self.recorder), self.call.key, x.output_nr)
-            if again and place in hooked:
-                return
-            hooked.add(place)
-        call, units = self.call, self.recorder.forward.flow.given(x).units
-        self.recorder.hook_call(x, call if units is None else self.recorder.sites.with_owners(call, units))
-
-    def give_up(self) -> None:
-        if self.call.counters is not None:
-            self.call.counters.unreadable = True
-            self.recorder.unmeasured.note(
-                self.call.key.name,
-                "its gradients are not counted: its pre-activation enters a compiled graph from code that may use it "
-                "too, such as code before a graph break, and a graph sees the gradient of its own uses alone",
-            )
 
 
 def _first_output(y: Any) -> Any:
