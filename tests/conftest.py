@@ -33,10 +33,10 @@ os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
 def pytest_configure(config: pytest.Config) -> None:
     gc.set_threshold(10_000)  # at the usual 700 it took a fifth of the time of imports, an eighth of torch.compile's
-    if hasattr(config, "workerinput"):  # several of us at once (pytest -n): the cores are shared out already
-        # Lightning's DDP takes all cores where this is not set, and keeps them: two such workers wait for each other.
-        os.environ["OMP_NUM_THREADS"] = "1"
-        torch.set_num_threads(1)
+    # Several of us may run at once (pytest -n), and what a test says must not depend on that. Lightning's DDP takes all
+    # cores where the variable is not set, and keeps them.
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
     # pytest listens to each logger that does not propagate; torch's compiler would tell it of each of its steps.
     logging.getLogger("torch.__trace").propagate = True
     _reach_networks()

@@ -288,7 +288,12 @@ class SiteRecorder:
         self.note_output(call, y)
 
     def note_unreadable(self, call: Call, given: Any) -> None:
-        """Note that what an activation gave cannot be counted, so that its gradients are not either."""
+        """Note that what an activation gave cannot be counted, so that its gradients are not either.
+
+        Args:
+            call: The call.
+            given: What it gave; ``None`` if that is not known.
+        """
         what = f"shape {tuple(given.shape)}" if isinstance(given, Tensor) else type(given).__name__
         what = "" if given is None else f" ({what})"
         self.unmeasured.note(call.key.name, f"its output{what} cannot be counted")
