@@ -10,12 +10,11 @@ import contextlib
 import functools
 import inspect
 import operator
-import os
 import sys
+import threading
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
-from pathlib import Path
-from types import CodeType, FrameType, FunctionType, ModuleType
+from types import CodeType, FunctionType, ModuleType
 from typing import Any, NamedTuple, ParamSpec, Protocol, TypeVar
 
 import torch
@@ -174,38 +173,26 @@ def _is_recorded() -> bool:
     return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
 
 
-def in_compiled_graph() -> bool:
-    """Whether a compiled graph called the function that a function mode is handling.
+class _Thread(threading.local):
+    """What a thread runs.
 
-    A debugging back end runs its functions one by one in Python, and Inductor some of them. The counting calls that are
-    part of the graph count what these functions compute. It is not asked while ``torch.compile`` traces.
+    Attributes:
+        in_graph: Whether a compiled graph.
     """
-    frame: FrameType | None = sys._getframe(2)  # the caller of the mode
-    in_graph_code = False
-    while frame is not None:
-        file = frame.f_code.co_filename
-        if _is_graph(file):
-            in_graph_code = True
-        elif file.startswith(_GRAPH_CALLERS) or (in_graph_code and file.startswith((_DYNAMO, __file__))):
-            return True
-        elif not file.startswith(_TORCH) and file != _COUNTING:  # the user's, or what Inductor has written
-            caller = "" if frame.f_back is None else frame.f_back.f_code.co_filename
-            if not in_graph_code or caller.startswith(_TORCH):  # a user's back end may call the graph
-                return caller.startswith(_INDUCTOR)
-        frame = frame.f_back
-    return False
+
+    in_graph = False
 
 
-def _is_graph(file: str) -> bool:
-    """Whether code was made from a graph, by the name of its file: AOTAutograd names the place that traced it."""
-    return file.startswith("<eval_with_key>") or file.endswith(" in wrapped")
+_thread = _Thread()
 
 
-_ROOT = Path(torch.__file__).parent
-_TORCH, _DYNAMO, _INDUCTOR = (f"{folder}{os.sep}" for folder in (_ROOT, _ROOT / "_dynamo", _ROOT / "_inductor"))
-_GRAPH_CALLERS = (_INDUCTOR, *(str(_ROOT / "_functorch" / name) for name in ("_aot_autograd", "aot_autograd")))
-#: The code of the counting calls in a graph: what they call is the graph's.
-_COUNTING = handled_as.__code__.co_filename
+def in_compiled_graph() -> bool:
+    """Whether this thread runs a graph of which a :class:`GraphListener` was told when it was traced.
+
+    A back end may run the functions of a graph one by one in Python, and Inductor runs some of them so. The counting
+    calls that are part of the graph count what these functions compute.
+    """
+    return _thread.in_graph
 
 
 def is_compiled(module: nn.Module) -> bool:
@@ -421,9 +408,7 @@ def _end_graph(output: Any, listener: GraphListener, *, ends: bool) -> None:
     )
     used = tuple([any(user is not last and not _is_count(user) for user in node.users) for node in returned])
     runs = listener.end_graph(TracedEnd(ends, inputs, outputs, used))
-    if runs is None:
-        return
-    if runs.guarded:
+    if runs is not None and runs.guarded:
         sources = [node.meta["grapharg"].source for node, each in zip(nodes, inputs, strict=True) if each is not None]
         _guard_inputs(runs, [_expression(source) for source in sources], listener)
     output.compiler_fn = _told_of_runs(output.compiler_fn, runs, listener)
@@ -478,12 +463,12 @@ def _no_stack() -> tuple[None, ...]:
     return (None,) if "arg2" in str(RootGuardManager.add_epilogue_lambda_guard.__doc__) else ()
 
 
-def _told_of_runs(backend: Callable[..., Any], runs: GraphRuns, listener: GraphListener) -> Callable[..., Any]:
+def _told_of_runs(backend: Callable[..., Any], runs: GraphRuns | None, listener: GraphListener) -> Callable[..., Any]:
     """Return a back end that tells of the runs of the graph that it compiles.
 
     Args:
         backend: What compiles it.
-        runs: Is told.
+        runs: Is told, besides :func:`in_compiled_graph`.
         listener: Is told of an error of our own.
     """
 
@@ -494,13 +479,16 @@ def _told_of_runs(backend: Callable[..., Any], runs: GraphRuns, listener: GraphL
         def run(*inputs: Any) -> Any:
             end = None
             try:
-                end = runs.begin(inputs)
+                if runs is not None:
+                    end = runs.begin(inputs)
             except Exception as error:
                 listener.trace_error = error
-            outputs = None
+            outputs, outside = None, _thread.in_graph
             try:
+                _thread.in_graph = True
                 outputs = compiled(*inputs)
             finally:
+                _thread.in_graph = outside
                 try:
                     if end is not None:
                         end(outputs)
@@ -636,7 +624,7 @@ class _CallTraced(UserFunctionVariable):
         build = functools.partial(variables.VariableTracker.build, tx)
         if function is Tensor.unflatten:  # the compiler cannot trace the method under a function mode
             func = build(torch.unflatten)
-        counts = not _traces_backward(tx)
+        counts = not (in_compiled_graph() or _traces_backward(tx))  # a back end may compile what it was given again
         if counts and watcher.may_count(function):
             trace = build(getattr).call_function(tx, [mode, build("trace")], {})
             return trace.call_function(tx, [func, given, named], {})

@@ -43,6 +43,8 @@ _WITHOUT_RESULT = LEAVING | {Tensor.__setitem__}
 _QUESTIONS = frozenset(
     {Tensor.dim, Tensor.size, Tensor.numel, Tensor.is_floating_point, Tensor.shape.__get__}  # type: ignore[attr-defined]
 )
+#: Functions that run a backward pass.
+_BACKWARD = frozenset({Tensor.backward, torch.autograd.backward, torch.autograd.grad})
 
 
 #: Stands for an index that a graph is given anew at each run.
@@ -71,8 +73,8 @@ class Watch(Protocol):
             output: What it returned.
         """
 
-    def in_backward_of_step(self) -> contextlib.AbstractContextManager[None]:
-        """Return a context in which an explicit step runs its backward pass, and the mode is off."""
+    def in_backward_pass(self) -> contextlib.AbstractContextManager[None]:
+        """Return a context in which a forward, or an explicit step, runs a backward pass, and the mode is off."""
 
     def fail(self, error: Exception) -> None:
         """Handle an error in our own code."""
@@ -106,7 +108,7 @@ class ActivationFunctionMode(TorchFunctionMode):
         ask_modes_about(manager.registry.functions)
         # Sets are quick to look through.
         self._functions = frozenset(manager.registry.functions if manager.functional else ())
-        self._not_only_followed = self._functions | _QUESTIONS | SELECTING | {Tensor.backward}
+        self._not_only_followed = self._functions | _QUESTIONS | SELECTING | _BACKWARD
         self._end_fused_while_tracing = while_tracing(manager.end_fused_while_tracing, "args", "output")
         self._follow_while_tracing = while_tracing(
             self.follow_traced, "func", "args", "kwargs", "output", "mask", listener=manager.recorder.graphs
@@ -127,9 +129,8 @@ class ActivationFunctionMode(TorchFunctionMode):
         if special:
             if func in _QUESTIONS:
                 return func(*args, **kwargs)
-            if func is Tensor.backward:
-                with manager.in_backward_of_step():
-                    return func(*args, **kwargs)
+            if func in _BACKWARD and not in_compiled_graph():
+                return self._run_backward(func, args, kwargs)
             known = func in self._functions
         recorder = manager.recorder
         before, self.handling = self.handling, True
@@ -184,6 +185,19 @@ class ActivationFunctionMode(TorchFunctionMode):
             return func(*args, **kwargs)
         finally:
             self.manager.entered.take_off_next()
+
+    def _run_backward(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Call a function that runs a backward pass, and follow the gradients if it returns them."""
+        manager = self.manager
+        with manager.in_backward_pass():
+            output = func(*args, **kwargs)
+        if output is not None and manager.observing:
+            try:
+                with unwatched(False):
+                    manager.recorder.forward.flow.follow(func, args, kwargs, output)
+            except Exception as error:
+                manager.fail(error)
+        return output
 
     def may_count(self, func: Any) -> bool:
         """Whether a call of a function may have to be counted, so that :meth:`trace` is traced for it."""

@@ -33,8 +33,11 @@ from neuronscope.attach.compiling import (
     trace_attempt,
     while_tracing,
 )
+from neuronscope.attach.dtensor import local_tensor
+from neuronscope.attach.origins import LOST
 from neuronscope.attach.selections import SELECTING
 from neuronscope.attach.site_finder import Call
+from neuronscope.attach.units import resized
 from neuronscope.attach.unmeasured import place_of
 from neuronscope.attach.unsupported import IN_OPERATOR
 from neuronscope.count.compiled_graphs import add_outputs_in_graph, leave_out, once_a_forward, register_gradient_hook
@@ -103,7 +106,7 @@ class GraphRecorder:
         self._code: CodeType | None = None  # what is traced
         self._first_of_graph = 0  # the number of its first call
         self._numbers: Counter[_CallPlace] = Counter()  # of the calls in it
-        self._forward_calls: dict[tuple[_CallPlace, int], dict[tuple[SiteKey, bool], Call]] = {}  # see `_call_again`
+        self._forward_calls: dict[tuple[_CallPlace, int], dict[tuple[SiteKey | None, bool], Call | None]] = {}
         self._calls: list[_TracedCall] = []
         self._found: list[int] = []  # the number of the call that was found last, unless there is none
 
@@ -310,15 +313,17 @@ class GraphRecorder:
         known = self._forward_calls.setdefault((place, self._numbers[place]), {})
         self._numbers[place] += 1
         again = in_backward(False)
-        call = self._call_again(known, x) if again else None
+        call = self._call_again(known, x, glu_dim) if again else None
         if call is None:
             call = self.recorder.sites.find(phase, path, function, activation, x, glu_dim, traced=True)
+        if not again:
+            known[None if call is None else call.key, torch.is_grad_enabled()] = call
         if call is not None:
-            if not again:
-                known[call.key, torch.is_grad_enabled()] = call
             self._note_given(self._note_traced(call), x)
 
-    def _call_again(self, known: Mapping[tuple[SiteKey, bool], Call], x: Tensor) -> Call | None:
+    def _call_again(
+        self, known: Mapping[tuple[SiteKey | None, bool], Call | None], x: Tensor, glu_dim: int | None
+    ) -> Call | None:
         """Return the call that a graph makes again in a backward pass; ``None`` if the flow is to say what it is.
 
         Activation checkpointing may give the graph tensors of which the flow knows nothing, or nothing any more. The
@@ -327,29 +332,33 @@ class GraphRecorder:
 
         Args:
             known: The calls in the same place of graphs that ran in no backward pass, by site and by whether they had
-                gradients.
+                gradients; ``None`` for one of no site.
             x: The pre-activation.
+            glu_dim: See :meth:`begin`.
         """
         units = self.forward.flow.origin(x).units
-        calls = {
-            key: (call, call.counters)
-            for (key, _), call in known.items()
-            if isinstance(call.counters, SiteCounters) and (units is None or units.layer == key.layer)
-        }
+        calls: dict[SiteKey, tuple[Call, SiteCounters]] = {}
+        sure = True  # that it is one of these
+        for call in known.values():
+            if call is None or not isinstance(call.counters, SiteCounters):
+                sure = units is not None
+            elif (units is None or units.layer == call.key.layer) and _may_be_given(call, call.counters, x, glu_dim):
+                calls[call.key] = call, call.counters
         if not calls or (len(calls) > 1 and units is not None):
             return None
         call, counters = next(iter(calls.values()))
-        if len(calls) == 1:
+        if len(calls) == 1 and sure:
             return call
         if not all(graded for _, graded in known):
             for key, (_, each) in calls.items():
                 each.unreadable = True
                 self.recorder.unmeasured.note(
                     key.name,
-                    "its gradients are not counted: a compiled graph applies its activation to the units of several "
-                    "layers, and reentrant activation checkpointing does not say to which, where the graph runs again",
+                    "its gradients are not counted: a compiled graph applies its activation to other tensors too, and "
+                    "reentrant activation checkpointing does not say to which one, where the graph runs again",
                 )
-        return replace(call, counters=SiteCounters(counters.neurons, counters.traced.device), hook=None)
+        nobody = SiteCounters(counters.neurons, counters.traced.device)
+        return replace(call, counters=nobody, hook=None, after=call.after.without_units(LOST))
 
     def _select(self, phase: str, function: Any, args: Any, kwargs: Any, y: Any) -> None:
         self._found.clear()
@@ -542,3 +551,22 @@ class _PreActivationOfCall(NamedTuple):
                 "its gradients are not counted: its pre-activation enters a compiled graph from code that may use it "
                 "too, such as code before a graph break, and a graph sees the gradient of its own uses alone",
             )
+
+
+def _may_be_given(call: Call, counters: SiteCounters, x: Tensor, glu_dim: int | None) -> bool:
+    """Whether a tensor has the shape of the pre-activation of a call.
+
+    Args:
+        call: The call.
+        counters: Its counters.
+        x: The tensor.
+        glu_dim: The dimension along which it is split in two halves (GLU), otherwise ``None``.
+    """
+    if x.is_nested:
+        return False
+    shape, (axis, dims) = [*local_tensor(x).shape], call.layout
+    if glu_dim is not None:
+        shape[glu_dim] //= 2
+    if dims is None:
+        return len(shape) > axis and int(shape[axis]) == counters.neurons
+    return len(dims) == len(shape) and resized(dims, shape) is not None

@@ -138,7 +138,7 @@ class HookManager:
         self._hidden = HiddenHooks(self._leave_fused)
         self.traced_layers = TracedLayers()
         self._step_open = False  # in the counted thread
-        self._step_in_backward = False
+        self._backward_at: int | None = None  # how many modules run around a backward pass that runs inside of them
         self._handles = HookHandles()
         self._skipped: list[CodeType] = []  # see `skip_when_hooked`
         self._model = weakref.ref(model)
@@ -378,27 +378,29 @@ class HookManager:
 
     def _leave_mode(self) -> None:
         """Leave the function mode, if it was entered and no step is open."""
-        if self.entered.threads and (self._step_in_backward or not self._step_open):
+        if self.entered.threads and (self._backward_at is not None or not self._step_open):
             self.entered.leave(handling=self._mode.handling)
 
     @contextlib.contextmanager
-    def in_backward_of_step(self) -> Iterator[None]:
-        """Return a context in which an explicit step runs its backward pass.
+    def in_backward_pass(self) -> Iterator[None]:
+        """Return a context in which a forward, or an explicit step, runs a backward pass.
 
         Torch has taken the mode off for it. Modules that activation checkpointing runs again enter and leave the mode.
         """
-        here = get_ident()
-        if not self._step_open or self.recorder.forward.module_stack or here not in self.entered.threads:
+        here, forward = get_ident(), self.recorder.forward
+        if here not in self.entered.threads:  # an interrupt has ended what ran
             yield
             return
+        before, again = self._backward_at, forward.recomputing
         self.entered.threads.remove(here)
-        self._step_in_backward = True
+        self._backward_at = len(forward.module_stack)
+        forward.recomputing = again or bool(forward.module_stack)
         try:
             yield
         finally:
-            self._step_in_backward = False
+            self._backward_at, forward.recomputing = before, again
             self.entered.leave(handling=False)  # an interrupt may have ended a module
-            if self._step_open and self.is_attached():
+            if (self._step_open or forward.module_stack) and self.is_attached():
                 self.entered.threads.append(here)
             else:  # torch puts the mode back after the call
                 self.entered.take_off_next()
@@ -441,7 +443,8 @@ class HookManager:
             self.callers.begin(len(module_stack), caller)
         if path == "" and caller is not None and self.note_weights is not None:
             self.note_weights()
-        if self.recorder.forward.enter(path, module, args, kwargs) and not self.recorder.forward.exporting:
+        begins = self.recorder.forward.enter(path, module, args, kwargs) or len(module_stack) - 1 == self._backward_at
+        if begins and not self.recorder.forward.exporting:
             self.entered.enter(handling=self._mode.handling)
 
     def enter_fused_while_tracing(self, path: str, module: Any, args: Any, kwargs: Any) -> None:
@@ -515,7 +518,7 @@ class HookManager:
             raise self.recorder.graphs.trace_error
         forward = self.recorder.forward
         ended = forward.leave()
-        if ended:
+        if ended or len(forward.module_stack) == self._backward_at:
             self._leave_mode()
         if path == "":
             forward.note_outputs(output)  # before another thread may begin a forward

@@ -8,9 +8,9 @@ import torch._dynamo
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tests.agreement.slow_twin import Nobody, Watched, assert_bits, state_of
+from tests.agreement.slow_twin import Nobody
 from tests.compiled.compiler_marks import COMPILES
-from tests.compiled.test_compile import Counter, assert_same_census, train
+from tests.compiled.test_compile import Counter, train
 from tests.compiled.three_runs import in_three_runs
 
 pytestmark = COMPILES
@@ -326,17 +326,16 @@ class Tied(nn.Module):
 
 
 def test_a_container_of_torchs_own_is_not_compiled_because_it_has_hooks():
-    runs = []
-    for watcher, compiles in ((Nobody(), True), (Watched(), True), (Watched(), False)):
-        torch._dynamo.reset()
-        torch.manual_seed(0)
+    graphs: list[int] = []
+
+    def run(watcher: Nobody, compiles: bool) -> nn.Module:
         model, backend = Tied(), Counter("aot_eager")
         if compiles:
             model.inner.compile(backend=backend)
         with watcher.attach(model):
             train(model, model, watcher, (4, 8), 3)
-        runs.append((watcher, state_of(model), backend.graphs))
-    (_, plain, graphs), (compiled, weights, watched_graphs), (eager, _, _) = runs
-    assert_bits(weights, plain)
-    assert watched_graphs == graphs
-    assert_same_census(compiled.scope.census(), eager.scope.census())
+        graphs.append(backend.graphs)
+        return model
+
+    in_three_runs(run)
+    assert graphs[1] == graphs[2]

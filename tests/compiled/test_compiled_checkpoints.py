@@ -12,6 +12,7 @@ import torch._dynamo
 import torch._functorch.config
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
 from torch.utils.checkpoint import checkpoint
 
 import neuronscope as ns
@@ -169,22 +170,81 @@ def test_a_compiled_model_that_the_loop_calls_under_a_checkpoint(reentrant):
     assert positions == [{24}, {24}]
 
 
-@pytest.mark.parametrize("reentrant", [False, True])
-def test_compiled_blocks_that_an_explicit_step_calls_under_a_checkpoint(reentrant):
+def gradients_of(loss: Tensor, model: nn.Module) -> None:
+    parameters = [*model.parameters()]
+    for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters)):
+        parameter.grad = gradient
+
+
+#: Ways to run a backward pass. Torch tells a function mode of the first three.
+BACKWARD: dict[str, Callable[[Tensor, nn.Module], None]] = {
+    "Tensor.backward": lambda loss, _: loss.backward(),
+    "autograd.backward": lambda loss, _: torch.autograd.backward(loss),
+    "autograd.grad": gradients_of,
+    "edge": lambda loss, _: torch.autograd.backward(get_gradient_edge(loss), torch.ones(())),
+}
+
+
+@pytest.mark.parametrize(
+    ("reentrant", "backward"),
+    [
+        pair for pair in itertools.product((False, True), BACKWARD) if pair != (True, "autograd.grad")
+    ],  # torch refuses it
+)
+def test_compiled_blocks_that_an_explicit_step_calls_under_a_checkpoint(reentrant, backward):
     def in_steps(model: Net, run: Callable[[Tensor], Tensor], watcher: Nobody) -> None:
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
         scope = getattr(watcher, "scope", None)
         for number in range(3):
             x = torch.full((4, 8), number / 3)
             if scope is not None:
                 scope.open_step()
             for _ in range(2):
-                watcher.backward(model.last(model.middle(model.first(x))).square().mean())
+                BACKWARD[backward](model.last(model.middle(model.first(x))).square().mean(), model)
+            optimizer.step()
             if scope is not None:
                 scope.close_step()
             watcher.step()
 
     scope = compared(compiled_blocks(Block, reentrant), as_it_is, in_steps)
     assert {site.gradient_positions for site in scope.census().values()} == {24}
+
+
+class Moved(Net):
+    """Moves its inputs along a gradient that the forward takes itself."""
+
+    def __init__(self, reentrant: bool | None, *, by_backward: bool) -> None:
+        super().__init__(Block, reentrant)
+        self.by_backward = by_backward
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.detach().requires_grad_()
+        y = self.last(self.middle(self.first(x))).square().mean()
+        if self.by_backward:
+            y.backward()
+        gradient = x.grad if self.by_backward else torch.autograd.grad(y, x)[0]
+        return self.last(self.middle(F.silu(self.first(x.detach() + gradient))))
+
+
+@pytest.mark.parametrize(("reentrant", "by_backward"), [(False, False), (False, True), (True, True)])
+def test_compiled_blocks_that_run_again_in_a_backward_pass_inside_of_a_forward(reentrant, by_backward):
+    def in_training(model: Moved, run: Callable[[Tensor], Tensor], watcher: Nobody) -> None:
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        for number in range(3):
+            watcher.backward(run(torch.full((4, 8), number / 3)).square().mean())
+            optimizer.step()
+            optimizer.zero_grad()
+            watcher.step()
+
+    def build_as(way: bool | None) -> Build:
+        def build() -> tuple[nn.Module, list[nn.Module]]:
+            model = Moved(way, by_backward=by_backward)
+            return model, [*model.blocks]
+
+        return build
+
+    scope = compared(build_as(reentrant), as_it_is, in_training)
+    assert_same_census(scope.census(), compared(build_as(None), as_it_is, in_training).census())
 
 
 class Shared(Net):
@@ -213,6 +273,81 @@ def test_a_compiled_block_that_is_given_the_units_of_two_layers(reentrant):
         expected[name]["zero_gradients"][:] = 0
     assert_same(watched.scope.census(), expected)
     assert {each.name for each in watched.scope.report().not_measured} == unseen
+
+
+class Scaled(nn.Module):
+    """Applies activations to whatever it is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.gelu(F.relu(x) * self.scale)
+
+
+class Widths(Net):
+    """One block, which is given layers' units, as many as the first numbers say, and the model's input."""
+
+    def __init__(self, reentrant: bool | None, widths: tuple[int, ...], given: int) -> None:
+        super().__init__(Scaled, reentrant)
+        self.blocks = nn.ModuleList([Scaled()])
+        self.layers = nn.ModuleList(nn.Linear(8, width) for width in widths)
+        self.given = given
+
+    def forward(self, x: Tensor) -> Tensor:
+        block = self.blocks[0]
+        parts = [self.again(block, layer(x)) for layer in self.layers]
+        if self.given:
+            parts.append(self.again(block, x[:, : self.given].detach().requires_grad_()))
+        return sum(part.mean(-1, keepdim=True) for part in parts)
+
+
+def train_widths(model: Widths, run: Callable[[Tensor], Tensor], watcher: Nobody) -> None:
+    """Two batches a step, the second of which goes back first."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    generator = torch.Generator().manual_seed(5)
+    for _ in range(2):
+        losses = [run(torch.randn(4, 8, generator=generator)).square().mean() for _ in range(2)]
+        watcher.backward(losses[1])
+        watcher.backward(losses[0])
+        optimizer.step()
+        optimizer.zero_grad()
+        watcher.step()
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_of_layers_of_several_widths_a_compiled_block_counts_each(reentrant):
+    def build() -> tuple[nn.Module, list[nn.Module]]:
+        model = Widths(reentrant, (8, 12), 0)
+        return model, [*model.blocks]
+
+    scope = compared(build, as_it_is, train_widths)
+    assert {(site.positions, site.gradient_positions) for site in scope.census().values()} == {(16, 16)}
+
+
+@pytest.mark.parametrize(("widths", "given"), [((6, 8, 6), 0), ((6,), 6)])
+def test_what_a_compiled_block_is_given_that_is_not_known_again_is_counted_for_nobody(widths, given):
+    """Two layers of one width, or one and the model's input: under reentrant checkpointing nothing says which it is."""
+    scopes = []
+    for compiles in (False, True):
+        torch.manual_seed(0)
+        model, watched = Widths(True, widths, given), Watched()
+        if compiles:
+            model.blocks[0].compile(backend="aot_eager")
+        with watched.attach(model):
+            train_widths(model, model, watched)
+        assert watched.scope._hooks.failure is None
+        scopes.append(watched.scope)
+    eager, compiled = (scope.census() for scope in scopes)
+    unseen = {f"layers.{layer}/{act}" for layer, width in enumerate(widths) if width == 6 for act in ("relu", "gelu")}
+    assert {each.name for each in scopes[1].report().not_measured} == unseen
+    assert {site: tally.positions for site, tally in compiled.items()} == dict.fromkeys(eager, 16)
+    assert {site: tally.gradient_positions for site, tally in compiled.items()} == {
+        site: 0 if site in unseen else 16 for site in eager
+    }
+    seen = eager.keys() - unseen
+    assert_same_census(*({site: census[site] for site in seen} for census in (compiled, eager)))
 
 
 def test_a_forward_that_a_hook_runs_in_the_backward_pass_is_not_counted():
