@@ -1,8 +1,8 @@
 """Run every script and notebook of a folder as a user would, one after the other, and say how long each took.
 
 ``python scripts/run_examples.py [FOLDER] [--limit SECONDS] [--part 1/2]``; the folder is ``examples`` unless named.
-With a part only every second file is run, from the first or the second on: two parts may run at once. A file that starts
-with an underscore is a part of others and is left out. Exit code 1 when one failed or ran over the limit.
+With a part every second file is run, from the first or from the second on: two parts may run at once. A file that
+starts with an underscore is a part of others and is left out. Exit code 1 when one failed or ran over the limit.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def main() -> int:
         path
         for path in arguments.folder.iterdir()
         if path.suffix in (".py", ".ipynb") and not path.name.startswith("_")
-    )
+    )[part - 1 :: parts]
     if not scripts:
         print(f"No scripts in {arguments.folder}/.")
         return 1
