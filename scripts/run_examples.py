@@ -21,7 +21,7 @@ def main() -> int:
     """Run the scripts; see the module's docstring."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", nargs="?", default="examples", type=Path)
-    parser.add_argument("--limit", type=float, default=300.0, help="seconds that one script may take")
+    parser.add_argument("--limit", type=float, default=600.0, help="seconds that one script may take")
     parser.add_argument("--part", default="1/1", help="which part of the files, of how many")
     arguments = parser.parse_args()
     part, parts = map(int, arguments.part.split("/"))
