@@ -258,10 +258,11 @@ _UNKNOWN = Origin.of(UNKNOWN)
 def combine(operands: Sequence[Operand], shape: Sequence[int], *, bent: str = "", product: bool = False) -> Origin:
     """Return what an elementwise function of several tensors is.
 
-    Of several sources, the widest decides, so that a gate that is broadcast never wins over what it gates. Those that
-    are upstream of another source drop out: ``x + f(x)`` has the units of ``f``. Of parallel ones the first that was
-    called decides, but for the first step of a recurrence: see :func:`_is_step`. Truth values are masks: they decide
-    nothing beside numbers.
+    Of several sources, the widest decides, so that a gate that is broadcast never wins over what it gates. Nor does one
+    that has no units win over units that it is multiplied with, as in ``h * mask`` with a mask of the largest. Those
+    that are upstream of another source drop out: ``x + f(x)`` has the units of ``f``. Of parallel ones the first that
+    was called decides, but for the first step of a recurrence: see :func:`_is_step`. Truth values are masks: they
+    decide nothing beside numbers.
 
     Args:
         operands: The tensors.
@@ -276,7 +277,7 @@ def combine(operands: Sequence[Operand], shape: Sequence[int], *, bent: str = ""
     for each in data:
         upstream |= each.origin.upstream
     data = [each for each in data if not each.boolean] or data
-    chosen = data[0] if len(data) == 1 else _source(data)
+    chosen = data[0] if len(data) == 1 else _source(data, product)
     origin = chosen.origin
     if origin.units is None:
         lost = (("", bent),) if bent and origin.state == LOST else ()
@@ -293,8 +294,10 @@ def combine(operands: Sequence[Operand], shape: Sequence[int], *, bent: str = ""
     if bent and not site:
         bends = {(each.origin.units.layer, bent): None for each in data if each.origin.units is not None}
     elif product and not site:
-        same = [each for each in data if each.origin.units == origin.units]
-        if len(same) > 1 and any((units.layer, ACTIVATED) not in each.origin.bends for each in same):
+        same = [each for each in data if each.origin.units == origin.units or _is_pick(each, chosen)]
+        if len(same) > 1 and any(
+            (units.layer, ACTIVATED) not in each.origin.bends for each in same if each.origin.units
+        ):
             bends = {(units.layer, "mul"): None}  # h * h, or an activation that is written out: h * sigmoid(h)
     layer, carries = origin.layer if len(data) == 1 else "", _carried(data, units, product)
     return Origin.of(
@@ -331,10 +334,19 @@ def _carried(data: Sequence[Operand], units: Units, product: bool) -> tuple[Carr
     return tuple(found)
 
 
-def _source(data: Sequence[Operand]) -> Operand:
+def _is_pick(gate: Operand, source: Operand) -> bool:
+    """Whether an operand marks those units of another one that data picked from it, as a mask of the largest does."""
+    own = source.origin.units
+    is_alike = own is not None and gate.origin.layer == own.layer and gate.shape == source.shape
+    return is_alike and gate.origin.state == ENDED
+
+
+def _source(data: Sequence[Operand], product: bool) -> Operand:
     """Return the operand whose units the result has."""
     widest = max(_size(each.shape) for each in data)
     wide = [each for each in data if _size(each.shape) == widest]
+    if product:
+        wide = [each for each in wide if each.origin.state == UNITS] or wide
     left = [each for each in wide if not any(_is_upstream(each.origin, other.origin) for other in wide)] or wide
     first = any(each.origin.begins for each in left)
     return min(

@@ -45,7 +45,7 @@ from neuronscope.checkpoints.verdict.checkpoint_timeline import GradientMasks, L
 from neuronscope.checkpoints.verdict.combine import combine_evidence, confirmations
 from neuronscope.checkpoints.verdict.diagnosis_inputs import postmortem_facts
 from neuronscope.checkpoints.verdict.evidence import Evidence
-from neuronscope.checkpoints.verdict.join_units import NamedSite, join_units, renamed
+from neuronscope.checkpoints.verdict.join_units import NamedSite, as_in_file, join_units, renamed
 from neuronscope.checkpoints.verdict.layer_verdicts import LayerReport
 from neuronscope.checkpoints.verdict.waking_inputs import places_of_sites
 from neuronscope.checkpoints.wake_dead_neurons import WakeOptions, Woken, wake_dead_neurons
@@ -249,6 +249,7 @@ def _examine(
     )
     records = [report for report in recorded_reports(checkpoint) if isinstance(report, Report)]
     recorded = [site for report in records for site in report.layers]
+    evidence, recorded = as_in_file(evidence, recorded, {layer.path: layer.width for layer in of_neurons})
     for dtype, names in unexamined_types(checkpoint.tensors).items():
         notes.append(f"Weights and biases of type {dtype} are not examined: {quoted_list(names)}.")
 

@@ -226,3 +226,42 @@ def test_an_output_that_cannot_be_counted_is_listed_and_has_no_gradients() -> No
     assert {(tally.positions, tally.gradient_positions) for tally in scope.census().values()} <= {(0, 0)}
     (missing,) = scope.report().not_measured
     assert "cannot be counted" in missing.reason
+
+
+def mask_of_largest(h: Tensor) -> Tensor:
+    return torch.zeros_like(h).scatter_(-1, h.topk(4).indices, 1.0)
+
+
+MASKS: dict[str, Callable[[Tensor], Tensor]] = {
+    "ones that are scattered": mask_of_largest,
+    "one-hot rows that are added": lambda h: F.one_hot(h.topk(4).indices, 20).sum(1).to(h.dtype),
+    "softmax": lambda h: torch.softmax(h, -1),
+}
+
+
+@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
+def test_units_times_a_mask_that_was_computed_from_all_of_them_are_still_these_units(
+    mask: Callable[[Tensor], Tensor],
+) -> None:
+    model = Slots(lambda h: F.relu(h * mask(h)))
+    model(torch.randn(2, 6))
+    fired = torch.zeros(20, dtype=torch.int64)
+    with ns.watch(model) as scope:
+        for _ in range(3):
+            x = torch.randn(8, 6)
+            model(x).square().sum().backward()
+            scope.step()
+            h = model.encode(x)
+            fired += (h * mask(h) > 0).sum(0)
+    assert list(scope.census()) == ["encode/relu", "decode/tanh"]
+    assert (24 - scope.census()["encode/relu"].zero_outputs).tolist() == fired.tolist()
+    assert not scope.report().not_measured
+
+
+def test_a_layer_is_listed_if_a_mask_of_its_largest_units_is_all_that_is_applied_to_it() -> None:
+    model = Slots(lambda h: h * mask_of_largest(h))
+    model(torch.randn(2, 6))
+    with ns.watch(model) as scope:
+        model(torch.randn(8, 6)).square().sum().backward()
+        scope.step()
+    assert [item.name for item in scope.report().not_measured] == ["encode"]

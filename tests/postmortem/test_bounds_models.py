@@ -205,6 +205,78 @@ def test_a_model_with_parametrized_layers_is_loaded_as_torch_loads_it(parametriz
     assert all(torch.equal(tensor, saved[name]) for name, tensor in built.state_dict().items())
 
 
+class OldName(nn.Module):
+    """A network whose first layer had another name once, by a method or by a hook that torch calls when it loads."""
+
+    def __init__(self, hooked: bool = False) -> None:
+        super().__init__()
+        self.fc, self.out = nn.Linear(3, 4), nn.Linear(4, 1)
+        self.hooked = hooked
+        if hooked:
+            self.register_load_state_dict_pre_hook(self._rename)
+
+    @staticmethod
+    def _rename(_: nn.Module, state: dict[str, Any], prefix: str, *__: Any) -> None:
+        for name in [name for name in state if name.startswith(f"{prefix}old.")]:
+            state[name.replace("old.", "fc.")] = state.pop(name)
+
+    def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *rest: Any) -> None:
+        if not self.hooked:
+            self._rename(self, state, prefix)
+        super()._load_from_state_dict(state, prefix, *rest)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.out(torch.relu(self.fc(x)))
+        return out
+
+
+class OwnState(nn.Module):
+    """A network that keeps a tensor in the checkpoint that is neither a parameter nor a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.times = nn.Linear(3, 1), 7
+
+    def get_extra_state(self) -> torch.Tensor:
+        return torch.tensor(self.times)
+
+    def set_extra_state(self, state: torch.Tensor) -> None:
+        self.times = int(state)
+
+
+@pytest.mark.parametrize("hooked", [False, True])
+def test_a_network_that_renames_what_is_loaded_gets_it_under_the_new_names(hooked: bool) -> None:
+    saved = OldName().state_dict()
+    old = {name.replace("fc.", "old."): tensor for name, tensor in saved.items()}
+    for model in (OldName(hooked), lambda: OldName(hooked)):
+        assert_holds(build_model(model, checkpoint_of(old)), saved)
+    model = OldName(hooked)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(CheckpointError, match=r"1 missing \(out.bias\)"):
+        build_model(model, checkpoint_of({name: tensor for name, tensor in saved.items() if name != "out.bias"}))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())  # nothing was changed
+
+
+def test_a_network_gets_the_state_of_its_own_that_a_checkpoint_holds() -> None:
+    saved = OwnState()
+    saved.times = 9
+    built = build_model(OwnState, checkpoint_of(saved.state_dict()))
+    assert isinstance(built, OwnState)
+    assert built.times == 9
+    assert torch.equal(built.fc.weight, saved.fc.weight)
+
+
+def test_a_lazy_network_takes_its_sizes_from_the_checkpoint() -> None:
+    def factory() -> nn.Module:
+        return nn.Sequential(nn.LazyLinear(4), nn.LazyBatchNorm1d(), nn.ReLU(), nn.LazyLinear(2))
+
+    saved, x = factory(), torch.randn(5, 3)
+    saved(x)
+    for model in (factory, factory()):
+        built = build_model(model, checkpoint_of(saved.state_dict()))
+        assert torch.equal(built(x), saved.eval()(x))
+
+
 class Keeper:
     """An object of the user's that holds a tensor."""
 

@@ -180,6 +180,43 @@ def test_a_model_without_the_prefix_of_the_checkpoint_has_the_same_layers(tmp_pa
     assert {"monitor record", "adam state", "scan"} <= {one.source for one in report["head"].evidence}
 
 
+class Part(nn.Module):
+    """A network with another one inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = PoolBetween()
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.net(x)
+        return result
+
+
+@pytest.mark.parametrize("watched", ["the whole", "the part"])
+@pytest.mark.parametrize("model", [None, Part, PoolBetween])
+def test_the_record_of_a_network_is_joined_with_the_weights_of_its_part_or_of_its_whole(
+    watched: str, model: Callable[[], nn.Module] | None, tmp_path: Path
+) -> None:
+    whole_is_watched = watched == "the whole"
+    path, _ = saved(Part if whole_is_watched else PoolBetween, {}, tmp_path)
+    record = torch.load(path, weights_only=True)["neuronscope"]
+    other: nn.Module = PoolBetween() if whole_is_watched else Part()
+    torch.save({"model": other.state_dict(), "neuronscope": record}, tmp_path / "other.pt")
+    report = ns.postmortem(tmp_path / "other.pt", model)
+    name = "a_norm" if (other if model is None else model()).__class__ is PoolBetween else "net.a_norm"
+    assert [layer.name for layer in report.layers if layer.sites] == [name]
+    assert (report[name].neurons, report[name].sites) == (report.neurons, (f"{name}/relu",))
+    assert "monitor record" in {one.source for one in report[name].evidence}
+
+
+def test_a_record_that_fits_two_networks_of_a_file_is_joined_with_neither(tmp_path: Path) -> None:
+    path, _ = saved(PoolBetween, {}, tmp_path)
+    record = torch.load(path, weights_only=True)["neuronscope"]
+    both = nn.ModuleDict({"one": PoolBetween(), "other": PoolBetween()})
+    torch.save({"model": both.state_dict(), "neuronscope": record}, tmp_path / "both.pt")
+    assert "a_norm" in [layer.name for layer in ns.postmortem(tmp_path / "both.pt").layers]
+
+
 def test_a_record_of_a_wider_layer_is_not_taken_for_the_layer_of_the_file(tmp_path: Path) -> None:
     def make(width: int) -> nn.Module:
         return nn.Sequential(nn.Linear(16, width), nn.ReLU(), nn.Linear(width, 2))

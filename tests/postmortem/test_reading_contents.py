@@ -128,13 +128,35 @@ def test_networks_in_a_list_and_beside_recorded_inputs_are_found(tmp_path: Path)
     }
 
 
+def test_networks_are_found_at_every_level_and_beside_other_tensors(tmp_path: Path) -> None:
+    """As an agent with two critics and an entropy coefficient keeps them, each with its optimizer."""
+    critics = [{"model": nn.Linear(4, 1).state_dict(), "optimizer": trained().optimizer.state_dict()} for _ in "ab"]
+    content = {
+        "agent": {"actor": nn.Linear(4, 2).state_dict(), "critics": critics, "log_alpha": torch.zeros(1)},
+        "observation_mean": torch.zeros(4),
+    }
+    torch.save(content, tmp_path / "w.pt")
+    checkpoint = open_checkpoint(tmp_path / "w.pt")
+    assert {name: tensor.shape for name, tensor in checkpoint.tensors.items()} == {
+        "agent.actor.weight": (2, 4),
+        "agent.actor.bias": (2,),
+        "agent.critics.0.model.weight": (1, 4),
+        "agent.critics.0.model.bias": (1,),
+        "agent.critics.1.model.weight": (1, 4),
+        "agent.critics.1.model.bias": (1,),
+    }
+    assert len(checkpoint.optimizers) == 2
+    assert "'observation_mean'" in " ".join(checkpoint.notes)
+
+
 @pytest.mark.parametrize(
     "place",
     [
         lambda weights: {"trainer": {"ema": {"network": weights}}, "rng": torch.zeros(16, dtype=torch.uint8).tolist()},
+        lambda weights: {"a": [{"b": ({"c": {"d": {"e": {"f": weights}}}},)}]},
         lambda weights: {"net": weights, "step": torch.tensor(7), "best": torch.tensor(0.5)},
     ],
-    ids=["three levels", "beside numbers in tensors"],
+    ids=["three levels", "eight levels", "beside numbers in tensors"],
 )
 def test_weights_under_names_of_a_users_own_are_found(
     place: Callable[[Mapping[str, Any]], dict[str, Any]], tmp_path: Path

@@ -31,7 +31,9 @@ def _scatter_rule(operation: Operation) -> Origin:
     if not isinstance(source, Operand) or source.origin.state in (CONSTANT, WEIGHT, RAW):
         if target.origin.state in (UNITS, LOST, ROWS):
             return target.origin.but(upstream=upstream, site=None, carries=())
-        return Origin.of(ENDED, upstream) if upstream else target.origin
+        index = operation.argument(2, "index")
+        picked = index.origin if isinstance(index, Operand) else target.origin
+        return Origin.of(ENDED, upstream, layer=picked.layer if picked.picks else "") if upstream else target.origin
     units = source.origin.units
     if isinstance(dim, int) and (selected := _selected(operation, target, source, dim)) is not None:
         return selected

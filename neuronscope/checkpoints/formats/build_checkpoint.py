@@ -24,7 +24,8 @@ _STEPS = ("global_step", "step")
 _AVERAGES = "averaging_state"  # Lightning's callbacks keep the counters apart from the averages
 _DEEPSPEED = frozenset({"ds_config", "ds_version", "param_shapes"})
 _TENSORS = (StoredTensor, SkippedTensor)
-_DEEPEST = 5  # the state_dict of a model in a dictionary of models in a checkpoint is the third
+_DEEPEST = 5  # levels of the keys above, one in the other
+_DEEPEST_NETWORK = 16  # levels of any other keys
 
 
 @dataclass
@@ -107,17 +108,21 @@ def _weights(data: Mapping[Any, Any], notes: list[str]) -> tuple[dict[str, Store
         chosen = chosen[inner]
         where.append(inner)
     others = [key for key, value in data.items() if _is_network(value) and key not in where]
-    if any(_is_weight(value) for value in chosen.values()):
+    own = {key: value for key, value in chosen.items() if isinstance(value, _TENSORS)}
+    parts: dict[str, Mapping[Any, Any]] = {}
+    if not is_optimizer_state(chosen) and not _has_weights(own):
+        parts = _networks(chosen, _has_weights)
+    if not parts and any(map(_is_weight, own.values())):
         if others and where:
             notes.append(f"The weights are those under {quoted(where[0])}; not looked at: {quoted_list(others)}.")
         return _tensors(chosen, notes), ()
-    parts: dict[str, Mapping[Any, Any]] = {}
-    if not is_optimizer_state(chosen):  # a dictionary of other tensors, such as recorded inputs, is the second choice
-        parts = _networks(chosen, _DEEPEST, _has_weights) or _networks(chosen, _DEEPEST, _is_network)
-    if not parts and any(isinstance(value, StoredTensor) for value in chosen.values()):
+    if not parts and not is_optimizer_state(chosen):  # dictionaries of other tensors, such as recorded inputs
+        parts = _networks(chosen, _is_network)
+    if not parts and any(isinstance(value, StoredTensor) for value in own.values()):
         return _tensors(chosen, notes), ()
     if parts:
-        notes.append(f"The weights were found under {quoted_list(parts)}.")
+        beside = f"; not looked at: {quoted_list(own)}" if own else ""
+        notes.append(f"The weights were found under {quoted_list(parts)}{beside}.")
     tensors = {
         f"{key}.{name}" if len(parts) > 1 else name: tensor
         for key, part in parts.items()
@@ -173,19 +178,23 @@ def _has_weights(value: Any) -> bool:
     return _is_network(value) and any("weight" in name for name in value)
 
 
-def _networks(content: Any, deeper: int, is_network: Callable[[Any], bool]) -> dict[str, Mapping[Any, Any]]:
-    """Return the networks in a dictionary or list by their keys, or else in those inside it, so many levels deep."""
-    items = content.items() if isinstance(content, Mapping) else enumerate(content)
-    inside: dict[str, Any] = {str(key): value for key, value in items if isinstance(value, (Mapping, list, tuple))}
-    found = {key: value for key, value in inside.items() if is_network(value)}
-    if found or deeper == 1:
-        return found
-    return {
-        f"{key}.{name}": part
-        for key, inner in inside.items()
-        if not is_optimizer_state(inner)
-        for name, part in _networks(inner, deeper - 1, is_network).items()
-    }
+def _networks(content: Any, is_network: Callable[[Any], bool]) -> dict[str, Mapping[Any, Any]]:
+    """Return the networks in a dictionary or list, and in those inside it, by their keys joined with dots."""
+    found: dict[str, Mapping[Any, Any]] = {}
+    searched: set[int] = set()  # what is referred to many times is searched once
+
+    def search(inside: Any, path: str, deeper: int) -> None:
+        searched.add(id(inside))
+        for key, value in inside.items() if isinstance(inside, Mapping) else enumerate(inside):
+            if not isinstance(value, (Mapping, list, tuple)) or is_optimizer_state(value):
+                continue
+            if isinstance(value, Mapping) and is_network(value):
+                found[f"{path}{key}"] = value
+            elif deeper and id(value) not in searched:
+                search(value, f"{path}{key}.", deeper - 1)
+
+    search(content, "", _DEEPEST_NETWORK - 1)
+    return found
 
 
 def _step(data: Mapping[Any, Any], known: int | None, optimizers: tuple[OptimizerState, ...]) -> int | None:

@@ -15,6 +15,7 @@ __all__ = ["find_optimizers", "is_optimizer_state", "steps_taken"]
 
 _KEYS = ("params", "param_names")  # lists of a group that name its parameters
 _LONGEST_SETTING = 16
+_DEEPEST = 16  # levels of dictionaries and lists
 # bitsandbytes keeps its tensors in a dictionary of their own, beside the step.
 _INNER_SLOTS = "__bnb_optimizer_quant_state__"
 
@@ -46,14 +47,14 @@ def _is_fastai_state(value: Any) -> bool:
 def find_optimizers(
     content: Any, strip: Callable[[str], str] = escape_surrogates, notes: list[str] | None = None
 ) -> tuple[OptimizerState, ...]:
-    """Return the optimizers in a checkpoint: the whole of it, under a key, or in a list or dictionary under a key.
+    """Return the optimizers in a checkpoint: the whole of it, or in the dictionaries and lists inside it.
 
     Args:
         content: The content of the checkpoint.
         strip: Removes what wrappers add to the names of parameters.
         notes: A list to which a sentence is added for each kind of tensor that is not read.
     """
-    optimizers = tuple(_candidates(content, 2, set()))
+    optimizers = tuple(_candidates(content, _DEEPEST, set()))
     skipped: dict[str, list[str]] = {}
     for optimizer in optimizers:
         for key, slots in optimizer["state"].items():

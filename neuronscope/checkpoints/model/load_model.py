@@ -14,10 +14,11 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 from torch.overrides import TorchFunctionMode
 
@@ -153,9 +154,12 @@ class _NewTensors(TorchFunctionMode):
 def _is_saved_completely(built: nn.Module, made: _NewTensors) -> bool:
     """Whether a checkpoint holds all tensors of a network: nothing keeps others, such as a list or a closure.
 
-    A parametrization may decide by the numbers which buffers it registers, so it needs real numbers.
+    A parametrization may decide by the numbers which buffers it registers, so it needs real numbers. So does a module
+    that changes what is loaded into it.
     """
-    if any(module._non_persistent_buffers_set or is_parametrized(module) for module in built.modules()):
+    if _changes_loading(built) or any(
+        module._non_persistent_buffers_set or is_parametrized(module) for module in built.modules()
+    ):
         return False
     saved = {id(tensor) for tensor in (*built.parameters(), *built.buffers())}
     return all(id(tensor) in saved for tensor in made.kept())
@@ -184,18 +188,54 @@ def _hugging_face(config: Any) -> nn.Module:
     return built
 
 
+def _changes_loading(model: nn.Module) -> bool:
+    """Whether a module of a network changes what is loaded into it: old names, or state of its own."""
+    own = ("_load_from_state_dict", "set_extra_state")
+    return any(
+        module._load_state_dict_pre_hooks
+        or any(_home_of(type(module), name).partition(".")[0] != "torch" for name in own)
+        for module in model.modules()
+    )
+
+
+def _home_of(cls: type, method: str) -> str:
+    """Return the name of the Python module in which a class's method is defined."""
+    return next(base.__module__ for base in cls.__mro__ if method in vars(base))
+
+
+def _load_as_torch(model: nn.Module, tensors: Mapping[str, StoredTensor]) -> bool:
+    """Load a checkpoint's tensors as torch does, with the network's own changes; return whether they fit."""
+    before = [(held.tensor, held.tensor.clone()) for _, held in held_tensors(model) if not is_lazy(held.tensor)]
+    try:
+        model.load_state_dict({name: stored.read() for name, stored in tensors.items() if name not in COUNTERS})
+    except RuntimeError:
+        with torch.no_grad():
+            for tensor, kept in before:
+                tensor.copy_(kept)
+        return False
+    return True
+
+
 def _load_weights(model: nn.Module, checkpoint: Checkpoint) -> None:
     """Read a checkpoint's tensors into a network, one at a time.
 
-    Where they do not fit, masks, adapters (LoRA) and norms of weights are merged into the weights. Names may differ by
-    a prefix that all share. On the meta device, what is read becomes the weights; elsewhere it is copied into them.
+    Where they do not fit, masks, adapters (LoRA) and norms of weights are merged into the weights, or the network's own
+    code changes what is loaded. Names may differ by a prefix that all share. On the meta device, what is read becomes
+    the weights; elsewhere it is copied into them. A lazy module takes its sizes from the checkpoint.
 
     Raises:
         CheckpointError: Tensors are missing, left over, or of another shape.
     """
     slots = _slots(model)
     tensors = checkpoint.tensors
+    for name, stored in _match_names(slots, tensors).items():
+        if is_lazy(slots[name].tensor):
+            cast("Any", slots[name].tensor).materialize(tensors[stored].shape)
     problems = _problems(slots, tensors)
+    if problems and _changes_loading(model):
+        with user_code(f"Expected {type(model).__name__} to load the weights of {checkpoint.path}"):
+            if _load_as_torch(model, tensors):
+                return
     if problems:
         base = {name: held.tensor for name, held in slots.items() if held.tensor.device.type != "meta"}
         plain = plain_tensors(checkpoint, base)
@@ -258,7 +298,7 @@ def _problems(slots: Mapping[str, HeldTensor], tensors: Mapping[str, StoredTenso
 
 
 def as_loaded(model: nn.Module, checkpoint: Checkpoint) -> Checkpoint:
-    """Return a checkpoint with a network's own tensors, if masks or adapters were merged into its weights.
+    """Return a checkpoint with a network's own tensors, if what it holds was changed to fit the network.
 
     Args:
         model: The network, with the checkpoint's weights.
@@ -268,7 +308,10 @@ def as_loaded(model: nn.Module, checkpoint: Checkpoint) -> Checkpoint:
     if not _problems(slots, checkpoint.tensors):
         return checkpoint
     tensors = {name: ComputedTensor.of(held.tensor) for name, held in slots.items()}
-    note = "Masks, adapters or norms of weights in the file were merged into the weights of the network."
+    note = (
+        "The file's tensors were changed to fit the network: its own code does so when it loads them, or masks, "
+        "adapters or norms of weights were merged into the weights."
+    )
     return replace(checkpoint, tensors=tensors, notes=(*checkpoint.notes, note))
 
 

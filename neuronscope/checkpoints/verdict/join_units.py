@@ -7,6 +7,7 @@ its own, but its unit ``i`` and unit ``i`` of the layer before it are one neuron
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
@@ -23,6 +24,7 @@ __all__ = [
     "JoinedLayer",
     "JoinedLayers",
     "NamedSite",
+    "as_in_file",
     "join_units",
     "places_but_gates",
     "renamed",
@@ -155,6 +157,51 @@ def renamed(
         )
         for site in sites
     ]
+
+
+def as_in_file(
+    evidence: Iterable[Evidence], sites: Sequence[SiteReport], widths: Mapping[str, int]
+) -> tuple[list[Evidence], list[SiteReport]]:
+    """Return evidence and the sites of records with the paths that the file's layers have.
+
+    The network that was watched may be a part of the one that was saved, or the other way round. Then all paths differ
+    by a prefix. They stay as they are if no prefix fits, or several fit equally well.
+
+    Args:
+        evidence: The evidence of the file: on the sites of records, and on its layers.
+        sites: The sites of records.
+        widths: Number of units of each layer of the file by its path.
+    """
+    found = Counter(prefix for site in sites for prefix in _prefixes(site, widths))
+    best = [prefix for prefix, count in found.items() if count == max(found.values())]
+    if len(best) != 1 or ("", "") in found:
+        return list(evidence), list(sites)
+    ((surplus, missing),) = best
+
+    def path(name: str) -> str:
+        return "+".join(missing + part.removeprefix(surplus) for part in name.split("+"))
+
+    evidence = list(evidence)
+    of_records, aligned = renamed([one for one in evidence if one.site], sites, path)
+    return [*of_records, *(one for one in evidence if not one.site)], aligned
+
+
+def _prefixes(site: SiteReport, widths: Mapping[str, int]) -> set[tuple[str, str]]:
+    """Return what may be removed from, and added to, the paths of a site's layers to give those of the file."""
+    found: set[tuple[str, str]] = set()
+    if not site.in_headlines:
+        return found
+    units = {layer: max(range(*bounds), default=0) for layer, *bounds in site.units}
+    for layer, last in {**units, **({site.normalises: site.neurons - 1} if site.normalises else {})}.items():
+        for path, width in widths.items():
+            if last < width:
+                if path == layer:
+                    found.add(("", ""))
+                elif layer.endswith(f".{path}"):
+                    found.add((layer.removesuffix(path), ""))
+                elif path.endswith(f".{layer}"):
+                    found.add(("", path.removesuffix(layer)))
+    return found
 
 
 def places_but_gates(sites: Sequence[NamedSite]) -> dict[str, BoolArray]:
