@@ -759,7 +759,8 @@ class NeuronFlow:
     def gave(self, *values: Any) -> bool:
         """Whether any of some values is what the model computed with its layers and returned in its last forward.
 
-        With gradients now and none then, or the reverse, or detached in place since, it is a new begin.
+        If so, the layers that gave it are read by this forward: a state is no output of the network. With gradients now
+        and none then, or the reverse, or detached in place since, it is a new begin.
 
         Args:
             values: What a forward is given.
@@ -769,11 +770,14 @@ class NeuronFlow:
                 break
         else:  # most often nothing is left, and the search is spared
             return False
+        given = False
         with unwatched():
             for tensor in all_tensors(values):  # no generator: see `call_arguments`
                 if self._given_out.get(tensor) == (torch.is_grad_enabled(), tensor.requires_grad):
-                    return True
-        return False
+                    origin = self._origins.get(tensor)
+                    self.read |= origin.upstream if origin is not None else 0
+                    given = True
+        return given
 
     def note_activation(self, origin: Origin, key: Any, name: str) -> None:
         """Note that an activation reads what a tensor carries.
