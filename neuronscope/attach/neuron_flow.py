@@ -10,6 +10,7 @@ While ``torch.compile`` traces, it receives the fake tensors that stand for the 
 from __future__ import annotations
 
 import math
+import re
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -85,6 +86,9 @@ _WEIGHT_SLOTS = {
     "MmBackward0": (1, -1),
     **dict.fromkeys(("ConvolutionBackward0", "NativeBatchNormBackward0", "NativeGroupNormBackward0"), (1, 1)),
 }
+#: The notes of a site that is reduced to other numbers than its units, and of one that is multiplied by a weight.
+_REDUCED = re.compile(r"read by `(nan)?(sum|mean)`|read by `(\w+_)?(norm|loss)`")
+_WEIGHED = re.compile(r"combined with `.*` by `mul(tiply)?_?`")
 _UNKNOWN = Origin.of(UNKNOWN)
 _RAW = Origin.of(RAW)
 _NAMELESS = frozenset({WEIGHT, UNKNOWN})
@@ -256,6 +260,26 @@ class NeuronFlow:
         """Whether no layer was seen to read what this layer gives."""
         self._close_calls()
         return not any(part in self.read_layers for part in layer.split("+"))
+
+    def is_output(self, site: Any, layer: str) -> bool:
+        """Whether what a function gives at a site is an output of the network, or a term of a loss.
+
+        No layer reads it. But a product with a weight that is summed is a layer that is written out. And a function of
+        a hidden layer is a term of a loss if it is only reduced, while layers read the same units in another way.
+
+        Args:
+            site: The site, of an activation that is no module.
+            layer: Path of its layer.
+        """
+        notes = self.reader_notes.get(site, {})
+        reduced = [note for note in notes if _REDUCED.fullmatch(note)]
+        if self.gives_outputs(layer):
+            return not (reduced and any(_WEIGHED.fullmatch(note) for note in notes))
+        if not reduced or site in self.readers or site in self.activations:
+            return False
+        kept = all(note.startswith((SHIFTED, "combined with ")) for note in notes if note not in reduced)
+        others = (each for each in self.readers if each == layer or getattr(each, "layer", None) == layer)
+        return kept and next(others, None) is not None
 
     def origin(self, tensor: Tensor) -> Origin:
         """Return what a tensor is."""
