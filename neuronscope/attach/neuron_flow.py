@@ -86,8 +86,7 @@ _WEIGHT_SLOTS = {
     "MmBackward0": (1, -1),
     **dict.fromkeys(("ConvolutionBackward0", "NativeBatchNormBackward0", "NativeGroupNormBackward0"), (1, 1)),
 }
-#: The notes of a site that is reduced to other numbers than its units, and of one that is multiplied by a weight.
-_REDUCED = re.compile(r"read by `(nan)?(sum|mean)`|read by `(\w+_)?(norm|loss)`")
+#: The note of a site that is multiplied by a weight.
 _WEIGHED = re.compile(r"combined with `.*` by `mul(tiply)?_?`")
 _UNKNOWN = Origin.of(UNKNOWN)
 _RAW = Origin.of(RAW)
@@ -109,6 +108,7 @@ class _Outcome(NamedTuple):
         normalises: The layer whose units it normalises one by one, or ``""``; ``None`` if it is no norm.
         nameless: Whether an output may turn out to be a weight: see :func:`_stays_weight`.
         rows: Whether data says which experts its rows are of, or which weights it is.
+        terms: Sites that a function reads which is no layer and ends their units, and whether it gives one number.
     """
 
     origins: tuple[Origin, ...]
@@ -121,6 +121,7 @@ class _Outcome(NamedTuple):
     normalises: str | None = None
     nameless: bool = False
     rows: bool = False
+    terms: tuple[tuple[Any, bool], ...] = ()
 
 
 #: A tensor among the arguments of a call: its place, what it is, and its class, shape and type.
@@ -198,6 +199,7 @@ class NeuronFlow:
         self.readers: dict[Any, dict[ReaderColumns | str, None]] = {}  # of each site: columns, or layers, that read it
         self.sources: dict[str, dict[Any, None]] = {}  # of each layer: the sites of which it reads known columns
         self.reader_notes: dict[Any, dict[str, None]] = {}  # of each site: other ways in which it is read
+        self.terms: dict[Any, bool] = {}  # of sites whose units a function ends: whether one number is left
         self.activations: dict[Any, dict[Any, None]] = {}  # of each layer and site: the sites that read it
         self.repeated: set[str] = set()  # layers that were called more than once in a forward
         self.bent: dict[str, dict[str, None]] = {}  # layers that another one reads after an unknown function: which
@@ -265,19 +267,19 @@ class NeuronFlow:
         """Whether what a function gives at a site is an output of the network, or a term of a loss.
 
         No layer reads it. But a product with a weight that is summed is a layer that is written out. And a function of
-        a hidden layer is a term of a loss if it is only reduced, while layers read the same units in another way.
+        a hidden layer is a term of a loss if it is only reduced to one number, while layers read the same units in
+        another way.
 
         Args:
             site: The site, of an activation that is no module.
             layer: Path of its layer.
         """
         notes = self.reader_notes.get(site, {})
-        reduced = [note for note in notes if _REDUCED.fullmatch(note)]
         if self.gives_outputs(layer):
-            return not (reduced and any(_WEIGHED.fullmatch(note) for note in notes))
-        if not reduced or site in self.readers or site in self.activations:
+            return not ("read by `sum`" in notes and any(_WEIGHED.fullmatch(note) for note in notes))
+        if not self.terms.get(site, False) or site in self.readers or site in self.activations:
             return False
-        kept = all(note.startswith((SHIFTED, "combined with ")) for note in notes if note not in reduced)
+        kept = all(note.startswith(("read by ", SHIFTED, "combined with ")) for note in notes)
         others = (each for each in self.readers if each == layer or getattr(each, "layer", None) == layer)
         return kept and next(others, None) is not None
 
@@ -637,6 +639,8 @@ class NeuronFlow:
 
     def _learn(self, outcome: _Outcome) -> None:
         """Note what an outcome tells about sites and layers; it holds for all forwards."""
+        for site, one_number in outcome.terms:
+            self.terms[site] = one_number and self.terms.get(site, True)
         for site, note in outcome.notes:
             self.reader_notes.setdefault(site, {})[note] = None
         if outcome.layer is None:
@@ -717,7 +721,9 @@ class NeuronFlow:
                 read += [(site, f"combined with {stored} by `{_name(function)}`") for site in kept]
             elif kept and not keeps_zero(operation):
                 read += [(site, f"{SHIFTED}{_name(function)}`") for site in kept]
-            return _Outcome(origins, notes=tuple(read), nameless=nameless, rows=_tells_rows(operation, origins[0]))
+            terms = tuple((site, shapes[0] == ()) for site in carried if site not in kept)
+            rows = _tells_rows(operation, origins[0])
+            return _Outcome(origins, notes=tuple(read), nameless=nameless, rows=rows, terms=terms)
         origins = tuple([_as_carried(origin, call) for origin in origins])
         notes = tuple((site, "mixed by a norm") for site in carried) if function in _MIXING_NORMS else ()
         bends = tuple(dict.fromkeys(bend for origin in sources for bend in origin.bends if bend[1] != ACTIVATED))

@@ -165,10 +165,11 @@ class Penalised(nn.Module):
     ("penalty", "is_loss"),
     [
         (lambda _, h, y: F.relu(h.abs() - 1e4).mean(), True),
-        (lambda _, h, y: F.relu(y - 1e4).square().sum(-1).mean(), True),
+        (lambda _, h, y: F.relu(y - 1e4).square().mean(), True),
         (lambda _, h, y: (y.mean(0).abs() - 1e4).clamp(min=0).sum(), True),
         (lambda _, h, y: F.mse_loss(F.relu(h - 1e4), torch.zeros_like(h)), True),
         (lambda net, h, y: net.out(F.relu(h - 1e4)).mean(), False),  # a layer reads it
+        (lambda _, h, y: F.relu(h - 1e4).sum(1).mean(), False),  # one number a row may be an output
     ],
 )
 def test_a_penalty_on_a_hidden_layer_kills_none_of_its_neurons(
