@@ -14,7 +14,7 @@ from torch import nn
 
 from neuronscope.attach.compiling import is_tracing
 
-__all__ = ["CACHES", "CACHE_NAMES", "CallArguments", "inputs_only"]
+__all__ = ["CACHES", "CACHE_NAMES", "STARTS", "CallArguments", "inputs_only"]
 
 #: Arguments under which a forward is given what earlier forwards computed for the same rows: key-value caches,
 #: states of recurrent language models, memories of earlier segments.
@@ -35,6 +35,8 @@ CACHES = (
 )
 #: The same as a set, for what is not traced.
 CACHE_NAMES = frozenset(CACHES)
+#: Arguments that say at which position the tokens of a forward begin, where the model itself keeps the cache.
+STARTS = ("start_pos", "input_pos")
 
 
 class CallArguments:

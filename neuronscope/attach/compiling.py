@@ -57,6 +57,7 @@ __all__ = [
     "in_operator",
     "is_compiled",
     "is_in_graph",
+    "is_recorded",
     "is_tracing",
     "operator_around",
     "original_code",
@@ -165,12 +166,13 @@ def has_real_tensors(traced: bool | None = None) -> bool:
     """
     if is_tracing() if traced is None else traced:
         return not torch.compiler.is_exporting()
-    return torch._C._get_tracing_state() is None and not (_count_dispatch_modes() and _is_recorded())
+    return torch._C._get_tracing_state() is None and not is_recorded()
 
 
-def _is_recorded() -> bool:
-    """Whether a graph is recorded of what is done to tensors, as ``make_fx`` does."""
-    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
+def is_recorded() -> bool:
+    """Whether a graph is recorded of what is done to tensors, as ``make_fx`` and ``torch.func.linearize`` do."""
+    key = torch._C._TorchDispatchModeKey.PROXY
+    return bool(_count_dispatch_modes()) and torch._C._get_dispatch_mode(key) is not None
 
 
 class _Thread(threading.local):

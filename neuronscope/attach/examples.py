@@ -10,7 +10,7 @@ the input are possible, the smaller number is taken, because it holds in both. W
   with one length are several inputs of the same rows. For all other lists, the smaller of the number of members and the
   number of rows is taken.
 - A batch of graphs has as many examples as its ``num_graphs`` says; a packed sequence as many as it has sequences.
-- A forward that continues earlier ones, with a key-value cache or with its own last output appended, adds none. One
+- A forward that continues earlier ones, with a key-value cache or with the last tokens and one more, adds none. One
   that is given a state which the model returned the last time is one forward with the last; see `forward`.
 - A model with a module that takes its time dimension first (``batch_first=False``, torch's default) may be given its
   examples on dimension 1. So the smaller of both dimensions is taken, until such a module was seen to get the rows of
@@ -29,9 +29,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from neuronscope.attach.call_arguments import CACHE_NAMES, CACHES, CallArguments, inputs_only
+from neuronscope.attach.call_arguments import CACHE_NAMES, CACHES, STARTS, CallArguments, inputs_only
 from neuronscope.attach.compiling import is_tracing, seen_by_modes, unwatched
 from neuronscope.attach.dtensor import local_tensor
+from neuronscope.attach.generation import Generation
 from neuronscope.errors import NeuronscopeWarning
 from neuronscope.options import Examples
 
@@ -62,7 +63,7 @@ class ExampleCounter:
         self._rows_confirmed = False  # a time-first module was given the rows of the input on its dimension 1
         self._rows_refuted = False  # a time-first module was given them on its dimension 0
         self._rows = 0  # of the forward that runs
-        self._tokens = (0, 0, 0)  # of the last forward: its module, rows and length
+        self._generation = Generation()
         self._warned = False
         self._takes_batch: dict[type, bool] = {}  # of classes of modules: whether their first argument is no cache
 
@@ -104,9 +105,9 @@ class ExampleCounter:
 
     def _is_batch(self, module: nn.Module, x: Tensor) -> bool:
         """Whether the only input of a module is a batch beyond doubt: most forwards are spared the longer search."""
-        if x.dim() == 0 or not (torch.is_grad_enabled() or x.is_floating_point()):  # tokens: see `_appends`
+        if x.dim() == 0 or not (torch.is_grad_enabled() or x.is_floating_point()):  # tokens: see `generation`
             return False
-        self._tokens = (0, 0, 0)
+        self._generation.forget()
         kind = type(module)
         if kind not in self._takes_batch:
             self._takes_batch[kind] = CACHE_NAMES.isdisjoint(self._arguments.names(module)[:1])
@@ -117,8 +118,11 @@ class ExampleCounter:
             return 0
         inputs = list(inputs_only(named).values())
         tensor = first_tensor(inputs)
-        if not is_tracing() and self._appends(module, tensor):
-            return 0
+        if not is_tracing():
+            if torch.is_grad_enabled():
+                self._generation.forget()
+            elif self._generation.goes_on(module, all_tensors(inputs)):
+                return 0
         return self._rows_of(option, inputs, tensor)
 
     def _rows_of(self, option: int | str, inputs: list[Any], tensor: Tensor | None) -> int | None:
@@ -179,19 +183,6 @@ class ExampleCounter:
             )
         return None
 
-    def _appends(self, module: nn.Module, tensor: Tensor | None) -> bool:
-        """Whether a forward without gradients gets the tokens of the last one and one more: generation without cache.
-
-        Args:
-            module: The module that is called.
-            tensor: The first tensor that it is given: tokens ``(B, T)``.
-        """
-        if tensor is None or tensor.dim() != 2 or tensor.is_floating_point() or torch.is_grad_enabled():
-            self._tokens = (0, 0, 0)
-            return False
-        last, self._tokens = self._tokens, (id(module), _size(tensor, 0), _size(tensor, 1))
-        return self._tokens == (last[0], last[1], last[2] + 1)
-
 
 def is_time_first(module: nn.Module) -> bool:
     """Whether a module takes ``(time, batch, feature)``, as torch's recurrent layers and attention do by default.
@@ -203,10 +194,12 @@ def is_time_first(module: nn.Module) -> bool:
 
 
 def continues_earlier(named: Mapping[str, Any]) -> bool:
-    """Whether a forward continues earlier ones: it is given a cache that is not empty.
+    """Whether a forward continues earlier ones: it is given a cache that is not empty, or a position behind the first.
 
-    A cache that requires gradients does not count: it is a trained prefix (prefix tuning). A cache object counts while
-    ``torch.compile`` traces, whatever it holds, because the tracer cannot look into it.
+    A position is a number above zero, or a tensor that holds one. On a device, which would have to be waited for, any
+    tensor with one number is taken for a position behind the first. A cache that requires gradients does not count: it
+    is a trained prefix (prefix tuning). A cache object counts while ``torch.compile`` traces, whatever it holds,
+    because the tracer cannot look into it.
 
     Args:
         named: The arguments of the forward by name.
@@ -215,13 +208,25 @@ def continues_earlier(named: Mapping[str, Any]) -> bool:
     True
     >>> continues_earlier({"x": torch.ones(2, 5), "past": None})
     False
+    >>> continues_earlier({"tokens": torch.ones(2, 1), "start_pos": 5})
+    True
     """
+    for name in STARTS:
+        if name in named and _is_later(named[name]):
+            return True
     if not is_tracing() and CACHE_NAMES.isdisjoint(named):
         return False
     for name in CACHES:  # noqa: SIM110  # no generator: see `call_arguments`
         if name in named and _holds_states(named[name]):
             return True
     return False
+
+
+def _is_later(start: Any) -> bool:
+    """Whether the position at which a forward's tokens begin is behind the first; see :func:`continues_earlier`."""
+    if isinstance(start, Tensor):
+        return start.numel() == 1 and (is_tracing() or not start.is_cpu or bool(start > 0))
+    return not is_tracing() and isinstance(start, int) and start > 0
 
 
 def _holds_states(cache: Any) -> bool:

@@ -10,6 +10,7 @@ While ``torch.compile`` traces, it receives the fake tensors that stand for the 
 from __future__ import annotations
 
 import math
+import re
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -49,12 +50,14 @@ from neuronscope.attach.origins import (
     Operand,
     Origin,
     PickedMatrices,
+    RowsLeft,
 )
 from neuronscope.attach.plain_sizes import plain_shape, plain_size
 from neuronscope.attach.readers import carry_layer, columns_of, read_dim
 from neuronscope.attach.row_masks import RowMasks
 from neuronscope.attach.tensor_map import TensorMap, nested_tensors
 from neuronscope.attach.torch_functions import spellings
+from neuronscope.attach.unit_rules.row_rules import rows_left
 from neuronscope.attach.units import Units, has_units, place
 from neuronscope.count.neuron_layout import Dims
 from neuronscope.sites import ReaderColumns
@@ -83,6 +86,8 @@ _WEIGHT_SLOTS = {
     "MmBackward0": (1, -1),
     **dict.fromkeys(("ConvolutionBackward0", "NativeBatchNormBackward0", "NativeGroupNormBackward0"), (1, 1)),
 }
+#: The note of a site that is multiplied by a weight.
+_WEIGHED = re.compile(r"combined with `.*` by `mul(tiply)?_?`")
 _UNKNOWN = Origin.of(UNKNOWN)
 _RAW = Origin.of(RAW)
 _NAMELESS = frozenset({WEIGHT, UNKNOWN})
@@ -103,6 +108,7 @@ class _Outcome(NamedTuple):
         normalises: The layer whose units it normalises one by one, or ``""``; ``None`` if it is no norm.
         nameless: Whether an output may turn out to be a weight: see :func:`_stays_weight`.
         rows: Whether data says which experts its rows are of, or which weights it is.
+        terms: Sites that a function reads which is no layer and ends their units, and whether it gives one number.
     """
 
     origins: tuple[Origin, ...]
@@ -115,6 +121,7 @@ class _Outcome(NamedTuple):
     normalises: str | None = None
     nameless: bool = False
     rows: bool = False
+    terms: tuple[tuple[Any, bool], ...] = ()
 
 
 #: A tensor among the arguments of a call: its place, what it is, and its class, shape and type.
@@ -192,6 +199,7 @@ class NeuronFlow:
         self.readers: dict[Any, dict[ReaderColumns | str, None]] = {}  # of each site: columns, or layers, that read it
         self.sources: dict[str, dict[Any, None]] = {}  # of each layer: the sites of which it reads known columns
         self.reader_notes: dict[Any, dict[str, None]] = {}  # of each site: other ways in which it is read
+        self.terms: dict[Any, bool] = {}  # of sites whose units a function ends: whether one number is left
         self.activations: dict[Any, dict[Any, None]] = {}  # of each layer and site: the sites that read it
         self.repeated: set[str] = set()  # layers that were called more than once in a forward
         self.bent: dict[str, dict[str, None]] = {}  # layers that another one reads after an unknown function: which
@@ -254,6 +262,26 @@ class NeuronFlow:
         """Whether no layer was seen to read what this layer gives."""
         self._close_calls()
         return not any(part in self.read_layers for part in layer.split("+"))
+
+    def is_output(self, site: Any, layer: str) -> bool:
+        """Whether what a function gives at a site is an output of the network, or a term of a loss.
+
+        No layer reads it. But a product with a weight that is summed is a layer that is written out. And a function of
+        a hidden layer is a term of a loss if it is only reduced to one number, while layers read the same units in
+        another way.
+
+        Args:
+            site: The site, of an activation that is no module.
+            layer: Path of its layer.
+        """
+        notes = self.reader_notes.get(site, {})
+        if self.gives_outputs(layer):
+            return not ("read by `sum`" in notes and any(_WEIGHED.fullmatch(note) for note in notes))
+        if not self.terms.get(site, False) or site in self.readers or site in self.activations:
+            return False
+        kept = all(note.startswith(("read by ", SHIFTED, "combined with ")) for note in notes)
+        others = (each for each in self.readers if each == layer or getattr(each, "layer", None) == layer)
+        return kept and next(others, None) is not None
 
     def origin(self, tensor: Tensor) -> Origin:
         """Return what a tensor is."""
@@ -611,6 +639,8 @@ class NeuronFlow:
 
     def _learn(self, outcome: _Outcome) -> None:
         """Note what an outcome tells about sites and layers; it holds for all forwards."""
+        for site, one_number in outcome.terms:
+            self.terms[site] = one_number and self.terms.get(site, True)
         for site, note in outcome.notes:
             self.reader_notes.setdefault(site, {})[note] = None
         if outcome.layer is None:
@@ -672,6 +702,7 @@ class NeuronFlow:
         except (AttributeError, IndexError, KeyError, LookupError, TypeError, ValueError, ZeroDivisionError):
             upstream = operation.upstream  # an unknown way to call it
             origins = (Origin.of(LOST, upstream) if upstream else _UNKNOWN,) * len(outputs)
+        origins = tuple([_with_rows(*each) for each in zip(origins, rows_left(operation), strict=True)])
         if any(not layer for origin in origins for layer, _ in origin.bends):
             origins = tuple([self._with_last_layers(origin) for origin in origins])
         if rule_of(function) is lose:
@@ -690,7 +721,9 @@ class NeuronFlow:
                 read += [(site, f"combined with {stored} by `{_name(function)}`") for site in kept]
             elif kept and not keeps_zero(operation):
                 read += [(site, f"{SHIFTED}{_name(function)}`") for site in kept]
-            return _Outcome(origins, notes=tuple(read), nameless=nameless, rows=_tells_rows(operation, origins[0]))
+            terms = tuple((site, shapes[0] == ()) for site in carried if site not in kept)
+            rows = _tells_rows(operation, origins[0])
+            return _Outcome(origins, notes=tuple(read), nameless=nameless, rows=rows, terms=terms)
         origins = tuple([_as_carried(origin, call) for origin in origins])
         notes = tuple((site, "mixed by a norm") for site in carried) if function in _MIXING_NORMS else ()
         bends = tuple(dict.fromkeys(bend for origin in sources for bend in origin.bends if bend[1] != ACTIVATED))
@@ -759,7 +792,8 @@ class NeuronFlow:
     def gave(self, *values: Any) -> bool:
         """Whether any of some values is what the model computed with its layers and returned in its last forward.
 
-        With gradients now and none then, or the reverse, or detached in place since, it is a new begin.
+        If so, the layers that gave it are read by this forward: a state is no output of the network. With gradients now
+        and none then, or the reverse, or detached in place since, it is a new begin.
 
         Args:
             values: What a forward is given.
@@ -769,11 +803,14 @@ class NeuronFlow:
                 break
         else:  # most often nothing is left, and the search is spared
             return False
+        given = False
         with unwatched():
             for tensor in all_tensors(values):  # no generator: see `call_arguments`
                 if self._given_out.get(tensor) == (torch.is_grad_enabled(), tensor.requires_grad):
-                    return True
-        return False
+                    origin = self._origins.get(tensor)
+                    self.read |= origin.upstream if origin is not None else 0
+                    given = True
+        return given
 
     def note_activation(self, origin: Origin, key: Any, name: str) -> None:
         """Note that an activation reads what a tensor carries.
@@ -975,6 +1012,11 @@ def _tells_rows(operation: Operation, result: Origin) -> bool:
     if result.units is None or result.units.experts is None or result.picks is not None:
         return False
     return all(each.origin.units is None or each.origin.units.call != result.units.call for each in operation.tensors)
+
+
+def _with_rows(origin: Origin, rows: RowsLeft | None) -> Origin:
+    """Return an origin that says how many rows are left; a weight has none."""
+    return origin if origin.rows == rows or origin.state in _STORED else origin.but(rows=rows)
 
 
 def _name(function: Callable[..., Any]) -> str:

@@ -14,8 +14,8 @@ _LARGE = 1_000_003  # a prime
 
 
 def plain_shape(tensor: Tensor) -> tuple[int, ...]:
-    """Return the shape of a tensor in integers; that of a nested tensor is ``()``."""
-    if tensor.is_nested:
+    """Return the shape of a tensor in integers; ``()`` if it has none, as a nested one or a lazy module's parameter."""
+    if tensor.is_nested or nn.parameter.is_lazy(tensor):
         return ()
     shape = tensor.shape
     return (

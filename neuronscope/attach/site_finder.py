@@ -200,7 +200,7 @@ class SiteFinder:
         flow = self._forward.flow
         if key in self._common:
             return self._expert_info(key, info)
-        output = bool(info.layer) and key not in self._modules and flow.gives_outputs(info.layer)
+        output = bool(info.layer) and key not in self._modules and flow.is_output(key, info.layer)
         found, notes = flow.readers.get(key, {}), tuple(flow.reader_notes.get(key, ()))
         readers = tuple(dict.fromkeys(each if isinstance(each, str) else each.layer for each in found))
         normalises = flow.normalised.get(info.layer)

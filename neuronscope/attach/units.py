@@ -155,12 +155,16 @@ class Units(NamedTuple):
         return merge_runs(every[number] for number in self.numbers())
 
     def text(self) -> str:
-        """Return which of the producer's units the tensor holds, as a site's name shows it; ``""`` for all."""
+        """Return which of the producer's units the tensor holds, as a site's name shows it; ``""`` for all.
+
+        Of layers that were joined, each run bears the name of its own.
+        """
         if self.size == self.width and not self.explicit:
             return ""
+        joined = any(run[0] != self.runs[0][0] for run in self.runs)
         by_layer = itertools.groupby(self.tensor_runs(), lambda run: run[0])
         texts = [(layer, _runs_text([run[1:] for run in runs])) for layer, runs in by_layer]
-        return ",".join(f"{layer}:{text}" if len(texts) > 1 else text for layer, text in texts)
+        return ",".join(f"{layer}:{text}" if joined else text for layer, text in texts)
 
 
 def _runs_text(runs: Sequence[tuple[int, int, int]]) -> str:

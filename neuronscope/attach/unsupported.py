@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+from neuronscope.attach.compiling import is_recorded
+
 __all__ = [
     "BATCHED_GRADIENT",
     "CAPTURED",
@@ -49,8 +51,9 @@ CAPTURED = (
 def in_transform(tensor: Tensor) -> bool:
     """Return whether a function transform runs or has left this tensor batched, so that its numbers cannot be read.
 
-    Transforms are ``torch.vmap`` and those of ``torch.func``. Gradients are batched outside of them too, if they are
-    taken with ``is_grads_batched=True``, or by ``torch.autograd.functional`` with ``vectorize=True``.
+    Transforms are ``torch.vmap`` and those of ``torch.func``, one of which records a graph (``linearize``). Gradients
+    are batched outside of them too, if they are taken with ``is_grads_batched=True``, or by
+    ``torch.autograd.functional`` with ``vectorize=True``.
 
     Args:
         tensor: Any tensor that ``torch.compile`` is not tracing.
@@ -62,7 +65,7 @@ def in_transform(tensor: Tensor) -> bool:
     >>> seen
     [True]
     """
-    return bool(_count_transforms() or _is_batched(tensor))
+    return bool(_count_transforms() or _is_batched(tensor) or is_recorded())
 
 
 def unsupported_reason(tensor: Tensor) -> str:

@@ -172,13 +172,15 @@ class SiteCounters:
 
         Args:
             forward: Number of the forward.
-            examples: Number of examples that the forward was given.
+            examples: Number of examples that the forward was given. A forward that goes on with the last one has its
+                number, and may have fewer.
             positions: Number of positions of the call. A forward has no more examples at a site than positions.
         """
         if forward != self._forward:
             self._forward, self._forward_positions, self._forward_examples = forward, 0, 0
         self._forward_positions += positions
-        before, self._forward_examples = self._forward_examples, min(examples, self._forward_positions)
+        before = self._forward_examples
+        self._forward_examples = max(before, min(examples, self._forward_positions))
         return self._forward_examples - before
 
     def is_first_call(self, forward: int, attempt: tuple[Any, int]) -> bool:

@@ -261,7 +261,7 @@ def _new_examples(
     same = torch.full_like(forwards, forward) if isinstance(forward, bool) else forwards == forward
     before = forward_examples * same
     forward_positions.mul_(same).add_(positions)
-    forward_examples.copy_(forward_positions.clamp(max=examples))
+    forward_examples.copy_(torch.maximum(before, forward_positions.clamp(max=examples)))
     if not isinstance(forward, bool):
         forwards.copy_(torch.zeros_like(forwards) + forward)
     return forward_examples - before

@@ -145,3 +145,63 @@ def test_a_loss_in_lightnings_training_step_adds_no_neurons(loss: Callable[[Tens
     assert (report.neurons, report.dead) == (HIDDEN, 0)
     assert [site.name for site in report.headline_layers] == ["net.fc/relu"]
     assert not report.not_measured
+
+
+class Penalised(nn.Module):
+    """A hidden layer whose units a loss looks at, beside the layer that reads them."""
+
+    def __init__(self, penalty: Callable[[nn.Module, Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.hidden, self.act, self.out = nn.Linear(4, HIDDEN), nn.LeakyReLU(), nn.Linear(HIDDEN, 1)
+        self.penalty = penalty
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.hidden(x)
+        y = self.act(h)
+        return self.out(y).mean() + self.penalty(self, h, y)
+
+
+@pytest.mark.parametrize(
+    ("penalty", "is_loss"),
+    [
+        (lambda _, h, y: F.relu(h.abs() - 1e4).mean(), True),
+        (lambda _, h, y: F.relu(y - 1e4).square().mean(), True),
+        (lambda _, h, y: (y.mean(0).abs() - 1e4).clamp(min=0).sum(), True),
+        (lambda _, h, y: F.mse_loss(F.relu(h - 1e4), torch.zeros_like(h)), True),
+        (lambda net, h, y: net.out(F.relu(h - 1e4)).mean(), False),  # a layer reads it
+        (lambda _, h, y: F.relu(h - 1e4).sum(1).mean(), False),  # one number a row may be an output
+    ],
+)
+def test_a_penalty_on_a_hidden_layer_kills_none_of_its_neurons(
+    penalty: Callable[[nn.Module, Tensor, Tensor], Tensor], is_loss: bool
+) -> None:
+    model = Penalised(penalty)
+    with ns.watch(model) as scope:
+        for _ in range(STEPS):
+            model(torch.randn(ROWS, 4)).backward()
+            scope.step()
+    report = scope.report()
+    assert (report.neurons, report.dead) == (HIDDEN, 0 if is_loss else HIDDEN)
+
+
+class ReadByProduct(nn.Module):
+    """A linear layer of one unit that is written as a product and a sum."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hidden, self.read = nn.Linear(4, HIDDEN), nn.Parameter(torch.randn(HIDDEN))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (F.relu(self.hidden(x)) * self.read).sum(-1).mean()
+
+
+def test_neurons_that_a_weight_multiplies_before_a_sum_are_no_outputs() -> None:
+    model = ReadByProduct()
+    with torch.no_grad():
+        model.hidden.bias[2] = -100
+    with ns.watch(model) as scope:
+        for _ in range(STEPS):
+            model(torch.rand(ROWS, 4)).backward()
+            scope.step()
+    assert scope.report().neurons == HIDDEN
+    assert 2 in [each.neuron for each in scope.report().verdicts() if each.label == "dead"]

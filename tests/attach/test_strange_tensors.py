@@ -53,3 +53,18 @@ def test_a_report_states_why_an_activation_was_not_measured(
     assert list(scope.census()) == ["fc/relu"]
     (missing,) = scope.report().not_measured
     assert (missing.name, missing.reason) == ("act", f"it ran on {what}, which cannot be counted")
+
+
+def test_modules_whose_parameters_have_no_shape_yet_are_counted_from_the_first_step_on() -> None:
+    """The first forward of a lazy module gives its parameters their shapes."""
+    model = nn.Sequential(
+        nn.LazyConv2d(6, 3), nn.LazyBatchNorm2d(), nn.ReLU(), nn.Flatten(), nn.LazyLinear(5), nn.ReLU()
+    )
+    model.append(nn.LazyLinear(1))
+    with ns.watch(model) as scope:
+        for _ in range(3):
+            model(torch.randn(8, 3, 5, 5)).sum().backward()
+            scope.step()
+        assert not scope.detached
+    positions = {name: (tally.positions, tally.gradient_positions) for name, tally in scope.census().items()}
+    assert positions == {"1/relu": (3 * 8 * 9,) * 2, "4/relu": (3 * 8,) * 2}

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, stack_module_state, vjp, vmap
+from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, linearize, stack_module_state, vjp, vmap
 from torch.utils.checkpoint import checkpoint
 
 import neuronscope as ns
@@ -204,3 +204,24 @@ def test_a_model_that_runs_in_transforms_alone_is_not_said_never_to_have_run() -
     assert [item.name for item in report.not_measured] == ["act", "silu()"]
     assert all("function transform" in item.reason for item in report.not_measured)
     assert report.notes[0] == "Nothing was observed: no activation was measured in this phase."
+
+
+class Linearised(Net):
+    """A network that records the graph of a part of itself in each forward."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        slope = linearize(lambda y: F.gelu(self.gate(y)), self.first(x))[1](torch.ones(len(x), 6))
+        return super().forward(x) + slope.mean()
+
+
+@pytest.mark.filterwarnings("ignore:Attempted to insert a get_attr Node:UserWarning")  # torch's own
+def test_a_graph_that_is_recorded_inside_a_forward_ends_no_watch() -> None:
+    torch.manual_seed(0)
+    model = Linearised()
+    with ns.watch(model) as scope:
+        for _ in range(100):
+            model(torch.randn(4, 4)).sum().backward()
+            scope.step()
+        assert not scope.detached
+    assert scope.census()["first/relu"].positions == 400
+    assert "function transform" in next(each.reason for each in scope.report().not_measured if each.name == "gelu()")

@@ -729,3 +729,75 @@ def test_a_compiled_network_has_the_names_and_the_counts_of_the_eager_one(case: 
         others.append((scope.not_neurons(), scope.report().not_measured))
     assert censuses[0] == censuses[1]
     assert others[0] == others[1]
+
+
+class Heads(nn.Module):
+    """Heads that run together; a number picks the one whose output is used, or all are."""
+
+    def __init__(self, pick: Callable[[list[Tensor], int], Tensor]) -> None:
+        super().__init__()
+        self.heads, self.out, self.pick = nn.ModuleList(nn.Linear(4, 3) for _ in range(3)), nn.Linear(3, 1), pick
+        with torch.no_grad():
+            for head, bias in zip(self.heads, ([-1e3, 1e3, 1e3], [1e3, 1e3, 1e3], [1e3, 1e3, -1e3]), strict=True):
+                head.bias.copy_(torch.tensor(bias))
+
+    def forward(self, x: Tensor, number: int) -> Tensor:
+        return self.out(self.pick([head(x) for head in self.heads], number))
+
+
+@pytest.mark.parametrize(
+    "pick",
+    [
+        lambda heads, number: F.relu(torch.cat(heads, 1)[:, 3 * number : 3 * number + 3]),
+        lambda heads, number: F.relu(torch.cat(heads, 1).chunk(3, 1)[number]),
+        lambda heads, number: F.relu(torch.stack(heads)[number]),
+        lambda heads, number: F.relu(torch.stack(heads, 1))[:, number],
+        lambda heads, number: F.relu(torch.stack(heads, -1)).sum(-1),
+        lambda heads, number: sum(F.relu(each) for each in torch.stack(heads, 1).unbind(1)),
+        lambda heads, number: F.relu(torch.stack(heads).transpose(0, 1).flatten(1)).view(-1, 3, 3)[:, number],
+    ],
+)
+def test_heads_that_were_joined_are_told_apart(pick: Callable[[list[Tensor], int], Tensor]) -> None:
+    model = Heads(pick)
+    with ns.watch(model) as scope:
+        for step in range(9):
+            model(torch.randn(5, 4), step % 3).sum().backward()
+            scope.step()
+    report = scope.report()
+    dead = sum(int((tally.zero_outputs == tally.positions).sum()) for tally in scope.census().values())
+    assert (report.neurons, report.dead, dead) == (9, 2, 2)
+
+
+@pytest.mark.parametrize("function", [torch.sum, torch.mean])
+def test_the_sum_of_a_stack_of_layers_has_the_units_of_the_first(function: Callable[..., Tensor]) -> None:
+    model = Heads(lambda heads, _: F.relu(function(torch.stack(heads[::-1], 1), 1)))
+    with ns.watch(model) as scope:
+        model(torch.randn(5, 4), 0).sum().backward()
+        scope.step()
+    assert list(scope.census()) == ["heads.0/relu"]
+
+
+class Cell(nn.Module):
+    """A recurrent cell whose steps are calls of the model."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.read, self.keep = nn.Linear(4, 6), nn.Linear(6, 6)
+
+    def forward(self, x: Tensor, state: Tensor) -> Tensor:
+        return F.relu(self.read(x) + self.keep(state))
+
+
+def test_a_state_that_the_next_forward_reads_is_no_output() -> None:
+    model = Cell()
+    with torch.no_grad():
+        model.read.bias[2] = -100
+    with ns.watch(model) as scope:
+        for _ in range(5):
+            state = torch.zeros(8, 6)
+            for _ in range(4):
+                state = model(torch.randn(8, 4), state)
+            state.sum().backward()
+            scope.step()
+    assert (scope.report().neurons, scope.census()["read/relu"].positions) == (6, 5 * 4 * 8)
+    assert scope.census()["read/relu"].zero_output_fraction[2] == 1

@@ -184,9 +184,33 @@ def _stack_rule(operation: Operation) -> Origin:
             origin = origin.but(units=units._replace(dims=(*units.dims[:dim], (), *units.dims[dim:])))
         widened.append(Operand((*each.shape[:dim], 1, *each.shape[dim:]), origin))
     layers = {each.origin.units.layer if each.origin.units else None for each in widened}
-    if len(layers) > 1:  # a stack of several layers
-        return Origin.of(ENDED, operation.upstream)
+    if len(layers) > 1:
+        return _stack_layers(parts, dim, operation.upstream)
     return _join(widened, dim, shape)
+
+
+def _stack_layers(parts: Sequence[Operand], dim: int, upstream: int) -> Origin:
+    """Return the origin of a stack of several layers: one index of the new dimension has all units of one of them.
+
+    Args:
+        parts: The tensors.
+        dim: The new dimension, ≥ 0.
+        upstream: Calls of layers that they depend on, as bits.
+    """
+    every = [each.origin.units for each in parts if each.origin.units is not None]
+    first = every[0]
+    layers = dict.fromkeys(layer for units in every for layer, *_ in units.runs)
+    alone = all(len(units.runs) == len(units.call) == 1 and units.size == units.width for units in every)
+    alike = all((units.dims, units.order) == (first.dims, first.order) for units in every)
+    if not (alone and alike) or len(layers) < len(parts) or any(units.explicit or units.experts for units in every):
+        return Origin.of(ENDED, upstream)
+    runs, calls = tuple(units.runs[0] for units in every), tuple(units.call[0] for units in every)
+    dims = (*first.dims[:dim], ((len(parts), first.size),), *first.dims[dim:])
+    units = Units(calls, "+".join(layers), runs, 0, dims)
+    carries: list[Carried] = []
+    for place, (each, own) in enumerate(zip(parts, every, strict=True)):
+        carries += joined(each.origin.carries, own, place * first.size)
+    return Origin.of(UNITS, upstream, units=units, carries=tuple(carries))
 
 
 def _joined_along(dim_of: Callable[[int], int]) -> Rule:

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 import torch
 
-from neuronscope.attach.origins import ENDED, LOST, UNITS, Origin, PickedUnits
+from neuronscope.attach.origins import ENDED, LOST, UNITS, Operand, Origin, PickedUnits
+from neuronscope.attach.torch_functions import spellings
 from neuronscope.attach.unit_rules.elementwise_rules import bending
 from neuronscope.attach.unit_rules.operation import Function, Operation, Rule, integers, table
 from neuronscope.attach.units import has_units, reduce, resized
@@ -29,13 +30,39 @@ def _reduction_rule(place: int, *, keeps_zero: bool = True) -> Rule:
         if origin.units is None:
             return [origin] * len(outputs)
         axes = [axis % rank for axis in integers([operation.argument(place, "dim", "axis")])] or list(range(rank))
-        dims = reduce(origin.units.dims, axes, keepdim=bool(outputs) and len(outputs[0]) == rank)
+        keepdim = bool(outputs) and len(outputs[0]) == rank
+        if len(axes) == 1 and operation.function in _SUMS and (found := _sum_of_layers(operand, axes[0], keepdim)):
+            return [found] * len(outputs)
+        dims = reduce(origin.units.dims, axes, keepdim=keepdim)
         if dims is None or any(len(dims) != len(shape) for shape in outputs):
             return [Origin.of(ENDED, operation.upstream)] * len(outputs)
         left = origin.but(units=origin.units._replace(dims=dims))
         return [left if keeps_zero else left.but(site=None, carries=())] * len(outputs)
 
     return rule
+
+
+def _sum_of_layers(operand: Operand, axis: int, keepdim: bool) -> Origin | None:
+    """Return what the sum of a stack of layers is: as of any sum of parallel layers, the units of the first called.
+
+    Args:
+        operand: What is summed.
+        axis: The dimension that is summed over.
+        keepdim: Whether it stays, with a size of 1.
+
+    Returns:
+        The origin; ``None`` if the dimension does not tell whole layers apart.
+    """
+    units, layers = operand.origin.units, operand.shape[axis]
+    if units is None or layers < 2 or len(units.call) != layers or len(units.runs) != layers:
+        return None
+    if units.dims[axis] != ((layers, units.width // layers),) or units.size != units.width:
+        return None
+    first = min(range(layers), key=units.call.__getitem__)
+    run = units.runs[first]
+    dims = (*units.dims[:axis], *([()] if keepdim else []), *units.dims[axis + 1 :])
+    left = units._replace(call=(units.call[first],), layer=run[0], runs=(run,), dims=dims)
+    return operand.origin.but(units=left, site=None, carries=())
 
 
 def _largest(operation: Operation) -> Sequence[Origin] | Origin:
@@ -78,6 +105,8 @@ def _along_rule(place: int, default: int | None = None, *, picks: bool = False) 
 
     return rule
 
+
+_SUMS = spellings("sum", "mean", "nansum", "nanmean")
 
 REDUCTIONS: dict[Function, Rule] = {
     **table("mean sum amax amin nanmean nansum", _reduction_rule(1)),
