@@ -252,7 +252,7 @@ class _ClockReader:
                 reading=reading,
                 weights=clock.read_layer(weights, largest),
                 parameters=tuple(rules),
-                untrained=as_initialised(layer, self._checkpoint.tensors, reading.never),
+                untrained=self._as_initialised(layer, rules, reading.never),
                 step=self._checkpoint.step,
             )
 
@@ -289,12 +289,16 @@ class _ClockReader:
                 reading=reading,
                 weights=reduce(ClockReading.join, (each[name] for name in _without_bias(layer, rules))),
                 parameters=tuple(rules),
-                untrained=as_initialised(layer, self._checkpoint.tensors, reading.never & may_be_first),
+                untrained=self._as_initialised(layer, rules, reading.never & may_be_first),
                 step=step,
                 taken=taken,
                 lag=0 if taken is None or newest is None else newest - taken,
                 began=began,
             )
+
+    def _as_initialised(self, layer: Layer, rules: Mapping[str, OptimizerRule], rows: Tensor) -> Tensor:
+        decays = any(rule.is_decoupled and rule.decay for rule in rules.values())
+        return as_initialised(layer, self._checkpoint.tensors, rows, decays=decays)
 
     def _read_together(self, layers: Sequence[_RuledLayer]) -> list[ClockReading]:
         """Read the clocks of the tensors of several layers, layer by layer: those that are alike as one."""
