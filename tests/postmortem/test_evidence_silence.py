@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
@@ -295,6 +296,21 @@ def test_rows_that_were_trained_before_the_run_are_not_called_never_trained(make
     assert (silent.neurons.tolist(), silent.since) == ([1, 2], None)
     # SGD does not count its steps: it may have begun a few steps ago.
     assert silent.basis == ("suspected" if "sgd" in silent.source else "inferred")
+
+
+@pytest.mark.parametrize("first", [nn.Linear(64, 5), nn.Conv2d(3, 5, 3), nn.Conv1d(4, 5, 6)], ids=str)
+@pytest.mark.parametrize("make", [torch.optim.Adam, lambda p: torch.optim.SGD(p, 1e-2, momentum=0.9)])
+def test_rows_that_an_earlier_optimizer_hardly_moved_are_not_called_never_trained(first, make):
+    """Row 1 is as torch drew it; row 2 moved by a thousandth of its range, so that no statistic tells it from row 1."""
+    torch.manual_seed(0)
+    model = nn.Sequential(copy.deepcopy(first), nn.ReLU())
+    model[0].reset_parameters()
+    run(model, torch.optim.SGD(model.parameters(), 1e-5), last=(20, 0, 20, 20, 20), steps=20)
+    optimizer = make(model.parameters())
+    run(model, optimizer, last=(STEPS, 0, 0, STEPS, STEPS))
+    found, _ = examine_file(as_checkpoint(model, optimizer, step=STEPS))
+    assert [piece.neurons.tolist() for piece in of(found, "never trained")] == [[1]]
+    assert [piece.neurons.tolist() for piece in of(found, "no gradient")] == [[2]]
 
 
 @pytest.mark.parametrize("steps", [60, 150, 250])
