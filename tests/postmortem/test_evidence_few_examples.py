@@ -54,6 +54,18 @@ def test_silence_on_enough_examples_is_measured(tmp_path: Path) -> None:
     assert (report.dead, report.dead_by_basis()["measured"], report.suspected) == (4, 4, 0)
 
 
+def test_a_batch_that_is_given_again_and_again_is_no_other_example(tmp_path: Path) -> None:
+    once, filled = torch.ones(1, 2), torch.ones(1, 2)
+    report = examined(tmp_path, [once] * 400)
+    assert (report.dead, report.suspected) == (0, 4)
+    assert "Silent on 1 example only" in str(report)
+    # A buffer that is filled anew, or an equal batch of its own, is another example: inputs may well be equal.
+    report = examined(tmp_path, (filled.copy_(torch.ones(1, 2)) for _ in range(ENOUGH)))
+    assert (report.dead, report.suspected) == (4, 0)
+    report = examined(tmp_path, [{"input": torch.ones(1, 2)} for _ in range(ENOUGH)])
+    assert (report.dead, report.suspected) == (4, 0)
+
+
 def test_positions_of_one_example_are_no_examples(tmp_path: Path) -> None:
     report = examined(tmp_path, [torch.ones(1, 400, 2)])
     assert (report.dead, report.suspected) == (0, 4)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from neuronscope.arrays import BoolArray, IntArray
+from neuronscope.attach.tensor_map import nested_tensors
 from neuronscope.checkpoints.verdict.evidence import Abstention, Evidence, evidence_on_site
 from neuronscope.judge.verdicts import Policy, rate_bound
 from neuronscope.report.report import Report, SiteReport
@@ -30,7 +32,7 @@ def measure(
 
     Args:
         model: The network, with the checkpoint's weights.
-        data: Batches, as :func:`neuronscope.scan` takes them.
+        data: Batches, as :func:`neuronscope.scan` takes them; one that is given several times is run once.
         loss: ``loss(output, batch)`` → scalar tensor; with it, gradients are counted too.
 
     >>> import torch
@@ -39,7 +41,7 @@ def measure(
     >>> [(one.claim, one.neurons.tolist()) for one in measure(net, torch.rand(300, 2))[0]]
     [('dead', [0]), ('alive', [1])]
     """
-    report = scan(model, data, loss)
+    report = scan(model, data if isinstance(data, Tensor) else _without_repeats(data), loss)
     policy, blocked = Policy(**report.policy), blocked_by_next_layer(report.layers)
     evidence: list[Evidence] = []
     for site, judged in zip(report.layers, report.totals.stand_ins, strict=True):
@@ -49,6 +51,21 @@ def measure(
         )
     abstentions = tuple(Abstention(_SOURCE, item.name, f"Not measured: {item.reason}.") for item in report.not_measured)
     return tuple(evidence), abstentions, report
+
+
+def _without_repeats(batches: Iterable[Any]) -> Iterator[Any]:
+    """Yield batches, but one that is the very object of an earlier one, unchanged, only once: it adds no example."""
+    seen: dict[int, tuple[weakref.ref[Tensor], int]] = {}
+    for batch in batches:
+        tensors = [tensor for tensor in nested_tensors(batch) if not tensor.is_inference()]  # those have no version
+        known = [seen.get(id(tensor)) for tensor in tensors]
+        if tensors and all(
+            each is not None and each[0]() is tensor and each[1] == tensor._version
+            for each, tensor in zip(known, tensors, strict=True)
+        ):
+            continue
+        seen.update((id(tensor), (weakref.ref(tensor), tensor._version)) for tensor in tensors)
+        yield batch
 
 
 def blocked_by_next_layer(sites: Sequence[SiteReport]) -> set[str]:
