@@ -166,13 +166,12 @@ def has_real_tensors(traced: bool | None = None) -> bool:
     """
     if is_tracing() if traced is None else traced:
         return not torch.compiler.is_exporting()
-    return torch._C._get_tracing_state() is None and not is_recorded()
+    return torch._C._get_tracing_state() is None and not (_count_dispatch_modes() and is_recorded())
 
 
 def is_recorded() -> bool:
     """Whether a graph is recorded of what is done to tensors, as ``make_fx`` and ``torch.func.linearize`` do."""
-    key = torch._C._TorchDispatchModeKey.PROXY
-    return bool(_count_dispatch_modes()) and torch._C._get_dispatch_mode(key) is not None
+    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
 
 
 class _Thread(threading.local):

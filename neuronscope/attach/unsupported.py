@@ -23,6 +23,7 @@ __all__ = [
 # Under names that are quick to find.
 _count_transforms = torch._C._functorch.get_dynamic_layer_stack_depth
 _is_batched = torch._C._functorch.is_legacy_batchedtensor
+_count_modes = torch._C._len_torch_dispatch_stack
 
 #: Why calls inside a function transform are not measured.
 IN_TRANSFORM = (
@@ -65,7 +66,7 @@ def in_transform(tensor: Tensor) -> bool:
     >>> seen
     [True]
     """
-    return bool(_count_transforms() or _is_batched(tensor) or is_recorded())
+    return bool(_count_transforms() or _is_batched(tensor) or (_count_modes() and is_recorded()))
 
 
 def unsupported_reason(tensor: Tensor) -> str:
