@@ -27,12 +27,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.utils.rnn import PackedSequence
 
 from neuronscope.attach.call_arguments import CACHE_NAMES, CACHES, STARTS, CallArguments, inputs_only
 from neuronscope.attach.compiling import is_tracing, seen_by_modes, unwatched
 from neuronscope.attach.dtensor import local_tensor
 from neuronscope.attach.generation import Generation
+from neuronscope.attach.unsupported import in_transform
 from neuronscope.errors import NeuronscopeWarning
 from neuronscope.options import Examples
 
@@ -119,7 +121,7 @@ class ExampleCounter:
         inputs = list(inputs_only(named).values())
         tensor = first_tensor(inputs)
         if not is_tracing():
-            if torch.is_grad_enabled():
+            if torch.is_grad_enabled() or (tensor is not None and not _has_numbers(tensor)):
                 self._generation.forget()
             elif self._generation.goes_on(module, all_tensors(inputs)):
                 return 0
@@ -196,10 +198,10 @@ def is_time_first(module: nn.Module) -> bool:
 def continues_earlier(named: Mapping[str, Any]) -> bool:
     """Whether a forward continues earlier ones: it is given a cache that is not empty, or a position behind the first.
 
-    A position is a number above zero, or a tensor that holds one. On a device, which would have to be waited for, any
-    tensor with one number is taken for a position behind the first. A cache that requires gradients does not count: it
-    is a trained prefix (prefix tuning). A cache object counts while ``torch.compile`` traces, whatever it holds,
-    because the tracer cannot look into it.
+    A position is looked at without gradients only. It is a number above zero, or a tensor that holds one. On a device,
+    which would have to be waited for, any tensor with one number is taken for a position behind the first. A cache that
+    requires gradients does not count: it is a trained prefix (prefix tuning). A cache object counts while
+    ``torch.compile`` traces, whatever it holds, because the tracer cannot look into it.
 
     Args:
         named: The arguments of the forward by name.
@@ -208,12 +210,14 @@ def continues_earlier(named: Mapping[str, Any]) -> bool:
     True
     >>> continues_earlier({"x": torch.ones(2, 5), "past": None})
     False
-    >>> continues_earlier({"tokens": torch.ones(2, 1), "start_pos": 5})
+    >>> with torch.no_grad():
+    ...     continues_earlier({"tokens": torch.ones(2, 1), "start_pos": 5})
     True
     """
-    for name in STARTS:
-        if name in named and _is_later(named[name]):
-            return True
+    if not torch.is_grad_enabled():  # with gradients a text may begin anywhere
+        for name in STARTS:
+            if name in named and _is_later(named[name]):
+                return True
     if not is_tracing() and CACHE_NAMES.isdisjoint(named):
         return False
     for name in CACHES:  # noqa: SIM110  # no generator: see `call_arguments`
@@ -225,8 +229,13 @@ def continues_earlier(named: Mapping[str, Any]) -> bool:
 def _is_later(start: Any) -> bool:
     """Whether the position at which a forward's tokens begin is behind the first; see :func:`continues_earlier`."""
     if isinstance(start, Tensor):
-        return start.numel() == 1 and (is_tracing() or not start.is_cpu or bool(start > 0))
+        return start.numel() == 1 and (not start.is_cpu or not _has_numbers(start) or bool(start > 0))
     return not is_tracing() and isinstance(start, int) and start > 0
+
+
+def _has_numbers(tensor: Tensor) -> bool:
+    """Whether the numbers of a tensor can be read: not while it is traced, nor in a transform, nor if it is a fake."""
+    return not is_tracing() and not in_transform(tensor) and not isinstance(tensor, FakeTensor)
 
 
 def _holds_states(cache: Any) -> bool:

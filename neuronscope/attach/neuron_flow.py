@@ -50,14 +50,12 @@ from neuronscope.attach.origins import (
     Operand,
     Origin,
     PickedMatrices,
-    RowsLeft,
 )
 from neuronscope.attach.plain_sizes import plain_shape, plain_size
 from neuronscope.attach.readers import carry_layer, columns_of, read_dim
 from neuronscope.attach.row_masks import RowMasks
 from neuronscope.attach.tensor_map import TensorMap, nested_tensors
 from neuronscope.attach.torch_functions import spellings
-from neuronscope.attach.unit_rules.row_rules import rows_left
 from neuronscope.attach.units import Units, has_units, place
 from neuronscope.count.neuron_layout import Dims
 from neuronscope.sites import ReaderColumns
@@ -702,7 +700,6 @@ class NeuronFlow:
         except (AttributeError, IndexError, KeyError, LookupError, TypeError, ValueError, ZeroDivisionError):
             upstream = operation.upstream  # an unknown way to call it
             origins = (Origin.of(LOST, upstream) if upstream else _UNKNOWN,) * len(outputs)
-        origins = tuple([_with_rows(*each) for each in zip(origins, rows_left(operation), strict=True)])
         if any(not layer for origin in origins for layer, _ in origin.bends):
             origins = tuple([self._with_last_layers(origin) for origin in origins])
         if rule_of(function) is lose:
@@ -1012,11 +1009,6 @@ def _tells_rows(operation: Operation, result: Origin) -> bool:
     if result.units is None or result.units.experts is None or result.picks is not None:
         return False
     return all(each.origin.units is None or each.origin.units.call != result.units.call for each in operation.tensors)
-
-
-def _with_rows(origin: Origin, rows: RowsLeft | None) -> Origin:
-    """Return an origin that says how many rows are left; a weight has none."""
-    return origin if origin.rows == rows or origin.state in _STORED else origin.but(rows=rows)
 
 
 def _name(function: Callable[..., Any]) -> str:

@@ -23,7 +23,6 @@ __all__ = [
     "Origin",
     "PickedMatrices",
     "PickedUnits",
-    "RowsLeft",
     "combine",
 ]
 
@@ -68,8 +67,6 @@ class PickedMatrices(NamedTuple):
     dims: int
 
 
-#: How many rows a tensor had, and how many are left.
-RowsLeft = tuple[int, int]
 #: The start, the end and the step of a slice of a weight.
 Cut = tuple[int, int, int]
 
@@ -111,14 +108,13 @@ class Origin:
         part: Which positions it holds, if some were taken: the dimension, the first index, their number and the step of
             each index or slice, in their order.
         begins: Whether it is what a layer gave for constants or weights alone, as for the first state of a recurrence.
-        rows: How many indices of dimension 0 are left, and of how many, if some were left out on the way to it.
         unit_set: The calls, the first unit and the factors of the units, wherever they lie in the tensor; and the runs,
             if the units are not each unit of the layers once.
     """
 
     __slots__ = (
         *("bends", "carries", "cuts", "layer", "picked", "picks", "site", "state", "unit_set", "units", "upstream"),
-        *("begins", "part", "rows", "turned", "zeros"),
+        *("begins", "part", "turned", "zeros"),
     )
 
     _known: ClassVar[dict[tuple[Any, ...], Origin]] = {}
@@ -138,7 +134,6 @@ class Origin:
     turned: bool
     part: tuple[tuple[int, int, int, int], ...]
     begins: bool
-    rows: RowsLeft | None
     unit_set: tuple[Any, ...]
 
     @classmethod
@@ -159,7 +154,6 @@ class Origin:
         turned: bool = False,
         part: tuple[tuple[int, int, int, int], ...] = (),
         begins: bool = False,
-        rows: RowsLeft | None = None,
     ) -> Origin:
         """Return the origin with these attributes; see the class.
 
@@ -178,9 +172,8 @@ class Origin:
             turned: Whether the last two dimensions are exchanged.
             part: Some of the positions.
             begins: Whether constants or weights alone led to it.
-            rows: Rows that are left, and of how many.
         """
-        flags = zeros, turned, part, begins, rows
+        flags = zeros, turned, part, begins
         facts = (state, upstream, units, layer, cuts, picked, site, bends, carries, picks, *flags)
         found = cls._known.get(facts)
         if found is None:
@@ -190,7 +183,7 @@ class Origin:
             found.state, found.upstream, found.units, found.layer = state, upstream, units, layer
             found.cuts, found.picked, found.site, found.bends = cuts, picked, site, bends
             found.carries, found.picks = carries, picks
-            found.zeros, found.turned, found.part, found.begins, found.rows = flags
+            found.zeros, found.turned, found.part, found.begins = flags
             found.unit_set = () if units is None else (units.call, units.first, units.order)
             if units is not None and units.explicit:
                 found.unit_set += (units.runs,)

@@ -24,7 +24,7 @@ from neuronscope.attach.gradient_hooks import CountedGradient, Counters, Gradien
 from neuronscope.attach.graph_recorder import GraphRecorder
 from neuronscope.attach.layer_names import LayerNames
 from neuronscope.attach.masks import PositionMask
-from neuronscope.attach.origins import LOST, RowsLeft
+from neuronscope.attach.origins import LOST
 from neuronscope.attach.row_owners import Owners
 from neuronscope.attach.site_finder import Call, CountersFactory, DeclaredAxis, SiteFinder, neurons_in
 from neuronscope.attach.unmeasured import place_of
@@ -270,7 +270,7 @@ class SiteRecorder:
             self.forward.flow.row_masks.pass_on(x, y)
         if call.shape is not None and type(y) is Tensor and y.shape == call.shape:
             if call.counters is not None:
-                self._count(call.counters, y, call.layout, call.owners, call.after.rows)
+                self._count(call.counters, y, call.layout, call.owners)
             self.forward.flow.put(y, call.after)
             return
         if not isinstance(y, Tensor) or y.dim() <= call.layout.axis:
@@ -279,7 +279,7 @@ class SiteRecorder:
         if call.counters is not None:
             neurons = neurons_in(local_tensor(y).shape, call.layout)
             if neurons == call.counters.neurons and (not isinstance(x, Tensor) or sharded_dims(x) == sharded_dims(y)):
-                self._count(call.counters, y, call.layout, call.owners, call.after.rows)
+                self._count(call.counters, y, call.layout, call.owners)
             else:
                 self.unmeasured.note(
                     call.key.name,
@@ -357,7 +357,7 @@ class SiteRecorder:
             return
         call, before = selected
         if call.counters is not None and not (self.forward.recomputing or in_backward()):  # counted before
-            self._count(call.counters, y, call.layout, call.owners, call.after.rows)
+            self._count(call.counters, y, call.layout, call.owners)
         if before is not None and before.requires_grad:
             self.hook_call(before, call)
 
@@ -394,9 +394,7 @@ class SiteRecorder:
                 else:
                     add_outputs_on_device(own, plain, NeuronLayout(2), keep, examples, self.clock, self._tolerance)
 
-    def _count(
-        self, counters: Counters, y: Tensor, layout: NeuronLayout, owners: Owners | None, rows: RowsLeft | None
-    ) -> None:
+    def _count(self, counters: Counters, y: Tensor, layout: NeuronLayout, owners: Owners | None) -> None:
         if isinstance(counters, JoinedCounters):
             self._count_rows(counters, y, layout, owners)
             return
@@ -413,10 +411,7 @@ class SiteRecorder:
             if not plain.numel():
                 return
         with self.lock:
-            most = plain.numel() // counters.neurons
-            if rows is not None and rows[0] == forward.examples:
-                most = min(most, rows[1])
-            examples = counters.new_examples(forward.number, forward.examples, most)
+            examples = counters.new_examples(forward.number, forward.examples, plain.numel() // counters.neurons)
             if counters.in_graph and forward.parts.exist:  # a graph may have counted some of this forward
                 new = once_a_forward(examples, forward.number_tensor, counters.last_forward)
                 counters.traced[1].add_(new)
@@ -447,7 +442,7 @@ class SiteRecorder:
         elif call is not None and x.requires_grad:
             self.hook_call(x, call)
         if call is not None and call.counters is not None:
-            self._count(call.counters, y, call.layout, call.owners, call.after.rows)
+            self._count(call.counters, y, call.layout, call.owners)
 
     def _register_recomputed(self, x: Tensor, path: str, function: str, activation: str, glu_dim: int | None) -> None:
         """Register a gradient hook for a recomputed call: activation checkpointing runs a site again in backward.

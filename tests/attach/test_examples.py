@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 from collections import UserDict, namedtuple
-from collections.abc import Callable
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -352,62 +351,17 @@ class KeepsItsCache(nn.Module):
 
 def test_tokens_behind_the_first_position_are_no_new_examples() -> None:
     tokens, model = torch.ones(4, 1, dtype=torch.int64), KeepsItsCache()
-    assert [_count(tokens, start, model=model) for start in (0, 5)] == [4, 0]
     positions = [torch.arange(3), torch.tensor([0]), torch.tensor([3])]
-    assert [_count(tokens, model=model, input_pos=each) for each in positions] == [4, 4, 0]
+    with torch.no_grad():
+        assert [_count(tokens, start, model=model) for start in (0, 5)] == [4, 0]
+        assert [_count(tokens, model=model, input_pos=each) for each in positions] == [4, 4, 0]
+    assert _count(tokens, 5, model=model) == 4  # a text in training may begin anywhere
 
 
 def test_a_forward_that_goes_on_with_fewer_examples_takes_none_away() -> None:
     counters = SiteCounters(2, torch.device("cpu"))
     added = [counters.new_examples(*each) for each in ((1, 4, 20), (1, 0, 4), (1, 3, 4), (2, 4, 4))]
     assert added == [4, 0, 0, 4]
-
-
-class Branch(nn.Module):
-    """A branch that is given some of the images only, with all positions of their maps."""
-
-    def __init__(self, choose: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
-        self.stem, self.branch, self.out, self.choose = (
-            nn.Conv2d(1, 3, 1),
-            nn.Conv2d(3, 4, 1),
-            nn.Conv2d(4, 1, 1),
-            choose,
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = torch.relu(self.stem(x))
-        return self.out(torch.relu(self.branch(self.choose(x)))).mean() + x.mean()
-
-
-@pytest.mark.parametrize(
-    ("choose", "rows"),
-    [
-        (lambda x: x, 8),
-        (lambda x: x[:2], 2),
-        (lambda x: x[3], 1),
-        (lambda x: x[torch.arange(8) % 3 == 0], 3),
-        (lambda x: x[torch.tensor([1, 5])], 2),
-        (lambda x: x.narrow(0, 2, 4)[1:], 3),
-        (lambda x: x.chunk(4)[1], 2),
-        (lambda x: torch.cat([x[:1], x[6:]]), 3),
-        (lambda x: x[:2] * x[2:4].sigmoid(), 2),
-        (lambda x: x[:2] + x.mean(0), 2),
-        (lambda x: x.mean().expand(8, 3, 5, 5), 1),
-        (lambda x: x.amax(0, keepdim=True), 1),
-        (lambda x: x[:2].expand(2, 3, 5, 5).repeat(4, 1, 1, 1), 2),
-        (lambda x: x[:, :, 1:3], 8),
-        (lambda x: x * x[:1], 8),
-    ],
-)
-def test_a_branch_has_no_more_examples_than_rows(choose: Callable[[Tensor], Tensor], rows: int) -> None:
-    model = Branch(choose)
-    with ns.watch(model) as scope:
-        for _ in range(3):
-            model(torch.randn(8, 1, 5, 5)).backward()
-            scope.step()
-    census = scope.census()
-    assert (census["stem/relu"].examples, census["branch/relu"].examples) == (3 * 8, 3 * rows)
 
 
 class StatesApart(nn.Module):

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, linearize, stack_module_state, vjp, vmap
 from torch.utils.checkpoint import checkpoint
 
@@ -225,3 +226,20 @@ def test_a_graph_that_is_recorded_inside_a_forward_ends_no_watch() -> None:
         assert not scope.detached
     assert scope.census()["first/relu"].positions == 400
     assert "function transform" in next(each.reason for each in scope.report().not_measured if each.name == "gelu()")
+
+
+@pytest.mark.parametrize("kind", ["vmap", "fake"])
+def test_tokens_without_numbers_end_no_watch(kind: str) -> None:
+    """Whether a text goes on with the last one is asked of tokens that can be read."""
+    model = nn.Sequential(nn.Embedding(9, 4), nn.Flatten(), nn.Linear(12, 5), nn.ReLU())
+    tokens = torch.randint(9, (2, 4, 3))
+    with ns.watch(model) as scope, scope.phase("val"), torch.no_grad():
+        for _ in range(3):
+            if kind == "vmap":
+                vmap(model)(tokens)
+            else:
+                with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+                    model(mode.from_tensor(tokens[0]))
+        model(tokens[0])
+    assert scope.report("val").fault == ""
+    assert scope.census("val")["2/relu"].positions == 4

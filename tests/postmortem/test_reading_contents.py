@@ -128,6 +128,24 @@ def test_networks_in_a_list_and_beside_recorded_inputs_are_found(tmp_path: Path)
     }
 
 
+@pytest.mark.parametrize(
+    "beside",
+    [
+        lambda weights: {"ema": {"shadow": weights}, "early": {"best": [weights]}},
+        lambda weights: {"config": {"loss": {"class_weights": torch.ones(3)}}, "sampler": [{"weights": torch.ones(9)}]},
+        lambda weights: {"opt": {"m": {name: torch.zeros_like(each) for name, each in weights.items()}}},
+        lambda weights: {"history": [{"norms": {name: each.double().norm() for name, each in weights.items()}}]},
+    ],
+    ids=["averages", "weights of a loss", "moments", "norms"],
+)
+def test_what_lies_deeper_and_is_a_copy_or_no_network_is_left_out(tmp_path: Path, beside: Any) -> None:
+    weights = trained().model.state_dict()
+    torch.save({"net": weights, **beside(weights)}, tmp_path / "w.pt")
+    checkpoint = open_checkpoint(tmp_path / "w.pt")
+    assert checkpoint.tensors.keys() == weights.keys()
+    assert "Not looked at" in " ".join(checkpoint.notes)
+
+
 def test_networks_are_found_at_every_level_and_beside_other_tensors(tmp_path: Path) -> None:
     """As an agent with two critics and an entropy coefficient keeps them, each with its optimizer."""
     critics = [{"model": nn.Linear(4, 1).state_dict(), "optimizer": trained().optimizer.state_dict()} for _ in "ab"]

@@ -111,13 +111,13 @@ def _weights(data: Mapping[Any, Any], notes: list[str]) -> tuple[dict[str, Store
     own = {key: value for key, value in chosen.items() if isinstance(value, _TENSORS)}
     parts: dict[str, Mapping[Any, Any]] = {}
     if not is_optimizer_state(chosen) and not _has_weights(own):
-        parts = _networks(chosen, _has_weights)
+        parts = _networks(chosen, _has_weights, notes)
     if not parts and any(map(_is_weight, own.values())):
         if others and where:
             notes.append(f"The weights are those under {quoted(where[0])}; not looked at: {quoted_list(others)}.")
         return _tensors(chosen, notes), ()
     if not parts and not is_optimizer_state(chosen):  # dictionaries of other tensors, such as recorded inputs
-        parts = _networks(chosen, _is_network)
+        parts = _networks(chosen, _is_network, notes)
     if not parts and any(isinstance(value, StoredTensor) for value in own.values()):
         return _tensors(chosen, notes), ()
     if parts:
@@ -178,23 +178,49 @@ def _has_weights(value: Any) -> bool:
     return _is_network(value) and any("weight" in name for name in value)
 
 
-def _networks(content: Any, is_network: Callable[[Any], bool]) -> dict[str, Mapping[Any, Any]]:
-    """Return the networks in a dictionary or list, and in those inside it, by their keys joined with dots."""
-    found: dict[str, Mapping[Any, Any]] = {}
+def _networks(content: Any, is_network: Callable[[Any], bool], notes: list[str]) -> dict[str, Mapping[Any, Any]]:
+    """Return the networks in a dictionary or list, and in those inside it, by their keys joined with dots.
+
+    Below the level at which the first one is, what has no weight of a layer, or the names and sizes of one above, is
+    left out, with a note: it is an average, a state of an optimizer, or a setting.
+    """
+    levels: dict[int, dict[str, Mapping[Any, Any]]] = {}
     searched: set[int] = set()  # what is referred to many times is searched once
 
-    def search(inside: Any, path: str, deeper: int) -> None:
+    def search(inside: Any, path: str, level: int) -> None:
         searched.add(id(inside))
         for key, value in inside.items() if isinstance(inside, Mapping) else enumerate(inside):
             if not isinstance(value, (Mapping, list, tuple)) or is_optimizer_state(value):
                 continue
             if isinstance(value, Mapping) and is_network(value):
-                found[f"{path}{key}"] = value
-            elif deeper and id(value) not in searched:
-                search(value, f"{path}{key}.", deeper - 1)
+                levels.setdefault(level, {})[f"{path}{key}"] = value
+            elif level < _DEEPEST_NETWORK and id(value) not in searched:
+                search(value, f"{path}{key}.", level + 1)
 
-    search(content, "", _DEEPEST_NETWORK - 1)
+    search(content, "", 1)
+    found: dict[str, Mapping[Any, Any]] = {}
+    left: list[str] = []
+    for level in sorted(levels):
+        above = [_sizes(network) for network in found.values()]
+        for path, network in levels[level].items():
+            if not above or (_holds_layer(network) and _sizes(network) not in above):
+                found[path] = network
+            else:
+                left.append(path)
+    if left:
+        notes.append(f"Not looked at, as copies of other networks or no networks: {quoted_list(left)}.")
     return found
+
+
+def _sizes(network: Mapping[Any, Any]) -> dict[Any, Any]:
+    return {name: getattr(tensor, "shape", None) for name, tensor in network.items()}
+
+
+def _holds_layer(network: Mapping[Any, Any]) -> bool:
+    return any(
+        isinstance(tensor, StoredTensor) and len(tensor.shape) > 1 and str(name).rpartition(".")[2] == "weight"
+        for name, tensor in network.items()
+    )
 
 
 def _step(data: Mapping[Any, Any], known: int | None, optimizers: tuple[OptimizerState, ...]) -> int | None:
