@@ -117,9 +117,10 @@ coverage: $(VENV)/.test $(VENV)/.networks
 
 # What all checks need: the tests' packages, ruff, mypy, import-linter, and what builds the package and the site. At once,
 # since each `pip install` builds this package anew.
-tools: $(VENV)/.torch
+tools: $(VENV)/.tools
+$(VENV)/.tools: $(VENV)/.torch pyproject.toml
 	$(INSTALL) -e '.[test,dev,docs]'
-	@touch $(VENV)/.test $(VENV)/.dev $(VENV)/.docs
+	@touch $(VENV)/.test $(VENV)/.dev $(VENV)/.docs $@
 
 # What tests need that is no part of the environment, and can be installed while pip makes that.
 apart: browser $(VENV)/.networks $(VENV)/.specimens $(VENV)/.triton
