@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -54,34 +52,6 @@ def test_silence_on_few_examples_is_suspected_and_in_no_total(tmp_path: Path, ex
 def test_silence_on_enough_examples_is_measured(tmp_path: Path) -> None:
     report = examined(tmp_path, positive(ENOUGH))
     assert (report.dead, report.dead_by_basis()["measured"], report.suspected) == (4, 4, 0)
-
-
-def test_a_batch_that_is_given_again_and_again_is_no_other_example(tmp_path: Path) -> None:
-    once, filled = torch.ones(1, 2), torch.ones(1, 2)
-    report = examined(tmp_path, [once] * 400)
-    assert (report.dead, report.suspected) == (0, 4)
-    assert "Silent on 1 example only" in str(report)
-    # A buffer that is filled anew, or an equal batch of its own, is another example: inputs may well be equal.
-    report = examined(tmp_path, (filled.copy_(torch.ones(1, 2)) for _ in range(ENOUGH)))
-    assert (report.dead, report.suspected) == (4, 0)
-    report = examined(tmp_path, [{"input": torch.ones(1, 2)} for _ in range(ENOUGH)])
-    assert (report.dead, report.suspected) == (4, 0)
-    report = examined(tmp_path, [(once, object()) for _ in range(ENOUGH)])  # another thing each time
-    assert (report.dead, report.suspected) == (4, 0)
-
-
-def test_a_buffer_that_numpy_fills_anew_is_counted_each_time(tmp_path: Path) -> None:
-    """Torch knows nothing of it: it may be taken for one example, but what fires in the second filling is alive."""
-    numbers = np.ones((200, 2), dtype=np.float32)
-    buffer = torch.from_numpy(numbers)
-
-    def batches() -> Iterator[torch.Tensor]:
-        yield buffer
-        numbers[:] = -1
-        yield buffer
-
-    report = examined(tmp_path, batches())
-    assert (report.dead, report.suspected) == (0, 1)
 
 
 def test_positions_of_one_example_are_no_examples(tmp_path: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -31,8 +30,7 @@ def measure(
 
     Args:
         model: The network, with the checkpoint's weights.
-        data: Batches, as :func:`neuronscope.scan` takes them; one that is given several times adds examples
-            once.
+        data: Batches, as :func:`neuronscope.scan` takes them.
         loss: ``loss(output, batch)`` → scalar tensor; with it, gradients are counted too.
 
     >>> import torch
@@ -41,58 +39,16 @@ def measure(
     >>> [(one.claim, one.neurons.tolist()) for one in measure(net, torch.rand(300, 2))[0]]
     [('dead', [0]), ('alive', [1])]
     """
-    batches = _Batches((data,) if isinstance(data, Tensor) else data)
-    report = scan(model, batches, loss)
+    report = scan(model, data, loss)
     policy, blocked = Policy(**report.policy), blocked_by_next_layer(report.layers)
     evidence: list[Evidence] = []
     for site, judged in zip(report.layers, report.totals.stand_ins, strict=True):
         where = f"over {example_count(site.examples)}, {site.positions:,} positions"
         evidence += counted_evidence(
-            site,
-            policy,
-            source=_SOURCE,
-            where=where,
-            judged=judged,
-            blocked=site.name in blocked,
-            distinct_share=batches.distinct_share,
+            site, policy, source=_SOURCE, where=where, judged=judged, blocked=site.name in blocked
         )
     abstentions = tuple(Abstention(_SOURCE, item.name, f"Not measured: {item.reason}.") for item in report.not_measured)
     return tuple(evidence), abstentions, report
-
-
-class _Batches:
-    """Passes batches on, and counts those that are not the very object of an earlier one, unchanged.
-
-    Args:
-        batches: The batches.
-    """
-
-    def __init__(self, batches: Iterable[Any]) -> None:
-        self._batches = batches
-        self._tensors: dict[int, tuple[weakref.ref[Tensor], int]] = {}
-        self._given = self._distinct = 0
-
-    def __iter__(self) -> Iterator[Any]:
-        for batch in self._batches:
-            self._given += 1
-            self._distinct += not self._repeats(batch)
-            yield batch
-
-    @property
-    def distinct_share(self) -> float:
-        """Share of the batches that were distinct."""
-        return self._distinct / max(self._given, 1)
-
-    def _repeats(self, batch: Any) -> bool:
-        """Whether a batch is the tensors of an earlier one alone; what else it holds may be another thing each time."""
-        parts = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, (tuple, list)) else [batch]
-        tensors = [part for part in parts if isinstance(part, Tensor) and not part.is_inference()]
-        known = [self._tensors.get(id(tensor)) for tensor in tensors]
-        self._tensors.update((id(tensor), (weakref.ref(tensor), tensor._version)) for tensor in tensors)
-        return len(tensors) == len(parts) and all(
-            each is not None and each[0]() is tensor and each[1] == tensor._version
-            for each, tensor in zip(known, tensors, strict=True)
-        )
 
 
 def blocked_by_next_layer(sites: Sequence[SiteReport]) -> set[str]:
@@ -116,7 +72,6 @@ def counted_evidence(
     judged: BoolArray | None = None,
     blocked: bool = False,
     since: IntArray | None = None,
-    distinct_share: float = 1.0,
 ) -> Iterator[Evidence]:
     """Yield what exact counts show about the ``N`` neurons of one site; a claim on too few examples is only suspected.
 
@@ -130,18 +85,16 @@ def counted_evidence(
         judged: The neurons to judge, bool ``(N,)``; ``None`` = all.
         blocked: Whether the site gets no gradient only because of the next one; see :func:`blocked_by_next_layer`.
         since: The step at which each neuron died, int64 ``(N,)``; ``None`` = not known.
-        distinct_share: Share of the examples that were not given before.
     """
     judgement = site.judgement
-    distinct = math.ceil(site.examples * distinct_share)
-    examples = min(distinct, site.positions)  # no more examples are independent than positions were seen
+    examples = min(site.examples, site.positions)  # no more examples are independent than positions were seen
     bound = rate_bound(examples, policy.confidence) if examples else np.nan
     may_fire = f"share of examples in which it may still fire, at most, at {100 * policy.confidence:g} % confidence"
     fires = 1.0 - site.zero_output_fraction
     gradients = f" and its gradient at all {site.gradient_positions:,}" if site.gradient_positions else ""
     alive = ~(judgement.dead | judgement.silent | judgement.not_finite | judgement.unseen | judgement.cut_off)
     dead_basis, few = _basis_of_zeros(examples, policy, "Silent")
-    gradient_examples = min(distinct, site.gradient_positions)
+    gradient_examples = min(site.examples, site.gradient_positions)
     gradient_basis, few_gradients = _basis_of_zeros(gradient_examples, policy, "Without gradient")
     reason = " The next layer passes none back, which says nothing about these neurons themselves." if blocked else ""
     fires_at = "share of positions at which it fires"
