@@ -108,7 +108,7 @@ class GraphRecorder:
         self._numbers: Counter[_CallPlace] = Counter()  # of the calls in it
         self._forward_calls: dict[tuple[_CallPlace, int], dict[tuple[SiteKey | None, bool], Call | None]] = {}
         self._calls: list[_TracedCall] = []
-        self._found: list[int] = []  # the number of the call that was found last, unless there is none
+        self._found: list[int] = []  # holds the number of the last call, if it is counted
 
         # torch.compile runs these while it traces.
         self._find_while_tracing = while_tracing(

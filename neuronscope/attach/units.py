@@ -157,7 +157,7 @@ class Units(NamedTuple):
     def text(self) -> str:
         """Return which of the producer's units the tensor holds, as a site's name shows it; ``""`` for all.
 
-        Of layers that were joined, each run bears the name of its own.
+        If several layers were joined, the name of its layer precedes each run.
         """
         if self.size == self.width and not self.explicit:
             return ""

@@ -111,6 +111,19 @@ class Slots(nn.Module):
         return torch.tanh(self.decode(self.pick(self.encode(x))))
 
 
+def watched(model: Slots, before: Callable[[Tensor], Tensor]) -> tuple[ns.Scope, Tensor]:
+    """Train for three steps, and return the watch, and how often each unit fired by a second computation."""
+    model(torch.randn(2, 6))
+    fired = torch.zeros(20, dtype=torch.int64)
+    with ns.watch(model) as scope:
+        for _ in range(3):
+            x = torch.randn(8, 6)
+            model(x).square().sum().backward()
+            scope.step()
+            fired += (before(model.encode(x)) > 0).sum(0)
+    return scope, fired
+
+
 PICKED: dict[str, Callable[[Tensor], Tensor]] = {
     "topk": lambda h: h.topk(4).values.relu(),
     "sort": lambda h: F.relu(torch.sort(h, -1, descending=True)[0][:, :5]),
@@ -140,15 +153,7 @@ def test_units_that_are_written_back_to_their_places_are_counted() -> None:
         return F.relu(torch.zeros_like(h).scatter(1, index, values))
 
     model = Slots(lambda h: F.relu(h - h.topk(4).values[:, -1:]))
-    model(torch.randn(2, 6))
-    fired = torch.zeros(20, dtype=torch.int64)
-    with ns.watch(model) as scope:
-        for _ in range(3):
-            x = torch.randn(8, 6)
-            model(x).square().sum().backward()
-            scope.step()
-            h = model.encode(x)
-            fired += (h - h.topk(4).values[:, -1:] > 0).sum(0)
+    scope, fired = watched(model, lambda h: h - h.topk(4).values[:, -1:])
     tally = scope.census()["encode/relu"]
     assert (24 - tally.zero_outputs).tolist() == fired.tolist()
     model = Slots(keep_largest)
@@ -244,15 +249,7 @@ def test_units_times_a_mask_that_was_computed_from_all_of_them_are_still_these_u
     mask: Callable[[Tensor], Tensor],
 ) -> None:
     model = Slots(lambda h: F.relu(h * mask(h)))
-    model(torch.randn(2, 6))
-    fired = torch.zeros(20, dtype=torch.int64)
-    with ns.watch(model) as scope:
-        for _ in range(3):
-            x = torch.randn(8, 6)
-            model(x).square().sum().backward()
-            scope.step()
-            h = model.encode(x)
-            fired += (h * mask(h) > 0).sum(0)
+    scope, fired = watched(model, lambda h: h * mask(h))
     assert list(scope.census()) == ["encode/relu", "decode/tanh"]
     assert (24 - scope.census()["encode/relu"].zero_outputs).tolist() == fired.tolist()
     assert not scope.report().not_measured

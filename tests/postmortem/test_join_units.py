@@ -28,6 +28,18 @@ class PoolBetween(nn.Module):
         return self.c_out(x.flatten(1))
 
 
+class Around(nn.Module):
+    """A network with another one inside."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.net(x)
+        return result
+
+
 class SharedHead(nn.Module):
     """One layer over two levels of features."""
 
@@ -164,43 +176,26 @@ def test_a_unit_that_is_dead_at_one_of_its_activations_counts_as_in_the_report_o
 
 
 def test_a_model_without_the_prefix_of_the_checkpoint_has_the_same_layers(tmp_path: Path) -> None:
-    class Holder(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.net = SharedHead()
-
-        def forward(self, x: Tensor) -> Tensor:
-            result: Tensor = self.net(x)
-            return result
-
-    path, data = saved(Holder, {"net.head": (0, 3)}, tmp_path)
+    path, data = saved(lambda: Around(SharedHead()), {"net.head": (0, 3)}, tmp_path)
     report = ns.postmortem(path, SharedHead, data)
     assert report.neurons == rows(SharedHead()) - 2
     assert {0, 3} <= set(report["head"].dead_mask.nonzero()[0].tolist())
     assert {"monitor record", "adam state", "scan"} <= {one.source for one in report["head"].evidence}
 
 
-class Part(nn.Module):
-    """A network with another one inside."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.net = PoolBetween()
-
-    def forward(self, x: Tensor) -> Tensor:
-        result: Tensor = self.net(x)
-        return result
+def whole() -> Around:
+    return Around(PoolBetween())
 
 
 @pytest.mark.parametrize("watched", ["the whole", "the part"])
-@pytest.mark.parametrize("model", [None, Part, PoolBetween])
+@pytest.mark.parametrize("model", [None, whole, PoolBetween])
 def test_the_record_of_a_network_is_joined_with_the_weights_of_its_part_or_of_its_whole(
     watched: str, model: Callable[[], nn.Module] | None, tmp_path: Path
 ) -> None:
     whole_is_watched = watched == "the whole"
-    path, _ = saved(Part if whole_is_watched else PoolBetween, {}, tmp_path)
+    path, _ = saved(whole if whole_is_watched else PoolBetween, {}, tmp_path)
     record = torch.load(path, weights_only=True)["neuronscope"]
-    other: nn.Module = PoolBetween() if whole_is_watched else Part()
+    other: nn.Module = PoolBetween() if whole_is_watched else whole()
     torch.save({"model": other.state_dict(), "neuronscope": record}, tmp_path / "other.pt")
     report = ns.postmortem(tmp_path / "other.pt", model)
     name = "a_norm" if (other if model is None else model()).__class__ is PoolBetween else "net.a_norm"

@@ -199,21 +199,23 @@ def _networks(content: Any, is_network: Callable[[Any], bool], notes: list[str])
 
     search(content, "", 1)
     found: dict[str, Mapping[Any, Any]] = {}
+    above: set[frozenset[Any]] = set()
     left: list[str] = []
     for level in sorted(levels):
-        above = [_sizes(network) for network in found.values()]
+        own = {path: _sizes(network) for path, network in levels[level].items()}
         for path, network in levels[level].items():
-            if not above or (_holds_layer(network) and _sizes(network) not in above):
+            if not above or (_holds_layer(network) and own[path] not in above):
                 found[path] = network
             else:
                 left.append(path)
+        above.update(own.values())
     if left:
         notes.append(f"Not looked at, as copies of other networks or no networks: {quoted_list(left)}.")
     return found
 
 
-def _sizes(network: Mapping[Any, Any]) -> dict[Any, Any]:
-    return {name: getattr(tensor, "shape", None) for name, tensor in network.items()}
+def _sizes(network: Mapping[Any, Any]) -> frozenset[Any]:
+    return frozenset((name, getattr(tensor, "shape", None)) for name, tensor in network.items())
 
 
 def _holds_layer(network: Mapping[Any, Any]) -> bool:

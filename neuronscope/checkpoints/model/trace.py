@@ -167,7 +167,13 @@ class _GraphBuilder(TorchFunctionMode):
         return number
 
     def add_site(self, call: Call, before: int | None, y: Tensor) -> None:
-        """Add one call of a site with its output ``(…, N, …)``; a gated product follows its gate's output."""
+        """Add one call of a site.
+
+        Args:
+            call: The call.
+            before: The number of its input; ``None`` for a gated product, which follows its gate's output.
+            y: Its output ``(…, N, …)``.
+        """
         if before is None:
             before = next(
                 site.after for site in reversed(self.graph.sites) if call.gate and site.name == call.gate.name
