@@ -25,6 +25,7 @@ from neuronscope.callbacks.lightning_compat import (
 from neuronscope.callbacks.monitor import Monitor
 from neuronscope.callbacks.publishing import summary, totals
 from neuronscope.report.report import Report
+from neuronscope.scope import Scope
 
 if TYPE_CHECKING:
     from lightning.pytorch import Callback as _Callback
@@ -68,6 +69,12 @@ class DeadNeuronMonitor(Monitor, Callback):  # type: ignore[misc]  # the two Cal
     _logged: dict[str, Any]  # what the Trainer had logged at the last batch of training, by name
     _unpublished = False  # whether training was observed since its totals were given to other callbacks
 
+    @property
+    def _observing(self) -> Scope | None:
+        """The scope, if the step that runs is observed."""
+        scope = self.scope
+        return scope if scope is not None and self.attached and scope.observing else None
+
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """Put the counts of all ranks into the checkpoint: Lightning makes it on every rank, and one rank writes it."""
         if trainer.world_size > 1 and self.state_key in checkpoint.get("callbacks", {}):
@@ -106,12 +113,23 @@ class DeadNeuronMonitor(Monitor, Callback):  # type: ignore[misc]  # the two Cal
         """Count this batch as training. Where a strategy wraps the module, the step runs in place of its forward."""
         inputs = step_inputs(batch, trainer.train_dataloader)
         self.begin_batch(step_in_forward=trainer.strategy.model is not pl_module, inputs=inputs)
-        if self.attached and self.scope is not None:
-            self._unpublished |= self.scope.observing
+        self._unpublished |= self._observing is not None
+
+    def on_before_zero_grad(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+        """Do not look at how gradients are set to zero, between the step's forward and its backward pass."""
+        scope = self._observing
+        if scope is not None and pl_module.automatic_optimization:
+            scope.pause_step()
+
+    def on_before_backward(self, trainer: Any, pl_module: Any, loss: Any) -> None:
+        """Look at the step again: activation checkpointing may run parts of the model in the backward pass."""
+        scope = self._observing
+        if scope is not None:
+            scope.resume_step()
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
         """Do not look at the functions that the optimizer calls, if it is known not to run the model in its step."""
-        if self.attached and _runs_once(pl_module, optimizer):
+        if self._observing is not None and _runs_once(pl_module, optimizer):
             self.begin_optimizer_step()
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:

@@ -33,9 +33,12 @@ def series_of(metrics: Mapping[str, Any]) -> dict[str, float]:
     found: dict[str, float] = {}
     for key, value in metrics.items():
         name = _series_name(key)
-        is_number = isinstance(value, (int, float)) or (isinstance(value, torch.Tensor) and value.numel() == 1)
-        if name is not None and is_number:
-            found.setdefault(name, float(value.detach() if isinstance(value, torch.Tensor) else value))
+        if name is None or name in found:
+            continue
+        if isinstance(value, (int, float)):
+            found[name] = float(value)
+        elif isinstance(value, torch.Tensor) and value.numel() == 1:
+            found[name] = float(value.item())
     return found
 
 

@@ -338,7 +338,7 @@ class Monitor:
         Args:
             step: Optimizer steps taken so far.
         """
-        self._closed |= self._gate.scope.step(step)
+        self._closed |= self._gate.note_step(step)
 
     def step(self, step: int, *, log_step: int | None = None) -> Report | None:
         """End a batch of training: count the optimizer step, and publish a report if that closes a window.

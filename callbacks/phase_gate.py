@@ -27,23 +27,38 @@ class PhaseGate:
         self.phase: str | None = None
         self._step_is_model = step_is_model
         self._keep_phase = self._ends_phase = True
+        self._batch: dict[str, Any] | None = None  # of the batch that runs: what a step of it is opened with
+        self._open = False
         self._pause_context = ExitStack()
         self._phase_context = ExitStack()
-        self.close()
+        self._pause()
 
     def open(self, *, step_in_forward: bool = False, inputs: tuple[Any, ...] = ()) -> None:
-        """Count what runs from now on: a batch begins.
+        """Count what runs from now on: a batch begins. In a step that is not observed the gate stays closed.
 
         Args:
             step_in_forward: See :meth:`neuronscope.scope.Scope.open_step`.
             inputs: See there.
         """
+        self._batch = {"in_forward": step_in_forward, "inputs": inputs}
+        self._open_if_observed()
+
+    def _open_if_observed(self) -> None:
+        if self._batch is None or (self.scope.quiet and not self._open):
+            return
+        self._open = True
         self._pause_context.close()
         if self._step_is_model:
-            self.scope.open_step(in_forward=step_in_forward, inputs=inputs)
+            self.scope.open_step(**self._batch)
 
     def close(self) -> None:
         """Count nothing until the next :meth:`open`. Closing a closed gate changes nothing."""
+        self._batch = None
+        if self._open:
+            self._pause()
+
+    def _pause(self) -> None:
+        self._batch, self._open = None, False
         self.scope.close_step()
         self._pause_context.close()  # otherwise the new pause would nest inside the previous one
         self._pause_context.enter_context(self.scope.paused())
@@ -53,9 +68,17 @@ class PhaseGate:
 
         ``step`` is the number of optimizer steps taken so far: it stays the same while gradients are accumulated.
         """
-        self.scope.close_step()
+        if self._open:
+            self.scope.close_step()
         closed = step != self.scope.global_step and self.scope.step(step)
         self.close()
+        return closed
+
+    def note_step(self, step: int) -> bool:
+        """Count an optimizer step in the middle of a batch, and return whether it closed a window."""
+        closed = self.scope.step(step)
+        if not self._open:
+            self._open_if_observed()
         return closed
 
     def enter(self, phase: str) -> None:
@@ -64,7 +87,7 @@ class PhaseGate:
         context = self.scope.phase(phase, join=True, keep=lambda: self._keep_phase, ends=lambda: self._ends_phase)
         self._phase_context.enter_context(context)
         self.phase = phase
-        self.close()
+        self._pause()
 
     def leave(self, *, keep: bool = True, ends: bool = True) -> None:
         """End the pass and close the gate. If no pass runs, only the gate is closed.
@@ -76,7 +99,7 @@ class PhaseGate:
         self._keep_phase, self._ends_phase = keep, ends
         self._phase_context.close()
         self._keep_phase, self._ends_phase, self.phase = True, True, None
-        self.close()
+        self._pause()
 
     def detach(self, *, join: bool) -> None:
         """Remove the hooks from the model, in whatever state the gate is; see :meth:`neuronscope.Scope.detach`."""

@@ -174,6 +174,11 @@ class Scope:
         return self._hooks.observing
 
     @property
+    def quiet(self) -> bool:
+        """Whether nothing is observed before the next step, as far as is known. Callbacks then save the work."""
+        return self._step < self._quiet_until and not self._threads.running
+
+    @property
     def detached(self) -> bool:
         """Whether the hooks are off the model, because of :meth:`detach` or after an error inside Neuronscope."""
         return self._detached or self._retired or self._hooks.failure is not None
@@ -375,7 +380,7 @@ class Scope:
         Raises:
             UsageError: There is no such series.
         """
-        if unknown := values.keys() - set(SERIES):
+        if unknown := values.keys() - SERIES:
             raise UsageError(f"Expected {', '.join(f'`{name}`' for name in SERIES)}, but got `{min(unknown)}`.")
         self._series.note(self._step, values)
 
@@ -441,6 +446,17 @@ class Scope:
         """End the training step that :meth:`open_step` began. For the Lightning callback."""
         self._hooks.close_step()
 
+    def pause_step(self) -> None:
+        """Do not look at what the training step calls until :meth:`resume_step`: it runs no part of the model.
+
+        Calling this is optional; it saves time. Setting the gradients to zero takes two calls for each weight.
+        """
+        self._hooks.entered.suspend()
+
+    def resume_step(self) -> None:
+        """Look at what the training step calls again, after :meth:`pause_step`."""
+        self._hooks.entered.resume()
+
     @hidden
     def share_examples(self, examples: int | None) -> None:
         """Count the examples of all training forwards until the next call once at each site: all see the same ones.
@@ -501,7 +517,7 @@ class Scope:
         with self._lock:
             now = self._step + 1 if step is None else step
             quiet = now < self._quiet_until and not self._hooks.recorder.clock.captured
-            if quiet and not self._threads:
+            if quiet and not self._threads.running:
                 self._step = now
                 return False
             return self._count_one_step(now)

@@ -186,9 +186,9 @@ def take_off(modules: Iterable[nn.Module], wanted: Callable[[Any], bool] = is_ou
     taken: Taken = []
     for module in modules:
         for table in tables(module):
-            keys = {key for key, hook in table.items() if wanted(hook)}
+            keys = {key for key, hook in table.items() if wanted(hook)} if table else set()
             if keys:
-                settings = [] if running else _flags(module)
+                settings = [each for each in _flags(module) if each] if not running else []
                 flags = [(each, {key: each.pop(key) for key in keys & each.keys()}) for each in settings]
                 taken.append((table, dict(table), keys, flags))
                 for key in keys:
@@ -200,10 +200,11 @@ def put_back(taken: Taken) -> None:
     """Put hooks back where :func:`take_off` took them from: ahead of those that were registered since."""
     for table, before, keys, flags in taken:
         now = list(table)
-        first = itertools.takewhile(lambda key: key not in before, now)  # noqa: B023  # used at once
-        order = [*first, *(key for key in before if key in keys or key in now), *now]
-        table.update((key, before[key]) for key in before if key in keys)
-        for key in dict.fromkeys(order):  # each stays in the table, which another thread may be reading
-            table.move_to_end(key)
+        table.update((key, hook) for key, hook in before.items() if key in keys)
+        if now:  # each stays in the table, which another thread may be reading
+            first = itertools.takewhile(lambda key: key not in before, now)  # noqa: B023  # used at once
+            order = [*first, *(key for key in before if key in keys or key in now), *now]
+            for key in dict.fromkeys(order):
+                table.move_to_end(key)
         for each, values in flags:
             each.update(values)

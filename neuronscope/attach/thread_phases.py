@@ -30,10 +30,6 @@ class ThreadPhases:
         self._phases: dict[int, str] = {}
         self._pauses: Counter[int] = Counter()
 
-    def __bool__(self) -> bool:
-        """Whether any thread is in a phase other than training, or paused."""
-        return bool(self._phases or self._pauses)
-
     @property
     def running(self) -> Collection[str]:
         """The phases that threads are in."""

@@ -12,9 +12,10 @@ import torch
 from torch import nn
 
 import neuronscope as ns
+from neuronscope.callbacks import Monitor
 
-#: At most so many calls for one more site, and for a step of a network with one.
-SITE, STEP = 33, 105
+#: At most so many calls for one more site, for a step of a network with one, and for a batch that is not observed.
+SITE, STEP, QUIET_BATCH = 33, 105, 22
 
 _OURS = str(Path(ns.__file__).parent)
 
@@ -63,3 +64,17 @@ def test_a_site_and_a_step_call_few_functions() -> None:
 def test_a_window_that_waits_for_examples_calls_no_function_for_each_site() -> None:
     few, many = (_steady_calls(sites, steps=101)[1] for sites in (1, 9))
     assert few == many
+
+
+def test_a_monitor_calls_few_functions_in_a_batch_that_is_not_observed() -> None:
+    model, monitor = _mlp(3), Monitor(every_n_steps=20)
+    monitor.attach(model)
+
+    def batch(step: int) -> int:
+        began = _calls(monitor.begin_batch)
+        model(torch.ones(2, 4)).sum().backward()
+        return began + _calls(lambda: monitor.step(step))
+
+    calls = [batch(step) for step in range(1, 41)]
+    monitor.finish()
+    assert max(calls[5:19]) <= QUIET_BATCH < calls[20], calls

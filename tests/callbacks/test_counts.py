@@ -9,8 +9,10 @@ import pytest
 import torch
 from pytorch_lightning import LightningModule
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
+from neuronscope.attach.function_mode import ActivationFunctionMode
 from neuronscope.callbacks import DeadNeuronMonitor
 from tests.callbacks.networks import SETUPS, SITES, Setup, assert_counts, batches, counted, network, trainer
 
@@ -98,6 +100,22 @@ def test_the_hooks_are_off_the_model_in_steps_that_are_not_observed() -> None:
     for site in SITES:
         assert_counts(monitor.census("train")[site], counted(model.notes, site, "train", {0, 10}))
         assert_counts(monitor.census("val")[site], counted(model.notes, site, "validate"))
+
+
+def test_how_gradients_are_set_to_zero_is_not_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen, look = [], ActivationFunctionMode.__torch_function__
+
+    def note(mode: ActivationFunctionMode, func: Any, *rest: Any) -> Any:
+        seen.append(getattr(func, "__self__", None) if func.__name__ in ("__get__", "__set__") else func)
+        return look(mode, func, *rest)
+
+    monkeypatch.setattr(ActivationFunctionMode, "__torch_function__", note)
+    model, monitor = network(), DeadNeuronMonitor(every_n_steps=1)
+    trainer(monitor, max_epochs=1).fit(model, batches(4), batches(1))
+    assert F.linear in seen
+    assert Tensor.grad not in seen
+    for site in SITES:
+        assert_counts(monitor.census("train")[site], counted(model.notes, site, "train"))
 
 
 @pytest.mark.parametrize("framework", ["pytorch_lightning", "lightning.pytorch"])

@@ -77,6 +77,22 @@ def test_accumulated_batches_are_one_step() -> None:
     assert monitor.census().steps == 2
 
 
+def test_of_many_optimizer_steps_in_one_batch_those_that_are_due_are_observed() -> None:
+    model, monitor = network(), Monitor(every_n_steps=4)
+    monitor.attach(model)
+    for begin in (0, 10):
+        monitor.begin_batch()
+        for step in range(begin, begin + 10):
+            model(torch.randn(SIZE + step, 4)).sum().backward()
+            monitor.note_step(step + 1)
+        monitor.step(begin + 10)
+        model(torch.randn(1000, 4))
+    monitor.finish()
+    observed = (0, 4, 8, 12, 16)
+    assert monitor.census().steps == len(observed)
+    assert examples(monitor, "train") == sum(SIZE + step for step in observed)
+
+
 def test_an_evaluation_is_one_window_and_a_failed_or_discarded_one_is_none() -> None:
     model, monitor = network(), Monitor(every_n_steps=1)
     monitor.attach(model)
