@@ -239,7 +239,7 @@ class Scope:
         is_pass = False
         try:
             with self._threads.inside(name) as is_pass:
-                self._hooks.put_back()
+                self._hooks.put_back(self._step)
                 self._observe()
                 yield self
         finally:
@@ -605,7 +605,7 @@ class Scope:
             hooks.recorder.set_phase(phase, step)
             hooks.set_observing(observing)
         if not due and not self._threads.running:
-            hooks.pause(self.every_n_steps - step % self.every_n_steps)
+            hooks.pause(step, self.every_n_steps - step % self.every_n_steps)
 
     def _end(self, join: bool) -> None:
         if self._detached:

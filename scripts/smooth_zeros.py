@@ -234,7 +234,9 @@ which comes first in the types with few digits.
 
 PyTorch computes most elements of a tensor in vectors, and the last few one by one, in other code.
 The table is of vectors. One by one GELU's output ends where the table says, but its gradient lasts
-to −14.3 in float32; those of SiLU and Mish end as in the table. GPUs have code of their own.
+to −14.3 in float32 and −13.8 in bfloat16; those of SiLU and Mish end as in the table. Processors
+without AVX-512 compute GELU's gradient in bfloat16 one by one throughout. GPUs have code of their
+own.
 
 ## What networks show
 

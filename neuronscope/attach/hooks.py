@@ -76,6 +76,8 @@ __all__ = ["HookManager"]
 _METRIC_PACKAGES = frozenset({"torchmetrics"})
 #: Fewest unobserved steps for which it pays to take the hooks off the model and put them back.
 _FEWEST_UNOBSERVED = 4
+#: So often in succession they may be put back sooner, as by a validation after each step, before they stay on.
+_MOST_EARLY_RETURNS = 3
 _FUSED = (nn.RNNBase, nn.RNNCellBase)
 
 
@@ -140,6 +142,8 @@ class HookManager:
         self._step_open = False  # in the counted thread
         self._backward_at: int | None = None  # how many modules run around a backward pass that runs inside of them
         self._handles = HookHandles()
+        self._off_since = 0  # the step at which they were taken off last
+        self._early_returns = 0  # how often in succession they were put back before that had paid
         self._skipped: list[CodeType] = []  # see `skip_when_hooked`
         self._model = weakref.ref(model)
         self.note_weights: Callable[[], None] | None = None  # called when the model's own forward begins
@@ -225,14 +229,20 @@ class HookManager:
         self._skipped = []
         self.recorder.close()
 
-    def pause(self, steps: int) -> None:
-        """Take the hooks off, because nothing is observed for ``steps`` steps; not if the model may be compiled.
+    def pause(self, step: int, steps: int) -> None:
+        """Take the hooks off, because nothing is observed for some steps; not if the model may be compiled.
+
+        They stay on if something else than training, time and again, had them put back too soon.
 
         The compiler traces hooks with the model, and does not look at them again. So the hooks stay on until the model
         has run. After that they stay on if anything was traced since the watch began, or if the model is marked to be
         compiled.
+
+        Args:
+            step: Steps of training so far.
+            steps: Number of steps for which nothing is observed.
         """
-        if steps < _FEWEST_UNOBSERVED:
+        if steps < _FEWEST_UNOBSERVED or self._early_returns == _MOST_EARLY_RETURNS:
             return
         ran, model = self.recorder.forward.ran, self._model()
         self._compiles |= self.recorder.compiled or self._compilations != count_compilations()
@@ -240,11 +250,18 @@ class HookManager:
             self._compiles = any(is_compiled(module) for module in model.modules())
             if not self._compiles:
                 self._handles.take_off()
+                self._off_since = step
 
-    def put_back(self) -> None:
-        """Put the hooks back that :meth:`pause` took off."""
+    def put_back(self, step: int) -> None:
+        """Put the hooks back that :meth:`pause` took off.
+
+        Args:
+            step: Steps of training so far.
+        """
         if not self._handles.off:
             return
+        early = step - self._off_since < _FEWEST_UNOBSERVED
+        self._early_returns = self._early_returns + 1 if early else 0
         self._handles.put_back()
         if self._compilations != count_compilations():
             self._compiles = True
@@ -258,7 +275,7 @@ class HookManager:
     def set_observing(self, observing: bool) -> None:
         """Start or stop counting, and forget what is left of an interrupted forward."""
         if observing and self._handles.off:
-            self.put_back()
+            self.put_back(self.recorder.step)
         self.recorder.restart()
         if self._step_open:
             self.entered.leave(handling=self._mode.handling)

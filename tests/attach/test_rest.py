@@ -116,6 +116,20 @@ def test_hooks_stay_attached_when_the_unobserved_steps_are_few(every):
             assert bears_hooks(model)
 
 
+@pytest.mark.parametrize(("apart", "stay"), [(1, True), (3, True), (4, False)])
+def test_hooks_stay_if_something_has_them_put_back_soon_each_time(apart: int, stay: bool):
+    """Taking them off and putting them back costs more than a few steps with them."""
+    model = Net()
+    with ns.watch(model, every_n_steps=50) as scope:
+        for number in range(1, 5 * apart):
+            step(model, scope)
+            if number % apart == 0:
+                with scope.phase("val"):
+                    model(torch.randn(5, 3))
+        step(model, scope)
+        assert bears_hooks(model) == stay
+
+
 def test_hooks_stay_until_the_model_has_run():
     """A model whose first forward is compiled may not have been called yet when the first steps are told."""
     model = Net()
