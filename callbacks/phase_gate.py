@@ -96,6 +96,9 @@ class PhaseGate:
             keep: Whether to keep what was counted in the pass.
             ends: Whether the pass is over. If not, the next one of its phase continues its window.
         """
+        if self.phase is None:
+            self.close()
+            return
         self._keep_phase, self._ends_phase = keep, ends
         self._phase_context.close()
         self._keep_phase, self._ends_phase, self.phase = True, True, None
