@@ -78,7 +78,7 @@ class FixedData:
         if isinstance(layers, str):
             self._refuse("", layers)
             return
-        states = match_parameters(checkpoint, parameter_names).states
+        states = match_parameters(checkpoint, parameter_names)[0]
         names = stored_names(model, checkpoint)
         for layer in layers:
             tensors = {layer.weight_name: layer.weight, layer.bias_name: layer.bias}

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from neuronscope.checkpoints.checkpoint import Checkpoint, StoredTensor
-from neuronscope.checkpoints.file.layer_clocks import LayerClock, read_clocks
+from neuronscope.checkpoints.file.layer_clocks import ClockReader, LayerClock
 from neuronscope.checkpoints.file.layers import Layer
 from neuronscope.checkpoints.file.parameter_matching import ParameterState, match_parameters
 from neuronscope.checkpoints.verdict.evidence import Abstention, Evidence, evidence_where
@@ -97,8 +97,9 @@ def compare_with_earlier(
         return
     if earlier.is_averaged or later.is_averaged:
         yield Abstention(_SOURCE, "", _AVERAGED)
-    before = match_parameters(earlier, parameter_names).states
-    clocks = {read.layer.path: read for read in read_clocks(earlier, layers, before) if isinstance(read, LayerClock)}
+    before = match_parameters(earlier, parameter_names)[0]
+    readings_before = ClockReader(earlier, before).read(layers)
+    clocks = {read.layer.path: read for read in readings_before if isinstance(read, LayerClock)}
     for end in readings:
         start = clocks.get(end.layer.path)
         if start is None:

@@ -9,16 +9,14 @@ from dataclasses import replace
 import numpy as np
 
 from neuronscope.checkpoints.checkpoint import Checkpoint, StoredTensor
-from neuronscope.checkpoints.file.collapse import find_no_gradient_causes
 from neuronscope.checkpoints.file.compare_checkpoints import GradientsBetween, compare_with_earlier
-from neuronscope.checkpoints.file.layer_clocks import LayerClock, read_clocks
+from neuronscope.checkpoints.file.layer_clocks import ClockReader, LayerClock
 from neuronscope.checkpoints.file.layers import NEURON_KINDS, Layer, find_layers
 from neuronscope.checkpoints.file.merged_weights import MergedWeight, merged_weights
 from neuronscope.checkpoints.file.monitor_record import examine_records
 from neuronscope.checkpoints.file.parameter_matching import match_parameters
-from neuronscope.checkpoints.file.weight_hints import hint_evidence
-from neuronscope.checkpoints.file.weights import examine_weights
-from neuronscope.checkpoints.file.zero_gradient_rows import zero_gradient_evidence
+from neuronscope.checkpoints.file.weights import examine_weights, hint_evidence
+from neuronscope.checkpoints.file.zero_gradient_rows import LayerGradients, find_no_gradient_causes
 from neuronscope.checkpoints.verdict.evidence import Abstention, Evidence
 from neuronscope.errors import CheckpointError
 
@@ -70,15 +68,15 @@ def _examine_optimizers(
     on_compared: Callable[[GradientsBetween], None] | None,
 ) -> Iterator[Evidence | Abstention]:
     """Yield which neurons got no gradient, by the state of the optimizers."""
-    matches = match_parameters(checkpoint, parameter_names)
-    yield from matches.abstentions
-    readings = list(read_clocks(checkpoint, layers, matches.states))
-    clocks = [reading for reading in readings if isinstance(reading, LayerClock)]
+    states, abstentions = match_parameters(checkpoint, parameter_names)
+    yield from abstentions
+    readings = list(ClockReader(checkpoint, states).read(layers))
+    clocks = {reading.layer.path: reading for reading in readings if isinstance(reading, LayerClock)}
     causes = find_no_gradient_causes(layers, clocks)
     compared: dict[str, GradientsBetween] = {}
     if earlier is not None:
-        of_neurons = [clock for clock in clocks if clock.layer.kind in NEURON_KINDS]
-        for one in compare_with_earlier(earlier, checkpoint, layers, matches.states, of_neurons, parameter_names):
+        of_neurons = [clock for clock in clocks.values() if clock.layer.kind in NEURON_KINDS]
+        for one in compare_with_earlier(earlier, checkpoint, layers, states, of_neurons, parameter_names):
             if not isinstance(one, GradientsBetween):
                 yield one
                 continue
@@ -89,7 +87,7 @@ def _examine_optimizers(
         if isinstance(reading, Abstention):
             yield reading
         elif reading.layer.kind in NEURON_KINDS:
-            for found in zero_gradient_evidence(reading, causes.get(reading.layer.path)):
+            for found in LayerGradients(reading, causes.get(reading.layer.path)).evidence():
                 left = _without_living(found, compared.get(reading.layer.path))
                 if isinstance(left, Abstention) or left.neurons.size:
                     yield left

@@ -20,7 +20,7 @@ from neuronscope.checkpoints.file.sgd_clock import BufferPeaks, SGDClock
 from neuronscope.checkpoints.file.weights import as_initialised
 from neuronscope.checkpoints.verdict.evidence import Abstention
 
-__all__ = ["LayerClock", "NoClock", "read_clocks"]
+__all__ = ["ClockReader", "LayerClock", "NoClock"]
 
 #: Layers are read together until they have so many weights: reading one takes far longer than its numbers do.
 _TOGETHER = 1 << 16
@@ -95,26 +95,17 @@ class LayerClock:
         return isinstance(self.clock, AdamClock)
 
 
-def read_clocks(
-    checkpoint: Checkpoint, layers: Sequence[Layer], states: Mapping[str, ParameterState]
-) -> Iterator[LayerClock | Abstention]:
-    """Yield the clock of every layer whose rows are neurons and of every norm, or why a layer has none.
-
-    Args:
-        checkpoint: The opened checkpoint.
-        layers: Its layers.
-        states: The optimizer state of each parameter; see
-            :func:`neuronscope.checkpoints.file.parameter_matching.match_parameters`.
-    """
-    return _ClockReader(checkpoint, states).read(layers)
-
-
 #: A layer, and the optimizer of each of its tensors that is read.
 _RuledLayer = tuple[Layer, Mapping[str, OptimizerRule]]
 
 
-class _ClockReader:
-    """Reads the clocks of a checkpoint's layers."""
+class ClockReader:
+    """Reads the clocks of a checkpoint's layers.
+
+    Args:
+        checkpoint: The opened checkpoint.
+        states: The optimizer state of each parameter.
+    """
 
     def __init__(self, checkpoint: Checkpoint, states: Mapping[str, ParameterState]) -> None:
         self._checkpoint = checkpoint
@@ -128,6 +119,7 @@ class _ClockReader:
         self._decoupled: dict[int, bool] = {}
 
     def read(self, layers: Sequence[Layer]) -> Iterator[LayerClock | Abstention]:
+        """Yield the clock of every layer whose rows are neurons and of every norm, or why a layer has none."""
         momentum_layers: dict[tuple[int, SGDClock], list[_RuledLayer]] = {}
         together: list[_RuledLayer] = []
         weights = 0

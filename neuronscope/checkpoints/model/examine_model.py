@@ -15,8 +15,12 @@ from torch import Tensor, nn
 
 from neuronscope.arrays import BoolArray
 from neuronscope.attach.layer_names import layer_name
-from neuronscope.checkpoints.model.batchnorm_parameters import batch_norm_parameters, negligible_neurons
-from neuronscope.checkpoints.model.batchnorm_statistics import batch_norm_activity, running_statistics_evidence
+from neuronscope.checkpoints.model.batchnorm_evidence import (
+    batch_norm_activity,
+    batch_norm_parameters,
+    negligible_neurons,
+    running_statistics_evidence,
+)
 from neuronscope.checkpoints.model.batchnorm_step import step_kind
 from neuronscope.checkpoints.model.bounds.interval import BACKWARD, LAYER_NORM
 from neuronscope.checkpoints.model.bounds.propagate import Box, SiteBounds, propagate_bounds, site_bounds

@@ -1,7 +1,13 @@
-r"""Read from the running statistics of batch norms which neurons fire in training, and which are silent or constant.
+r"""Conclude from batch norms how often the neurons before and behind them fire, and which are silent or constant.
 
-A batch norm in training keeps running means of the mean and of the variance of its input. What does not vary over a
-whole batch multiplies the running variance by ``1 − momentum``, and what is zero multiplies both so.
+**γ and β.** A channel's values in a training batch are normalised by their own mean and variance, so ``Σz = 0`` and
+``Σz² ≤ n`` over its ``n`` values (ε only makes it smaller). With ``c = −β/|γ| > 0`` the neuron fires where ``z > c``
+(or ``z < −c``). By Cantelli's inequality, at most ``1/(1 + c²)`` of the values do. None of ``n`` values is larger than
+``√(n − 1)``, so none fires if ``β + |γ|√(n − 1) ≤ 0`` (Samuelson 1968). For normally distributed values the share is
+``Φ(−c)``.
+
+**Running statistics.** A batch norm in training keeps running means of the mean and of the variance of its input. What
+does not vary over a whole batch multiplies the running variance by ``1 − momentum``, and what is zero multiplies both.
 
 **Behind an activation** whose output is never negative, let ``R = mean² / variance``. A silent neuron lets R fall by
 ``1 − momentum`` in each step. For the positive half of a normal distribution R is .47. A neuron that fires at a share
@@ -24,6 +30,7 @@ depends on its incoming weights, so ``q = variance / ‖w‖²`` is compared wit
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 
@@ -31,7 +38,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from neuronscope.arrays import FloatArray
+from neuronscope.arrays import BoolArray, FloatArray
 from neuronscope.checkpoints.model.batchnorm_step import (
     HALF_NORMAL,
     BatchNormStep,
@@ -43,12 +50,12 @@ from neuronscope.checkpoints.model.batchnorm_step import (
     weighted_step,
 )
 from neuronscope.checkpoints.model.bounds.interval import Interval
-from neuronscope.checkpoints.model.bounds.propagate import is_positive_from, is_zero_below_zero
+from neuronscope.checkpoints.model.bounds.propagate import SiteBounds, is_positive_from, is_zero_below_zero
 from neuronscope.checkpoints.model.traced_graph import Graph, Site
 from neuronscope.checkpoints.verdict.evidence import Evidence, evidence_on_site
 from neuronscope.judge.verdicts import Policy
 
-__all__ = ["batch_norm_activity", "running_statistics_evidence"]
+__all__ = ["batch_norm_activity", "batch_norm_parameters", "negligible_neurons", "running_statistics_evidence"]
 
 _CLOCK = "batch norm statistics"
 #: Silence is suspected above this many steps, and inferred above this many (docs/postmortem.md has the measured rates).
@@ -243,3 +250,130 @@ def _fires(found: NormBehindSite) -> Iterator[Evidence]:
         measure="share of positions in training at which it fired, at least",
         text=f"By the running mean and variance of the batch norm behind it, it fired in training {when}.",
     )
+
+
+_SOURCE = "batch norm"
+#: A neuron after a batch norm that fires only above this many standard deviations is quiet; above the second, it is
+#: suspected to be dead.
+_QUIET, _MAYBE_DEAD = 3.0, 4.0
+#: A channel whose output is at most this fraction of its layer's usual scale is negligible, for batches of at most so
+#: many values per channel.
+_NEGLIGIBLE, _MANY_VALUES = 1e-3, 1_000_000
+
+
+def batch_norm_parameters(graph: Graph) -> Iterator[Evidence]:
+    """Yield what γ and β of batch norms say about the sites behind them that are zero for inputs up to zero."""
+    for site in graph.first_calls():
+        parameters = _parameters_before(graph, site)
+        if parameters is not None and is_zero_below_zero(graph, site):
+            yield from _on_site(site, *parameters)
+
+
+def _on_site(site: Site, scale: Tensor, shift: Tensor) -> Iterator[Evidence]:
+    c = _threshold(scale, shift)
+    evidence = partial(evidence_on_site, site.name, source=_SOURCE)
+    yield from evidence(
+        c >= _QUIET,
+        _firing_share_bound(c),
+        claim="quiet",
+        basis="inferred",
+        measure="share of a training batch in which it fires, at most",
+        text=(
+            "In training, it fires for at most this share of any batch's values, whatever their distribution "
+            "(Cantelli); in evaluation, this holds as far as the running statistics match the data."
+        ),
+    )
+    most = _training_maximum(scale, shift.abs(), _MANY_VALUES)
+    usual = _usual_scale(scale, shift)
+    yield from evidence(
+        (most <= _NEGLIGIBLE * usual) & (most > 0),
+        most,
+        claim="quiet",
+        basis="inferred",
+        measure="output in training, at most",
+        text=(
+            f"Negligible: whatever its input is, no value of a training batch of up to {_MANY_VALUES:,} "
+            f"values is larger than this, which is less than {_NEGLIGIBLE:g} of the layer's median |γ| + |β| "
+            f"({usual:.3g}). In evaluation, this holds as far as the running statistics match the data."
+        ),
+    )
+    yield from evidence(
+        c >= _MAYBE_DEAD,
+        torch.special.ndtr(-c),
+        claim="dead",
+        basis="suspected",
+        measure="share of values that fire, if they are normal",
+        text=(
+            "If its values were normally distributed, it would fire for this share of them, Φ(β/|γ|); this is "
+            "inaccurate in the tails."
+        ),
+    )
+
+
+def negligible_neurons(
+    graph: Graph, bounds: Mapping[str, SiteBounds], scope: str, judged: Mapping[str, BoolArray]
+) -> Iterator[Evidence]:
+    """Yield the neurons after a batch norm whose output is next to nothing for every input.
+
+    Args:
+        graph: A traced forward in evaluation mode.
+        bounds: The bounds of its sites.
+        scope: The inputs that they hold for, to end a clause with.
+        judged: The neurons of each site that are judged there, bool ``(N,)``.
+    """
+    for site in graph.first_calls():
+        parameters, found = _parameters_before(graph, site), bounds.get(site.name)
+        if parameters is None or found is None:
+            continue
+        usual = _usual_scale(*parameters)
+        yield from evidence_on_site(
+            site.name,
+            (found.output <= _NEGLIGIBLE * usual) & ~found.dead & judged[site.name],
+            found.output,
+            source=_SOURCE,
+            claim="quiet",
+            basis="proved",
+            measure="output, at most",
+            text=(
+                f"Negligible: in evaluation mode its output is never larger than this, {scope}. It is less than "
+                f"{_NEGLIGIBLE:g} of the layer's median |γ| + |β| ({usual:.3g})."
+            ),
+        )
+
+
+def _parameters_before(graph: Graph, site: Site) -> tuple[Tensor, Tensor] | None:
+    """Return γ and β of the one batch norm that is right before every call of a site, both ``(N,)``, or ``None``."""
+    found = []
+    for call in graph.calls[site.name]:
+        norm = read_batch_norm(graph, step_before_copies(graph, call.before))
+        if norm is None or norm.scale is None or norm.shift is None or norm.scale.shape != (site.neurons,):
+            return None
+        found.append((norm.scale, norm.shift))
+    same = all(torch.equal(one, first) for pair in found for one, first in zip(pair, found[0], strict=True))
+    return found[0] if same else None
+
+
+def _usual_scale(scale: Tensor, shift: Tensor) -> float:
+    """Return the median size of a layer's outputs, by the γ and β of the batch norm before the activation."""
+    return float((scale.double().abs() + shift.double().abs()).median())
+
+
+def _threshold(scale: Tensor, shift: Tensor) -> Tensor:
+    """Return how many standard deviations above its mean a channel's value must be for its neuron to fire.
+
+    It is ``c = −β/|γ|``, float64 ``(C,)``: ∞ where γ = 0 and β ≤ 0, −∞ where γ = 0 and β > 0.
+    """
+    scale, shift = scale.double().abs(), shift.double()
+    constant = torch.where(shift > 0, -torch.inf, torch.inf)
+    return torch.where(scale > 0, -shift / scale.clamp_min(torch.finfo(torch.float64).tiny), constant)
+
+
+def _firing_share_bound(c: Tensor) -> Tensor:
+    """Return the largest share of a batch's values above a threshold, both float64 ``(C,)`` (Cantelli)."""
+    bound: Tensor = torch.where(c > 0, 1 / (1 + c * c), 1.0)
+    return bound
+
+
+def _training_maximum(scale: Tensor, shift: Tensor, values: int) -> Tensor:
+    """Return the largest value that each channel can have in a training batch of ``n`` values, float64 ``(C,)``."""
+    return shift.double() + scale.double().abs() * math.sqrt(values - 1)
