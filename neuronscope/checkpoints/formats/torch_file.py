@@ -90,7 +90,10 @@ def read_zip(part: ByteRange) -> Any:
     """
     with as_checkpoint_error(part.path), closing(part.open()) as file:
         entries = _entries(part, file)
-        top, pickled = _pickle_entry(part, entries)
+        found = [name for name in entries if name.count("/") < 2 and f"/{name}".endswith("/data.pkl")]
+        if len(found) != 1:
+            raise CheckpointError(f"{quoted(part.path)} is a zip archive, but none that torch.save has written.")
+        top = found[0].removesuffix("data.pkl")  # the archive's top folder, with a slash
         order = entries.get(f"{top}byteorder")
         _check_byte_order(part, order is None or _location(part, file, order).read().strip() == b"little")
         storages: dict[str, Storage] = {}
@@ -106,7 +109,7 @@ def read_zip(part: ByteRange) -> Any:
                 storages[name] = Storage(dtype, numel, _location(part, file, entry))
             return storages[name]
 
-        location = _location(part, file, pickled)
+        location = _location(part, file, entries[found[0]])
         if location.size > _LONGEST_PICKLE:
             raise CheckpointError(
                 f"{quoted(part.path)} describes its tensors in {location.size} bytes, which is more than is read."
@@ -193,14 +196,6 @@ def _entries(part: ByteRange, file: BinaryIO) -> dict[str, zipfile.ZipInfo]:
         raise CheckpointError(
             f"{quoted(part.path)} is cut short or damaged: its zip archive has no readable index."
         ) from error
-
-
-def _pickle_entry(part: ByteRange, entries: dict[str, zipfile.ZipInfo]) -> tuple[str, zipfile.ZipInfo]:
-    """Return the archive's top folder, with a slash, and the entry that describes the data."""
-    found = [name for name in entries if name == "data.pkl" or (name.endswith("/data.pkl") and name.count("/") == 1)]
-    if len(found) != 1:
-        raise CheckpointError(f"{quoted(part.path)} is a zip archive, but none that torch.save has written.")
-    return found[0].removesuffix("data.pkl"), entries[found[0]]
 
 
 def _location(part: ByteRange, file: BinaryIO, entry: zipfile.ZipInfo) -> ByteRange:
