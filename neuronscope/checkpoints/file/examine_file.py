@@ -8,11 +8,11 @@ from dataclasses import replace
 
 import numpy as np
 
-from neuronscope.checkpoints.checkpoint import Checkpoint, StoredTensor
+from neuronscope.checkpoints.checkpoint import Checkpoint
 from neuronscope.checkpoints.file.compare_checkpoints import GradientsBetween, compare_with_earlier
 from neuronscope.checkpoints.file.layer_clocks import ClockReader, LayerClock
 from neuronscope.checkpoints.file.layers import NEURON_KINDS, Layer, find_layers
-from neuronscope.checkpoints.file.merged_weights import MergedWeight, merged_weights
+from neuronscope.checkpoints.file.merged_weights import merged_weights
 from neuronscope.checkpoints.file.monitor_record import examine_records
 from neuronscope.checkpoints.file.parameter_matching import match_parameters
 from neuronscope.checkpoints.file.weights import examine_weights, hint_evidence
@@ -40,9 +40,12 @@ def examine_file(
         on_compared: Called for each layer that could be compared with the earlier checkpoint.
     """
     layers = find_layers(checkpoint.tensors)
-    merged: dict[str, StoredTensor] = {one.stored: one for one in _merged(checkpoint)}
-    weights = examine_weights({**checkpoint.tensors, **merged}, layers)
-    found: list[Evidence | Abstention] = [*examine_records(checkpoint), *weights]
+    tensors = dict(checkpoint.tensors)
+    with contextlib.suppress(CheckpointError):  # of adapters that are not understood, the stored weights are examined
+        for one in merged_weights(checkpoint):
+            if one.stored.endswith(("_orig", "weight")):  # else only a positive factor differs from row to row
+                tensors[one.stored] = one.tensor
+    found: list[Evidence | Abstention] = [*examine_records(checkpoint), *examine_weights(tensors, layers)]
     if checkpoint.optimizers:
         found += _examine_optimizers(checkpoint, layers, parameter_names, earlier, on_compared)
     else:
@@ -52,12 +55,6 @@ def examine_file(
             found += hint_evidence(checkpoint, layers)
     evidence = [one for one in found if isinstance(one, Evidence)]
     return evidence, [one for one in found if isinstance(one, Abstention)]
-
-
-def _merged(checkpoint: Checkpoint) -> Iterator[MergedWeight]:
-    """Yield the weights that masks and adapters change; not those whose rows are the same but for a positive factor."""
-    with contextlib.suppress(CheckpointError):  # of adapters that are not understood, the weights below are examined
-        yield from (one for one in merged_weights(checkpoint) if one.stored.endswith(("_orig", "weight")))
 
 
 def _examine_optimizers(

@@ -19,9 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from neuronscope.checkpoints.file.adam_clock import SILENT_STEPS, ClockReading
 from neuronscope.checkpoints.file.layer_clocks import LayerClock
 from neuronscope.checkpoints.file.layers import NEURON_KINDS, Layer
+from neuronscope.checkpoints.file.optimizer_clocks import SILENT_STEPS, ClockReading
 from neuronscope.checkpoints.verdict.evidence import Abstention, Evidence, evidence_where
 
 __all__ = ["LayerGradients", "find_no_gradient_causes"]
@@ -215,23 +215,17 @@ class LayerGradients:
             fields["whole_layer"] = True
         elif whole and self._cause is not None:
             fields |= {"collapsed": True, "basis": "inferred" if self._has_collapsed else "suspected"}
-        text += _caveats(self._read)
+        read = self._read
+        if read.lag:
+            text += (
+                f" The layer was left out of {read.lag} of its optimizer's steps (frozen, or unused); only the other "
+                "steps are counted."
+            )
+        if read.layer.bias is not None and read.layer.bias not in read.parameters:
+            text += " The bias is not included."
+        if not read.layer.axis_known:
+            text += " The neuron axis of the weight is the usual one; the file does not confirm it."
         return evidence_where(self._path, mask, source=self._source, text=text, **fields)
-
-
-def _caveats(read: LayerClock) -> str:
-    """Return the sentences that limit what a layer's clock shows."""
-    text = ""
-    if read.lag:
-        text += (
-            f" The layer was left out of {read.lag} of its optimizer's steps (frozen, or unused); only the other steps "
-            "are counted."
-        )
-    if read.layer.bias is not None and read.layer.bias not in read.parameters:
-        text += " The bias is not included."
-    if not read.layer.axis_known:
-        text += " The neuron axis of the weight is the usual one; the file does not confirm it."
-    return text
 
 
 @dataclass(frozen=True)

@@ -30,32 +30,150 @@ depends on its incoming weights, so ``q = variance / ‖w‖²`` is compared wit
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from neuronscope.arrays import BoolArray, FloatArray
-from neuronscope.checkpoints.model.batchnorm_step import (
-    HALF_NORMAL,
-    BatchNormStep,
-    NormBehindSite,
-    WeightedStep,
-    norms_behind_sites,
-    read_batch_norm,
-    step_before_copies,
-    weighted_step,
-)
 from neuronscope.checkpoints.model.bounds.interval import Interval
 from neuronscope.checkpoints.model.bounds.propagate import SiteBounds, is_positive_from, is_zero_below_zero
-from neuronscope.checkpoints.model.traced_graph import Graph, Site
+from neuronscope.checkpoints.model.function_rules import step_kind
+from neuronscope.checkpoints.model.traced_graph import Graph, Site, Step, TensorRef
 from neuronscope.checkpoints.verdict.evidence import Evidence, evidence_on_site
 from neuronscope.judge.verdicts import Policy
 
-__all__ = ["batch_norm_activity", "batch_norm_parameters", "negligible_neurons", "running_statistics_evidence"]
+__all__ = [
+    "HALF_NORMAL",
+    "batch_norm_parameters",
+    "batch_norm_statistics",
+    "negligible_neurons",
+]
+
+#: mean² / variance of the positive half of a normal distribution, such as a ReLU gives.
+HALF_NORMAL = 0.47
+
+_CONVOLUTIONS = (F.conv1d, F.conv2d, F.conv3d)
+_SIGNATURE = inspect.signature(F.batch_norm)
+_STATISTICS = ("running_mean", "running_var")
+
+
+class _BatchNormStep(NamedTuple):
+    """A batch norm over ``C`` channels."""
+
+    scale: Tensor | None  # γ, ``(C,)``; ``None`` if it has none, or if it depends on the input
+    shift: Tensor | None  # β, ``(C,)``, likewise
+    mean: Tensor | None  # running mean of its input, float64 ``(C,)``; ``None`` if it keeps none
+    variance: Tensor | None  # running variance of its input, float64 ``(C,)``, likewise
+    momentum: float | None  # share of each new batch in the running statistics; ``None`` if it is not a plain number
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether the running statistics have left their start, which is a mean of 0 everywhere."""
+        return self.mean is not None and self.variance is not None and bool((self.mean != 0).any())
+
+    @property
+    def has_clock(self) -> bool:
+        """Whether the running statistics forget old batches at a known rate; not if they are averages of all."""
+        return self.momentum is not None and 0.0 < self.momentum < 0.5
+
+    def steps_of_decay(self, factor: Tensor) -> Tensor:
+        """Return in how many steps without anything new running statistics fall by a factor, both ``(C,)``.
+
+        Without a clock these are steps of torch's default momentum of 0.1.
+        """
+        return torch.log(factor) / -math.log1p(-(self.momentum if self.has_clock and self.momentum else 0.1))
+
+
+def _step_before_copies(graph: Graph, number: int) -> Step | None:
+    """Return the step that computed a tensor, before copies, casts and dropout."""
+    step = graph.producers.get(number)
+    while step is not None and step_kind(step) == "same" and step.reads:
+        step = graph.producers.get(step.reads[0])
+    return step
+
+
+def _read_batch_norm(graph: Graph, step: Step | None) -> _BatchNormStep | None:
+    """Return what a batch norm holds; ``None`` for any other step."""
+    if step is None or step.function is not F.batch_norm or not step.reads:
+        return None
+    given = _SIGNATURE.bind(*step.args, **step.kwargs)
+    given.apply_defaults()
+
+    def tensor(name: str) -> Tensor | None:
+        found = graph.constant(given.arguments[name])
+        return None if found is None else found.detach()
+
+    momentum = given.arguments["momentum"]
+    mean, variance = (None if (found := tensor(name)) is None else found.to(torch.float64) for name in _STATISTICS)
+    return _BatchNormStep(
+        scale=tensor("weight"),
+        shift=tensor("bias"),
+        mean=mean,
+        variance=variance,
+        momentum=float(momentum) if isinstance(momentum, (int, float)) else None,
+    )
+
+
+class _WeightedStep(NamedTuple):
+    """A linear or convolutional layer of ``C`` channels."""
+
+    weight: Tensor  # the incoming weights of each channel, float64 ``(C, F)``
+    has_bias: bool  # whether a bias that is not zero is added
+    reads: int  # number of the tensor that it reads
+    is_depthwise: bool  # whether it is a convolution of which each channel reads one neuron, the one with its number
+
+
+def _weighted_step(graph: Graph, number: int) -> _WeightedStep | None:
+    """Return the layer that computed a tensor; ``None`` if none did."""
+    step = _step_before_copies(graph, number)
+    if step is None or step.function not in (*_CONVOLUTIONS, F.linear):
+        return None
+    read = step.argument(0, "input")
+    weight, bias = (graph.constant(step.argument(place, name)) for place, name in ((1, "weight"), (2, "bias")))
+    if weight is None or weight.dim() < 2 or not isinstance(read, TensorRef):
+        return None
+    one_each = weight.shape[1] == 1 and graph.values[read.value].shape[1] == weight.shape[0]
+    has_bias = bias is not None and bool((bias != 0).any())
+    rows = weight.detach().double().flatten(1)
+    return _WeightedStep(rows, has_bias, read.value, one_each and step.function in _CONVOLUTIONS)
+
+
+class _NormBehindSite(NamedTuple):
+    """A batch norm with running statistics of the ``N`` neurons of a site."""
+
+    path: str  # path of the batch norm; ``""`` if its running mean is no buffer of a module
+    norm: _BatchNormStep  # the batch norm
+    mean: Tensor  # its running mean, float64 ``(N,)``
+    variance: Tensor  # its running variance, float64 ``(N,)``
+    site: Site  # the site
+    #: The depthwise convolution between the two; ``None`` if the norm reads the site's output itself.
+    depthwise: _WeightedStep | None
+
+
+def _norms_behind_sites(graph: Graph) -> Iterator[_NormBehindSite]:
+    """Yield the batch norms that read the output of a site, or of a depthwise convolution that reads it."""
+    site_of = {site.after: site for site in graph.sites}
+    for step in graph.steps:
+        norm = _read_batch_norm(graph, step)
+        if norm is None or norm.mean is None or norm.variance is None:
+            continue
+        layer = _weighted_step(graph, step.reads[0])
+        depthwise = layer if layer is not None and layer.is_depthwise else None
+        before = _step_before_copies(graph, step.reads[0] if depthwise is None else depthwise.reads)
+        site = next((site_of[number] for number in (before.outputs if before else ()) if number in site_of), None)
+        if site is None or site.layout.axis != 1 or not norm.mean.shape == norm.variance.shape == (site.neurons,):
+            continue
+        buffer = step.argument(1, "running_mean")
+        path = graph.values[buffer.value].name.rpartition(".")[0] if isinstance(buffer, TensorRef) else ""
+        yield _NormBehindSite(path, norm, norm.mean, norm.variance, site, depthwise)
+
 
 _CLOCK = "batch norm statistics"
 #: Silence is suspected above this many steps, and inferred above this many (docs/postmortem.md has the measured rates).
@@ -69,10 +187,10 @@ _USUAL, _FADED = 0.9, 1e-20
 _TINY = 1e-300
 
 
-def running_statistics_evidence(
+def batch_norm_statistics(
     graph: Graph, intervals: Sequence[Interval | None], batches: Mapping[str, int], training_step: int | None
 ) -> Iterator[Evidence]:
-    """Yield what the running statistics of batch norms say about the neurons of the sites right before them.
+    """Yield what the running statistics of batch norms say about the neurons before and behind them.
 
     Args:
         graph: A traced forward in evaluation mode.
@@ -81,7 +199,7 @@ def running_statistics_evidence(
         training_step: The checkpoint's number of optimizer steps; ``None`` = not known, so that a batch counts as one.
     """
     seen = set()
-    for found in norms_behind_sites(graph):
+    for found in _norms_behind_sites(graph):
         interval = intervals[found.site.after]
         if found.site.name in seen or interval is None or not interval.is_never_negative:
             continue
@@ -89,9 +207,10 @@ def running_statistics_evidence(
         if found.norm.is_trained and not (found.depthwise and found.depthwise.has_bias):
             count = batches.get(found.path)
             yield from _silent(found, count if training_step in (None, count) else None)
+    yield from _activity(graph, intervals)
 
 
-def _silent(found: NormBehindSite, batches: int | None) -> Iterator[Evidence]:
+def _silent(found: _NormBehindSite, batches: int | None) -> Iterator[Evidence]:
     """Yield evidence on one site; ``batches`` are those that the norm has counted, if each was an optimizer step."""
     norm, mean = found.norm, found.mean
     evidence = partial(evidence_on_site, found.site.name, source=_CLOCK)
@@ -143,21 +262,16 @@ def _gain(weight: Tensor) -> Tensor:
     return (weight.sum(1).square() / weight.square().sum(1).clamp(min=_TINY)).clamp(max=1.0)
 
 
-def batch_norm_activity(graph: Graph, intervals: Sequence[Interval | None]) -> Iterator[Evidence]:
-    """Yield what batch norms say about the neurons before and behind them; see the module's docstring.
-
-    Args:
-        graph: A traced forward in evaluation mode.
-        intervals: What :func:`~neuronscope.checkpoints.model.bounds.propagate.propagate_bounds` gave for it.
-    """
+def _activity(graph: Graph, intervals: Sequence[Interval | None]) -> Iterator[Evidence]:
+    """Yield which neurons fire, and which are constant."""
     for site, *others in graph.calls.values():
-        step = step_before_copies(graph, site.before)
-        norm = read_batch_norm(graph, step)
+        step = _step_before_copies(graph, site.before)
+        norm = _read_batch_norm(graph, step)
         if step is None or norm is None or norm.shift is None or others or site.layout.axis != 1:
             continue
         if norm.shift.shape == (site.neurons,):
-            yield from _behind(graph, site, norm.shift, _constant_steps(norm, weighted_step(graph, step.reads[0])))
-    for found in norms_behind_sites(graph):
+            yield from _behind(graph, site, norm.shift, _constant_steps(norm, _weighted_step(graph, step.reads[0])))
+    for found in _norms_behind_sites(graph):
         site, norm = found.site, found.norm
         if len(graph.calls[site.name]) > 1 or not norm.is_trained:
             continue
@@ -168,7 +282,7 @@ def batch_norm_activity(graph: Graph, intervals: Sequence[Interval | None]) -> I
             yield from _fires(found)
 
 
-def _constant_steps(norm: BatchNormStep, layer: WeightedStep | None) -> FloatArray | None:
+def _constant_steps(norm: _BatchNormStep, layer: _WeightedStep | None) -> FloatArray | None:
     """Return for about how many training steps each channel has been constant, ``(C,)``; ``None`` if it is unknown."""
     if layer is None or norm.variance is None or not norm.has_clock or not norm.is_trained:
         return None
@@ -233,7 +347,7 @@ def _varies(site: Site, constant: FloatArray) -> Iterator[Evidence]:
     )
 
 
-def _fires(found: NormBehindSite) -> Iterator[Evidence]:
+def _fires(found: _NormBehindSite) -> Iterator[Evidence]:
     """Yield evidence on a site whose output a batch norm normalises, if it is never negative."""
     norm, mean = found.norm, found.mean
     ratio = mean.square() / found.variance.clamp(min=_TINY)
@@ -345,7 +459,7 @@ def _parameters_before(graph: Graph, site: Site) -> tuple[Tensor, Tensor] | None
     """Return γ and β of the one batch norm that is right before every call of a site, both ``(N,)``, or ``None``."""
     found = []
     for call in graph.calls[site.name]:
-        norm = read_batch_norm(graph, step_before_copies(graph, call.before))
+        norm = _read_batch_norm(graph, _step_before_copies(graph, call.before))
         if norm is None or norm.scale is None or norm.shift is None or norm.scale.shape != (site.neurons,):
             return None
         found.append((norm.scale, norm.shift))

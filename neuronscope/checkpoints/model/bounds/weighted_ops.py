@@ -19,7 +19,6 @@ from neuronscope.checkpoints.model.bounds.interval import (
     gamma,
     product,
     rule,
-    unit_roundoff,
     widened,
 )
 
@@ -49,7 +48,7 @@ def _norm_error(dtype: torch.dtype) -> float:
 
     It covers means of up to a hundred standard deviations; beyond, torch's layer norm itself is not accurate.
     """
-    return 3500 * unit_roundoff(dtype)
+    return 1750 * torch.finfo(dtype).eps
 
 
 def _row_chunks(weight: Tensor) -> Iterator[slice]:
