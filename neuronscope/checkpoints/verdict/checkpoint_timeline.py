@@ -53,32 +53,20 @@ _MEASURED, _INFERRED = BASES.index("measured"), BASES.index("inferred")
 
 @dataclass(frozen=True)
 class LeftOut:
-    """A checkpoint that the timeline does not include.
+    """A checkpoint that the timeline does not include."""
 
-    Attributes:
-        path: The file or folder.
-        reason: Why it is left out.
-        unreadable: Whether it could not be read or examined.
-    """
-
-    path: str
-    reason: str
-    unreadable: bool
+    path: str  # the file or folder
+    reason: str  # why it is left out
+    unreadable: bool  # whether it could not be read or examined
 
 
 @dataclass(frozen=True)
 class TimelinePoint:
-    """One checkpoint of the timeline.
+    """One checkpoint of the timeline."""
 
-    Attributes:
-        path: The file or folder.
-        step: Number of optimizer steps taken.
-        not_finite: Number of neurons that are NaN or infinite in it.
-    """
-
-    path: str
-    step: int
-    not_finite: int
+    path: str  # the file or folder
+    step: int  # number of optimizer steps taken
+    not_finite: int  # number of neurons that are NaN or infinite in it
 
 
 @dataclass(frozen=True, eq=False)
@@ -174,11 +162,7 @@ class CheckpointTimeline:
         return self._sum(layer.unknown for layer in self.headline_layers)
 
     def count(self, kind: int) -> IntArray:
-        """Return the number of events that each checkpoint is the first to show, int64 ``(C,)``.
-
-        Args:
-            kind: :data:`DIED` or :data:`REVIVED`.
-        """
+        """Return how many deaths or revivals each checkpoint is the first to show, int64 ``(C,)``."""
         size = len(self.checkpoints)
         return self._sum(
             np.bincount(layer.checkpoint[layer.events(kind)], minlength=size) for layer in self.headline_layers
@@ -280,11 +264,7 @@ class TimelineBuilder:
         self._layers = layers
 
     def build(self, left_out: tuple[LeftOut, ...] = ()) -> CheckpointTimeline:
-        """Return the timeline of the layers of the last checkpoint.
-
-        Args:
-            left_out: Checkpoints that are not included.
-        """
+        """Return the timeline of the layers of the last checkpoint, with the checkpoints that are not included."""
         steps = [point.step for point in self.points]
         layers = tuple(
             _layer_timeline(layer, [one.get(layer.name) for one in self._states], steps) for layer in self._layers

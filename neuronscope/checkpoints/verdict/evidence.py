@@ -139,14 +139,8 @@ def evidence_on_site(name: str, mask: ArrayLike, numbers: ArrayLike | None = Non
 
 @dataclass(frozen=True)
 class Abstention:
-    """A source that could not examine a layer, and why. An unknown neuron is never reported as healthy.
+    """A source that could not examine a layer, and why. An unknown neuron is never reported as healthy."""
 
-    Attributes:
-        source: As in :class:`Evidence`.
-        layer: The layer concerned; ``""`` for the whole checkpoint.
-        reason: One sentence, with a remedy if there is one.
-    """
-
-    source: str
-    layer: str
-    reason: str
+    source: str  # as in :class:`Evidence`
+    layer: str  # the layer concerned; ``""`` for the whole checkpoint
+    reason: str  # one sentence, with a remedy if there is one

@@ -8,7 +8,6 @@ from typing import Any
 from neuronscope.checkpoints.postmortem_report import PostmortemReport
 from neuronscope.checkpoints.writers import postmortem_wording as wording
 from neuronscope.checkpoints.writers import timeline_wording
-from neuronscope.checkpoints.writers.postmortem_columns import CHECKPOINT_COLUMNS, COLUMNS, TIMELINE_COLUMNS
 from neuronscope.writers.console import Column
 from neuronscope.writers.formatting import count
 from neuronscope.writers.markdown_text import bullets, code, diagnosis_parts, pairs, plain, prose, table
@@ -36,14 +35,14 @@ def render(report: PostmortemReport) -> str:
     blocks.append(bullets(sentences))
     if report.layers:
         shown, left_out = wording.fold(report)
-        shown_columns = [one for one in COLUMNS if one.field != "woken" or report.in_box is not None]
+        shown_columns = [one for one in wording.COLUMNS if one.field != "woken" or report.in_box is not None]
         blocks.append(_table("layer", shown_columns, [wording.layer_cells(layer) for layer in shown]))
         blocks += [f"{sentence}." for sentence in left_out]
     if report.timeline is not None and len(report.timeline.checkpoints) > 1:
         blocks.append("### Between the checkpoints")
         for first, columns, (rows, without) in (
-            ("checkpoint", CHECKPOINT_COLUMNS, timeline_wording.checkpoint_rows(report.timeline)),
-            ("layer", TIMELINE_COLUMNS, timeline_wording.layer_rows(report.timeline)),
+            ("checkpoint", timeline_wording.CHECKPOINT_COLUMNS, timeline_wording.checkpoint_rows(report.timeline)),
+            ("layer", timeline_wording.TIMELINE_COLUMNS, timeline_wording.layer_rows(report.timeline)),
         ):
             blocks += [_table(first, columns, rows)] if rows else []
             blocks += [f"{without}."] if without else []

@@ -12,9 +12,10 @@ from neuronscope.checkpoints.postmortem_report import LEVELS, PostmortemReport
 from neuronscope.checkpoints.verdict.combine import Disagreement, find_disagreements
 from neuronscope.checkpoints.verdict.evidence import BASES, CLAIMS, Evidence
 from neuronscope.checkpoints.verdict.join_units import LEFT_OUT
-from neuronscope.checkpoints.verdict.layer_verdicts import InBox, LayerReport
+from neuronscope.checkpoints.verdict.layer_verdicts import LayerReport
 from neuronscope.checkpoints.writers import timeline_wording
 from neuronscope.judge.symptoms import last_deaths
+from neuronscope.writers.console import Column
 from neuronscope.writers.formatting import (
     NONE,
     UNKNOWN,
@@ -30,6 +31,7 @@ from neuronscope.writers.formatting import (
 )
 
 __all__ = [
+    "COLUMNS",
     "GLOSSARY",
     "LEGEND",
     "Ground",
@@ -48,6 +50,19 @@ __all__ = [
     "woken",
 ]
 
+#: The columns of the table of layers after the name, fields of :class:`LayerCells`.
+COLUMNS = (
+    Column("neurons", "neurons", narrowest=70),
+    Column("dead", "dead"),
+    Column("%", "dead_share"),
+    Column("how sure", "sure", right=False, narrowest=60, wraps=True),
+    Column("woken", "woken", narrowest=80, optional=True),
+    Column("since", "since", right=False, wraps=True),
+    Column("suspected", "suspected", narrowest=100, optional=True),
+    Column("other", "other", right=False, narrowest=100, wraps=True, optional=True),
+    Column("contested", "contested", narrowest=110, optional=True),
+    Column("unknown", "unknown", narrowest=120, optional=True),
+)
 #: Collapsed layers that have a sentence each.
 COLLAPSES = 5
 
@@ -121,8 +136,11 @@ def findings(report: PostmortemReport) -> list[str]:
         sentences.append(f"{which} permanent on this data, proved: no training on the same examples revives them.")
     if report.timeline is not None:
         sentences += timeline_wording.findings(report.timeline)
-    if report.in_box is not None and report.in_box.dead:
-        sentences.append(_in_box(report.in_box))
+    if (box := report.in_box) is not None and box.dead:
+        sentences.append(
+            f"Of {plural(box.dead, 'dead neuron')}: {count(box.proved)} proved dead for every input of the box, "
+            f"{count(box.woken)} woken by an input of the box, {count(box.open)} open."
+        )
     if report.suspected:
         they = "it is" if report.suspected == 1 else "they are"
         sentences.append(f"{count(report.suspected)} more may be dead; {they} not included in the totals.")
@@ -178,13 +196,13 @@ def _collapses(report: PostmortemReport) -> list[str]:
             )
         elif layer.collapse == "suspected":
             suspected.append(f"Layer {where} may have collapsed: {none} gets a gradient{since}.{tell}")
-    return [*_first(firm, COLLAPSES, "layer"), *_first(suspected, COLLAPSES, "layer")]
+    return [*_first(firm, COLLAPSES), *_first(suspected, COLLAPSES)]
 
 
-def _first(lines: list[str], most: int, noun: str) -> list[str]:
-    """Return the first lines, and one that says how many were left out."""
+def _first(lines: list[str], most: int) -> list[str]:
+    """Return the first lines, and one that says how many layers were left out."""
     more = len(lines) - most
-    return lines if more <= 0 else [*lines[:most], f"The same holds for {plural(more, f'more {noun}')}."]
+    return lines if more <= 0 else [*lines[:most], f"The same holds for {plural(more, 'more layer')}."]
 
 
 def _collapsed_since(layer: LayerReport) -> str:
@@ -214,13 +232,6 @@ def _deaths(report: PostmortemReport) -> list[str]:
         f"Worst layer: `{visible(worst.name)}`, with {count(worst.dead)} of {count(worst.neurons)}.",
         f"When they died{clock}: {steps}.",
     ]
-
-
-def _in_box(found: InBox) -> str:
-    return (
-        f"Of {plural(found.dead, 'dead neuron')}: {count(found.proved)} proved dead for every input of the box, "
-        f"{count(found.woken)} woken by an input of the box, {count(found.open)} open."
-    )
 
 
 def _idle(report: PostmortemReport) -> str:
@@ -381,7 +392,7 @@ def woken(report: PostmortemReport, most: int, named: int) -> list[str]:
         if layer.woken is not None and (neurons := np.flatnonzero(layer.woken >= 0)).size:
             by = f"by {plural(np.unique(layer.woken[neurons]).size, 'input')}, stored in the JSON report"
             lines.append(f"{visible(layer.name)}, {_named(neurons, named)}: {by}")
-    return _first(lines, most, "layer")
+    return _first(lines, most)
 
 
 def _named(neurons: IntArray, most: int) -> str:
