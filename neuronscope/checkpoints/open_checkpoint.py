@@ -20,6 +20,20 @@ from neuronscope.errors import CheckpointError
 
 __all__ = ["is_folder_checkpoint", "open_checkpoint"]
 
+# Names of files of weights; the first that exists is read. `.index.json` marks weights in several files.
+_WEIGHTS = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+    "adapter_model.safetensors",
+    "adapter_model.bin",
+    "diffusion_pytorch_model.safetensors",
+    "diffusion_pytorch_model.safetensors.index.json",
+)
+_OPTIMIZERS = ("optimizer.pt", "optimizer.bin")
+_FSDP = "pytorch_model_fsdp_0"  # the folder of a Trainer's sharded weights; its optimizer's is `optimizer_0`
+
 
 def open_checkpoint(
     path: str | Path, *, optimizer: str | Path | None = None, step: int | None = None, trust: bool = False
@@ -70,21 +84,6 @@ def _optimizer(path: Path, *, trust: bool) -> Any:
     if not find_optimizers(found):
         raise CheckpointError(f"{quoted(path)} holds no state of an optimizer.")
     return found
-
-
-# Names of files of weights; the first that exists is read. `.index.json` marks weights in several files.
-_WEIGHTS = (
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "pytorch_model.bin",
-    "pytorch_model.bin.index.json",
-    "adapter_model.safetensors",
-    "adapter_model.bin",
-    "diffusion_pytorch_model.safetensors",
-    "diffusion_pytorch_model.safetensors.index.json",
-)
-_OPTIMIZERS = ("optimizer.pt", "optimizer.bin")
-_FSDP = "pytorch_model_fsdp_0"  # the folder of a Trainer's sharded weights; its optimizer's is `optimizer_0`
 
 
 def is_folder_checkpoint(folder: Path) -> bool:

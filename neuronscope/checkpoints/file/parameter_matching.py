@@ -35,6 +35,10 @@ _MAX_COMPARISONS = 4_000_000
 _FACTORS = frozenset({"row_var", "exp_avg_sq_row"})
 
 Shape = tuple[int, ...]
+_PREFIXES = ("module.", "_orig_mod.", "_fsdp_wrapped_module.", "model.", "state_dict.")
+#: Number of sets of submodules after which the search is given up.
+_MAX_STATES = 50_000
+_NUMBERED = re.compile(r"(.*?)(\d{1,6})(\D*)")
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,9 +100,6 @@ def _keys(group: Mapping[str, Any]) -> list[Any]:
 
 def _is_names(value: Any, count: int) -> bool:
     return isinstance(value, (list, tuple)) and len(value) == count and all(isinstance(name, str) for name in value)
-
-
-_PREFIXES = ("module.", "_orig_mod.", "_fsdp_wrapped_module.", "model.", "state_dict.")
 
 
 def _match_by_name(
@@ -255,11 +256,6 @@ def _why(unsure: int, run: _ParameterRun, fits: bool, gave_up: bool) -> str:
         "could be swapped. Give `model=`, or pass `model.named_parameters()` to the optimizer, so that torch saves the "
         "names."
     )
-
-
-#: Number of sets of submodules after which the search is given up.
-_MAX_STATES = 50_000
-_NUMBERED = re.compile(r"(.*?)(\d{1,6})(\D*)")
 
 
 @dataclass(eq=False)

@@ -32,6 +32,17 @@ _DEEPSPEED = frozenset({"ds_config", "ds_version", "param_shapes"})
 _TENSORS = (StoredTensor, SkippedTensor)
 _DEEPEST = 5  # levels of the keys above, one in the other
 _DEEPEST_NETWORK = 16  # levels of any other keys
+# Keys that every state of a scope has (see ``Scope.state_dict``), and how deeply it may be nested:
+# callbacks / the monitor's key / scope.
+_KEYS = frozenset({"version", "step", "phases"})
+_DEEPEST_RECORD = 4
+# A state takes a few hundred bytes per neuron. One with more bytes of tensors than this is not from Neuronscope.
+_MOST_BYTES = 1 << 28
+_MOST_RECORDED = 2_000_000
+_DEEPEST_PART = 16
+# Limits for a damaged file, which may nest very deeply or refer to one list many times.
+_MOST_SETTINGS = 100_000
+_DEEPEST_SETTING = 16
 
 
 @dataclass
@@ -239,16 +250,6 @@ def _step(data: Mapping[Any, Any], known: int | None, optimizers: tuple[Optimize
     return steps_taken(optimizers)
 
 
-# Keys that every state of a scope has (see ``Scope.state_dict``), and how deeply it may be nested:
-# callbacks / the monitor's key / scope.
-_KEYS = frozenset({"version", "step", "phases"})
-_DEEPEST_RECORD = 4
-# A state takes a few hundred bytes per neuron. One with more bytes of tensors than this is not from Neuronscope.
-_MOST_BYTES = 1 << 28
-_MOST_RECORDED = 2_000_000
-_DEEPEST_PART = 16
-
-
 def _find_records(content: Any) -> dict[str, dict[str, Any]]:
     """Return the state of every scope in a checkpoint by its key, with its tensors read.
 
@@ -303,11 +304,6 @@ def _read_state(state: Mapping[str, Any]) -> Any:
         return value
 
     return plain(state, 0)
-
-
-# Limits for a damaged file, which may nest very deeply or refer to one list many times.
-_MOST_SETTINGS = 100_000
-_DEEPEST_SETTING = 16
 
 
 def find_hyperparameters(data: Mapping[Any, Any]) -> dict[str, Any]:

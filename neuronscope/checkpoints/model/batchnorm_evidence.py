@@ -62,6 +62,23 @@ HALF_NORMAL = 0.47
 _CONVOLUTIONS = (F.conv1d, F.conv2d, F.conv3d)
 _SIGNATURE = inspect.signature(F.batch_norm)
 _STATISTICS = ("running_mean", "running_var")
+_CLOCK = "batch norm statistics"
+#: Silence is suspected above this many steps, and inferred above this many (docs/postmortem.md has the measured rates).
+_SILENT, _SURELY_SILENT = 50.0, 200.0
+_ACTIVITY = "batch norm activity"
+#: Up to this many steps since it varied a channel is taken to vary; above these, it is suspected and inferred to be
+#: constant. They lie far apart, since a living channel's variance is known to a factor of some thousands only.
+_VARIES, _SUSPECTED, _SURE = 50.0, 150.0, 300.0
+#: The layer's usual ``q`` is this quantile of it; below the second number nothing is left of a whole layer's.
+_USUAL, _FADED = 0.9, 1e-20
+_TINY = 1e-300
+_SOURCE = "batch norm"
+#: A neuron after a batch norm that fires only above this many standard deviations is quiet; above the second, it is
+#: suspected to be dead.
+_QUIET, _MAYBE_DEAD = 3.0, 4.0
+#: A channel whose output is at most this fraction of its layer's usual scale is negligible, for batches of at most so
+#: many values per channel.
+_NEGLIGIBLE, _MANY_VALUES = 1e-3, 1_000_000
 
 
 class _BatchNormStep(NamedTuple):
@@ -173,18 +190,6 @@ def _norms_behind_sites(graph: Graph) -> Iterator[_NormBehindSite]:
         buffer = step.argument(1, "running_mean")
         path = graph.values[buffer.value].name.rpartition(".")[0] if isinstance(buffer, TensorRef) else ""
         yield _NormBehindSite(path, norm, norm.mean, norm.variance, site, depthwise)
-
-
-_CLOCK = "batch norm statistics"
-#: Silence is suspected above this many steps, and inferred above this many (docs/postmortem.md has the measured rates).
-_SILENT, _SURELY_SILENT = 50.0, 200.0
-_ACTIVITY = "batch norm activity"
-#: Up to this many steps since it varied a channel is taken to vary; above these, it is suspected and inferred to be
-#: constant. They lie far apart, since a living channel's variance is known to a factor of some thousands only.
-_VARIES, _SUSPECTED, _SURE = 50.0, 150.0, 300.0
-#: The layer's usual ``q`` is this quantile of it; below the second number nothing is left of a whole layer's.
-_USUAL, _FADED = 0.9, 1e-20
-_TINY = 1e-300
 
 
 def batch_norm_statistics(
@@ -364,15 +369,6 @@ def _fires(found: _NormBehindSite) -> Iterator[Evidence]:
         measure="share of positions in training at which it fired, at least",
         text=f"By the running mean and variance of the batch norm behind it, it fired in training {when}.",
     )
-
-
-_SOURCE = "batch norm"
-#: A neuron after a batch norm that fires only above this many standard deviations is quiet; above the second, it is
-#: suspected to be dead.
-_QUIET, _MAYBE_DEAD = 3.0, 4.0
-#: A channel whose output is at most this fraction of its layer's usual scale is negligible, for batches of at most so
-#: many values per channel.
-_NEGLIGIBLE, _MANY_VALUES = 1e-3, 1_000_000
 
 
 def batch_norm_parameters(graph: Graph) -> Iterator[Evidence]:

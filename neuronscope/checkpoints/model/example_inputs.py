@@ -21,6 +21,11 @@ __all__ = ["EXAMPLES", "Example", "batch_example", "examples_for", "keeps_exampl
 
 # Side lengths to try, by the number of spatial dimensions. The first can be halved five times.
 _SIDES = {1: (1024, 16000), 2: (64, 224, 28), 3: (32, 96)}
+#: How many examples show what mixes them.
+EXAMPLES = 2
+#: On two examples, turning by two looks as if it kept them.
+_TURNS = spellings("roll")
+_PADDING = -1.0  # marks what is no element of an example
 
 
 class Example(NamedTuple):
@@ -106,13 +111,6 @@ def _guesses(model: nn.Module) -> Iterator[Example]:
         for shape in shapes:
             yield Example((torch.zeros(shape, dtype=weight.dtype),), {}, origin)
         return
-
-
-#: How many examples show what mixes them.
-EXAMPLES = 2
-#: On two examples, turning by two looks as if it kept them.
-_TURNS = spellings("roll")
-_PADDING = -1.0  # marks what is no element of an example
 
 
 def two_examples(example: Example) -> Example | None:

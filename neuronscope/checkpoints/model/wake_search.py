@@ -48,6 +48,9 @@ _TOGETHER, _SMALL = 8, 2**19
 _SAMPLE, _REAL = 2048, 256
 #: Most inputs in one forward, and most numbers that the sites of one forward are given.
 _ROWS, _NUMBERS = 1024, 2**25
+_SOURCE = "wake search"
+#: How long to search unless the user says otherwise.
+_SECONDS = 10.0
 
 
 @dataclass
@@ -373,11 +376,6 @@ class _BoxInputs:
             given = given.to(own.dtype)
             tensors.append(given if low is None else given.nan_to_num(0.0).clamp(low, high))
         return [list(part) for part in zip(*(tensor.split(rows) for tensor in tensors), strict=True)]
-
-
-_SOURCE = "wake search"
-#: How long to search unless the user says otherwise.
-_SECONDS = 10.0
 
 
 class WakeOptions(NamedTuple):
