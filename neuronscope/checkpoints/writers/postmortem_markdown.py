@@ -53,11 +53,7 @@ def render(report: PostmortemReport) -> str:
         blocks += [f"#### {plain(one.sign)}", diagnosis_parts(one)]
     if grounds := wording.grounds(report):
         blocks += ["### Evidence", table(GROUNDS, map(_ground, grounds))]
-    for heading, lines in (
-        ("Confirmed by measuring", wording.confirmations(report)),
-        ("Woken by an input of the box", wording.woken(report, LISTED, NAMED)),
-        ("Contested", wording.contested(report, LISTED, NAMED)),
-    ):
+    for heading, lines in wording.lists(report, LISTED, NAMED).items():
         blocks += [f"### {heading}", bullets(map(plain, lines))] if lines else []
     if report.abstentions:
         reasons = [[plain(what), plain(why)] for what, why in wording.abstentions(report, LISTED)]

@@ -37,9 +37,8 @@ def render(report: PostmortemReport, top: int = 20) -> str:
         page.line(timeline_wording.EXPLANATION, "dim")
     page.causes(report.diagnoses)
     page.list("Evidence", [_ground(row) for row in wording.grounds(report)])
-    page.list("Confirmed by measuring", wording.confirmations(report))
-    page.list("Woken by an input of the box", wording.woken(report, LISTED, NAMED))
-    page.list("Contested", wording.contested(report, LISTED, NAMED))
+    for heading, lines in wording.lists(report, LISTED, NAMED).items():
+        page.list(heading, lines)
     page.list("Not known, and why", [f"{what}: {why}" for what, why in wording.abstentions(report, LISTED)])
     page.list("Notes", report.notes)
     page.line()

@@ -38,16 +38,14 @@ __all__ = [
     "LayerCells",
     "abstentions",
     "based_on",
-    "confirmations",
-    "contested",
     "findings",
     "fold",
     "grounds",
     "is_alarm",
     "layer_cells",
+    "lists",
     "name",
     "title",
-    "woken",
 ]
 
 #: The columns of the table of layers after the name, fields of :class:`LayerCells`.
@@ -368,7 +366,22 @@ def grounds(report: PostmortemReport) -> list[Ground]:
     )
 
 
-def confirmations(report: PostmortemReport) -> list[str]:
+def lists(report: PostmortemReport, most: int, named: int) -> dict[str, list[str]]:
+    """Return the lines of each list by its heading.
+
+    Args:
+        report: The post-mortem.
+        most: Most lines of a list; one more says how much was left out.
+        named: Most neurons that a line names.
+    """
+    return {
+        "Confirmed by measuring": _confirmations(report),
+        "Woken by an input of the box": _woken(report, most, named),
+        "Contested": _contested(report, most, named),
+    }
+
+
+def _confirmations(report: PostmortemReport) -> list[str]:
     """Say for each source and claim that was not measured how much of it a measurement confirmed."""
     sentences = []
     for one in report.confirmations:
@@ -379,14 +392,8 @@ def confirmations(report: PostmortemReport) -> list[str]:
     return sentences
 
 
-def woken(report: PostmortemReport, most: int, named: int) -> list[str]:
-    """Say which neurons an input of the box makes fire, a line for each layer.
-
-    Args:
-        report: The post-mortem.
-        most: Most lines; one more says how many layers were left out.
-        named: Most neurons that a line names.
-    """
+def _woken(report: PostmortemReport, most: int, named: int) -> list[str]:
+    """Say which neurons an input of the box makes fire, a line for each layer."""
     lines = []
     for layer in report.layers:
         if layer.woken is not None and (neurons := np.flatnonzero(layer.woken >= 0)).size:
@@ -401,17 +408,11 @@ def _named(neurons: IntArray, most: int) -> str:
     return f"neuron{'s' if neurons.size > 1 else ''} {named}" + f" … ({count(neurons.size)})" * (neurons.size > most)
 
 
-def contested(report: PostmortemReport, lines: int, neurons: int) -> list[str]:
-    """Say where sources disagree: a line for the neurons of one layer over which the same sources disagree alike.
-
-    Args:
-        report: The post-mortem.
-        lines: Most lines; one more says how many neurons were left out.
-        neurons: Most neurons that a line names.
-    """
+def _contested(report: PostmortemReport, most: int, named: int) -> list[str]:
+    """Say where sources disagree: a line for the neurons of one layer over which the same sources disagree alike."""
     found = find_disagreements(report.layers)
-    more = sum(contest.neurons.size for contest in found[lines:])
-    return [_contest(one, neurons) for one in found[:lines]] + ([f"and {plural(more, 'more neuron')}"] if more else [])
+    more = sum(contest.neurons.size for contest in found[most:])
+    return [_contest(one, named) for one in found[:most]] + ([f"and {plural(more, 'more neuron')}"] if more else [])
 
 
 def _contest(one: Disagreement, most: int) -> str:
