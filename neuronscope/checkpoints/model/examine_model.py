@@ -88,9 +88,9 @@ def examine_model(
         raise UsageError(f"Expected argument `box` to be (low, high), but got {box!r}.")
     graph, traced_example, failures = _trace_example(model, example, batch)
     if graph is None or traced_example is None:
-        tried = f"Tried: {'; '.join(failures)}." if failures else "No weighted layer to guess an input from."
+        inputs = f"Tried: {'; '.join(failures)}." if failures else "No weighted layer to guess an input from."
         needed = "The network could not be run once, which is needed to find its sites."
-        return Examination((), (Abstention(_SOURCE, "", f"{needed} {tried} Give an example input, or data."),))
+        return Examination((), (Abstention(_SOURCE, "", f"{needed} {inputs} Give an example input, or data."),))
     sites = graph.first_calls()
     judged = places_but_gates(sites)
     abstentions = [Abstention(_SOURCE, name, f"Not seen: {reason}.") for name, reason in graph.not_seen.items()]
