@@ -196,9 +196,6 @@ def _examine_in_order(selection: Selection, given: _Given, *, trust: bool) -> Po
     """Examine the checkpoints of a run one after another, and return the report on the last one, with the timeline.
 
     At most two are open at a time.
-
-    Raises:
-        UsageError: The data can be gone through only once.
     """
     if isinstance(given.data, Iterator) and len(selection.chosen) > 1:
         raise UsageError(
@@ -236,11 +233,7 @@ def _left_out(checkpoints: Iterable[LeftOut]) -> Iterator[str]:
 def _examine(
     opened: Checkpoint, before: Checkpoint | None, given: _Given
 ) -> tuple[PostmortemReport, dict[str, GradientMasks]]:
-    """Examine one checkpoint in every way that the arguments allow.
-
-    Returns:
-        The report, and which neurons got a gradient since the checkpoint before, by the layer's name.
-    """
+    """Return the report on one checkpoint, and by layer which neurons got a gradient since the one before."""
     progress = given.progress
     checkpoint = _track_reading(opened, "reading", progress)
     if before is not None:

@@ -256,9 +256,6 @@ def _find_records(content: Any) -> dict[str, dict[str, Any]]:
     The key is the path to the state without a leading ``callbacks`` and a trailing ``scope``: a monitor's
     ``state_key``, the name under which a loop saved it, or ``""`` if the state is the whole file.
 
-    Raises:
-        CheckpointError: A state is nested more deeply or is larger than one can be.
-
     >>> _find_records({"model": {}, "neuronscope": {"version": 1, "step": 7, "phases": {}}})
     {'neuronscope': {'version': 1, 'step': 7, 'phases': {}}}
     """

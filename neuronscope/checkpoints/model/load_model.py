@@ -217,9 +217,6 @@ def _load_weights(model: nn.Module, checkpoint: Checkpoint) -> None:
     Where they do not fit, masks, adapters (LoRA) and norms of weights are merged into the weights, or the network's own
     code changes what is loaded. Names may differ by a prefix that all share. On the meta device, what is read becomes
     the weights; elsewhere it is copied into them. A lazy module takes its sizes from the checkpoint.
-
-    Raises:
-        CheckpointError: Tensors are missing, left over, or of another shape.
     """
     slots = _slots(model)
     tensors = checkpoint.tensors
