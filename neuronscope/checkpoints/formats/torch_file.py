@@ -2,6 +2,7 @@
 
 There are two layouts: a zip archive (torch 1.6 and later) with one entry per storage, and an older one with several
 pickles followed by the storages. Both are read with the restricted unpickler, which refuses a pickle that names code.
+Files that the user trusts, and TorchScript archives, are loaded with torch's own, which runs the code that they name.
 """
 
 from __future__ import annotations
@@ -26,57 +27,11 @@ from neuronscope.errors import CheckpointError
 
 __all__ = ["LEGACY_MAGIC", "is_script", "load_trusted", "read_legacy", "read_zip"]
 
-_DEEPEST = 16
-
-
-def load_trusted(path: Path, *, script: bool = False) -> Any:
-    """Load a file as plain data, with a stored tensor for each tensor; code that the file names is run.
-
-    Args:
-        path: A file of ``torch.save``, or a TorchScript archive. A module becomes its ``state_dict``.
-        script: Whether it is a TorchScript archive.
-
-    Raises:
-        CheckpointError: It cannot be loaded, or the code that it names raises anything.
-    """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            if script:
-                loaded = torch.jit.load(path, map_location="cpu")
-            else:
-                loaded = torch.load(path, map_location="cpu", weights_only=False)
-    except KeyboardInterrupt:
-        raise
-    except BaseException as error:  # the file's own code runs here, and may call sys.exit
-        first_line = f"{type(error).__name__}: {quoted((str(error).splitlines() or [''])[0])}"
-        done = "loaded as TorchScript" if script else "unpickled"
-        raise CheckpointError(f"{quoted(path)} could not be {done}: {first_line}.") from error
-    return _plain(loaded, 0)
-
-
-def _plain(value: Any, depth: int) -> Any:
-    if depth > _DEEPEST:
-        return None
-    if isinstance(value, Tensor):
-        if value.layout != torch.strided or value.device.type == "meta" or value.is_quantized:
-            return SkippedTensor("sparse, quantised or without numbers")
-        known = readable_type(value.dtype)
-        return known if isinstance(known, SkippedTensor) else ComputedTensor.of(value)
-    if isinstance(value, nn.Module):
-        return _plain(dict(value.state_dict()), depth + 1)
-    if isinstance(value, Mapping):
-        return {key: _plain(inner, depth + 1) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        items = [_plain(inner, depth + 1) for inner in value]
-        return items if isinstance(value, list) else tuple(items)
-    return value
-
-
 #: Files of ``torch.save`` of the older layout begin with a pickle of this number.
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 
 _LONGEST_PICKLE = 1 << 28
+_DEEPEST = 16  # levels of the data of a trusted file
 _LOCAL_HEADER = 30  # bytes; its last four are the lengths of the name and of the extra field after it
 _ZIP_ERRORS = (zipfile.BadZipFile, ValueError, LookupError, NotImplementedError, OverflowError, EOFError, RuntimeError)
 
@@ -208,3 +163,47 @@ def _location(part: ByteRange, file: BinaryIO, entry: zipfile.ZipInfo) -> ByteRa
         raise CheckpointError(f"{quoted(part.path)} is damaged: {quoted(entry.filename)} is not where its index says.")
     lengths = (int.from_bytes(header[26:28], "little"), int.from_bytes(header[28:30], "little"))
     return part.part(entry.header_offset + _LOCAL_HEADER + sum(lengths), entry.file_size)
+
+
+def load_trusted(path: Path, *, script: bool = False) -> Any:
+    """Load a file as plain data, with a stored tensor for each tensor; code that the file names is run.
+
+    Args:
+        path: A file of ``torch.save``, or a TorchScript archive. A module becomes its ``state_dict``.
+        script: Whether it is a TorchScript archive.
+
+    Raises:
+        CheckpointError: It cannot be loaded, or the code that it names raises anything.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            if script:
+                loaded = torch.jit.load(path, map_location="cpu")
+            else:
+                loaded = torch.load(path, map_location="cpu", weights_only=False)
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # the file's own code runs here, and may call sys.exit
+        first_line = f"{type(error).__name__}: {quoted((str(error).splitlines() or [''])[0])}"
+        done = "loaded as TorchScript" if script else "unpickled"
+        raise CheckpointError(f"{quoted(path)} could not be {done}: {first_line}.") from error
+    return _plain(loaded, 0)
+
+
+def _plain(value: Any, depth: int) -> Any:
+    if depth > _DEEPEST:
+        return None
+    if isinstance(value, Tensor):
+        if value.layout != torch.strided or value.device.type == "meta" or value.is_quantized:
+            return SkippedTensor("sparse, quantised or without numbers")
+        known = readable_type(value.dtype)
+        return known if isinstance(known, SkippedTensor) else ComputedTensor.of(value)
+    if isinstance(value, nn.Module):
+        return _plain(dict(value.state_dict()), depth + 1)
+    if isinstance(value, Mapping):
+        return {key: _plain(inner, depth + 1) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        items = [_plain(inner, depth + 1) for inner in value]
+        return items if isinstance(value, list) else tuple(items)
+    return value
