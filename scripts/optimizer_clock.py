@@ -22,8 +22,8 @@ import torch
 from torch import nn
 
 from neuronscope.checkpoints.checkpoint import Checkpoint
-from neuronscope.checkpoints.file.adam_clock import SILENT_STEPS, SURE_STEPS
 from neuronscope.checkpoints.file.examine_file import examine_file
+from neuronscope.checkpoints.file.optimizer_clocks import SILENT_STEPS, SURE_STEPS
 from neuronscope.demo.digits import Digits, load_digits
 from scripts.dying_networks import CASES, Case, Ints, Truth, as_checkpoint, train
 

@@ -23,7 +23,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import neuronscope as ns
-from neuronscope.checkpoints.file.adam_clock import SURE_STEPS
+from neuronscope.checkpoints.file.optimizer_clocks import SURE_STEPS
 from neuronscope.checkpoints.verdict.checkpoint_timeline import DIED, CheckpointTimeline
 from neuronscope.demo.digits import Digits, load_digits
 

@@ -20,8 +20,7 @@ from torch import Tensor, nn
 
 from neuronscope.checkpoints.checkpoint import StoredTensor
 from neuronscope.checkpoints.file.layers import NEURON_KINDS, Layer, find_layers
-from neuronscope.checkpoints.file.weight_hints import HINTS, hint_scores
-from neuronscope.checkpoints.file.weights import sequential_readers
+from neuronscope.checkpoints.file.weights import HINTS, hint_scores, sequential_readers
 from neuronscope.demo.digits import load_digits
 from scripts.dying_networks import CASES, Case, as_checkpoint, cnn, constant, mlp, spike, train
 

@@ -15,16 +15,7 @@ __all__ = ["Checkpoint", "ComputedTensor", "OptimizerState", "StoredTensor"]
 
 
 class StoredTensor(ABC):
-    """A tensor of a checkpoint whose values are read when they are needed.
-
-    Args:
-        shape: Its shape.
-        dtype: Its dtype.
-
-    Attributes:
-        shape: Its shape.
-        torch_dtype: Its dtype.
-    """
+    """A tensor of a checkpoint whose values are read when they are needed."""
 
     __slots__ = ("shape", "torch_dtype")
 
@@ -46,13 +37,7 @@ class StoredTensor(ABC):
 
 
 class ComputedTensor(StoredTensor):
-    """A stored tensor that a function returns.
-
-    Args:
-        shape: Its shape.
-        dtype: Its dtype.
-        compute: The function, called for each reading.
-    """
+    """A stored tensor that a function returns, which is called for each reading."""
 
     __slots__ = ("_compute",)
 
@@ -76,16 +61,13 @@ class ComputedTensor(StoredTensor):
 
 @dataclass(frozen=True)
 class OptimizerState:
-    """The saved state of one optimizer. It is not yet matched to the network's parameters.
+    """The saved state of one optimizer. It is not yet matched to the network's parameters."""
 
-    Attributes:
-        groups: The parameter groups in order: hyperparameters as they were saved (``lr``, ``betas``, ``weight_decay``,
-            …), ``params`` as a list of keys into ``slots``, and ``param_names`` if torch saved them.
-        slots: The state of each parameter by its key (a number, or the parameter's name): ``exp_avg``,
-            ``exp_avg_sq``, ``momentum_buffer`` … as a :class:`StoredTensor`; ``step`` and other numbers as a number.
-    """
-
+    #: The parameter groups in order: hyperparameters as they were saved (``lr``, ``betas``, ``weight_decay``, …),
+    #: ``params`` as a list of keys into ``slots``, and ``param_names`` if torch saved them.
     groups: tuple[Mapping[str, Any], ...]
+    #: The state of each parameter by its key (a number, or the parameter's name): ``exp_avg``, ``exp_avg_sq``,
+    #: ``momentum_buffer`` … as a :class:`StoredTensor`; ``step`` and other numbers as a number.
     slots: Mapping[int | str, Mapping[str, StoredTensor | float]]
 
 

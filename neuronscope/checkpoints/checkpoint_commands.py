@@ -23,7 +23,7 @@ from neuronscope.errors import CheckpointError, UsageError
 from neuronscope.output import print_and_flush
 
 if TYPE_CHECKING:
-    from neuronscope.checkpoints.progress import Progress
+    from neuronscope.checkpoints.run import Progress
 
 __all__ = ["add_postmortem", "add_shrink"]
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from itertools import count
+from operator import length_hint
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +15,22 @@ import torch
 from torch import Tensor, nn
 
 import neuronscope
-from neuronscope.checkpoints.checkpoint import Checkpoint
+from neuronscope.checkpoints.checkpoint import Checkpoint, ComputedTensor, StoredTensor
 from neuronscope.checkpoints.data.fixed_data import FixedData
 from neuronscope.checkpoints.data.measure import InputMoments, contradictions, measure
-from neuronscope.checkpoints.data.user_arguments import first_batch, resolve_batches, resolve_example, resolve_loss
+from neuronscope.checkpoints.data.user_arguments import (
+    check_batches,
+    first_batch,
+    resolve_batches,
+    resolve_example,
+    resolve_loss,
+)
+from neuronscope.checkpoints.diagnosis_inputs import (
+    dead_norm_ratios,
+    learning_rates,
+    postmortem_facts,
+    weight_decay_per_step,
+)
 from neuronscope.checkpoints.file.compare_checkpoints import GradientsBetween
 from neuronscope.checkpoints.file.examine_file import examine_file
 from neuronscope.checkpoints.file.layers import (
@@ -26,7 +41,6 @@ from neuronscope.checkpoints.file.layers import (
     unexamined_types,
 )
 from neuronscope.checkpoints.file.monitor_record import recorded_reports
-from neuronscope.checkpoints.file.training_settings import dead_norm_ratios, learning_rates, weight_decay_per_step
 from neuronscope.checkpoints.formats.byte_range import quoted_list
 from neuronscope.checkpoints.model.examine_model import Examination, examine_model
 from neuronscope.checkpoints.model.load_model import (
@@ -36,25 +50,26 @@ from neuronscope.checkpoints.model.load_model import (
     list_parameters,
     path_in_model,
 )
+from neuronscope.checkpoints.model.wake_search import WakeOptions, Woken, wake_dead_neurons
 from neuronscope.checkpoints.open_checkpoint import open_checkpoint
 from neuronscope.checkpoints.postmortem_report import PostmortemReport
-from neuronscope.checkpoints.progress import Progress, track_batches, track_reading
 from neuronscope.checkpoints.select_checkpoints import Selection, find_checkpoints, select_checkpoints
 from neuronscope.checkpoints.user_code import user_code
 from neuronscope.checkpoints.verdict.checkpoint_timeline import GradientMasks, LeftOut, TimelineBuilder
 from neuronscope.checkpoints.verdict.combine import combine_evidence, confirmations
-from neuronscope.checkpoints.verdict.diagnosis_inputs import postmortem_facts
 from neuronscope.checkpoints.verdict.evidence import Evidence
 from neuronscope.checkpoints.verdict.join_units import NamedSite, as_in_file, join_units, renamed
 from neuronscope.checkpoints.verdict.layer_verdicts import LayerReport
 from neuronscope.checkpoints.verdict.waking_inputs import places_of_sites
-from neuronscope.checkpoints.wake_dead_neurons import WakeOptions, Woken, wake_dead_neurons
 from neuronscope.errors import CheckpointError, UsageError
 from neuronscope.judge.diagnosis import diagnose
 from neuronscope.report.report import Report
 from neuronscope.report.run_facts import observed_every
 
-__all__ = ["postmortem"]
+__all__ = ["Progress", "postmortem"]
+
+#: ``progress(what, done, total)``: the task, how many of its items are done, and of how many (``None`` = not known).
+Progress = Callable[[str, int, "int | None"], None]
 
 
 def postmortem(
@@ -181,9 +196,6 @@ def _examine_in_order(selection: Selection, given: _Given, *, trust: bool) -> Po
     """Examine the checkpoints of a run one after another, and return the report on the last one, with the timeline.
 
     At most two are open at a time.
-
-    Raises:
-        UsageError: The data can be gone through only once.
     """
     if isinstance(given.data, Iterator) and len(selection.chosen) > 1:
         raise UsageError(
@@ -221,15 +233,11 @@ def _left_out(checkpoints: Iterable[LeftOut]) -> Iterator[str]:
 def _examine(
     opened: Checkpoint, before: Checkpoint | None, given: _Given
 ) -> tuple[PostmortemReport, dict[str, GradientMasks]]:
-    """Examine one checkpoint in every way that the arguments allow.
-
-    Returns:
-        The report, and which neurons got a gradient since the checkpoint before, by the layer's name.
-    """
+    """Return the report on one checkpoint, and by layer which neurons got a gradient since the one before."""
     progress = given.progress
-    checkpoint = track_reading(opened, "reading", progress)
+    checkpoint = _track_reading(opened, "reading", progress)
     if before is not None:
-        before = track_reading(before, "reading the earlier one", progress)
+        before = _track_reading(before, "reading the earlier one", progress)
     network = None if given.model is None else build_model(given.model, checkpoint)
     if network is not None:
         checkpoint = as_loaded(network, checkpoint)
@@ -275,7 +283,7 @@ def _examine(
         on_batch = (moments.add,) if fixed is None else (moments.add, fixed.add)
         with user_code("Expected the model to run over the data"):
             measured, unmeasured, scanned = measure(
-                network, track_batches(batches, "scanning", progress, *on_batch), given.loss
+                network, _track_batches(batches, "scanning", progress, *on_batch), given.loss
             )
         evidence += measured
         abstentions += unmeasured
@@ -349,3 +357,49 @@ def _kinds(verdicts: Sequence[LayerReport], sites: Iterable[NamedSite]) -> dict[
     kind_of = {site.name: site.kind for site in sites}
     kinds = {layer.name: [kind_of[name] for name in layer.sites] for layer in verdicts}
     return {name: "gated" if "gated" in of_layer else of_layer[0] for name, of_layer in kinds.items() if of_layer}
+
+
+def _track_reading(checkpoint: Checkpoint, what: str, progress: Progress | None) -> Checkpoint:
+    """Return the checkpoint with tensors that report to ``progress`` when they are read for the first time."""
+    if progress is None:
+        return checkpoint
+    numbers = count()
+    was_read: set[int] = set()
+
+    def read(tensor: StoredTensor, number: int) -> Tensor:
+        values = tensor.read()
+        if number not in was_read:
+            was_read.add(number)
+            progress(what, len(was_read), total)
+        return values
+
+    def track(tensor: StoredTensor) -> StoredTensor:
+        return ComputedTensor(tensor.shape, tensor.torch_dtype, partial(read, tensor, next(numbers)))
+
+    def track_slots(slots: Mapping[str, StoredTensor | float]) -> dict[str, StoredTensor | float]:
+        return {name: value if isinstance(value, (int, float)) else track(value) for name, value in slots.items()}
+
+    tracked = replace(
+        checkpoint,
+        tensors={name: track(tensor) for name, tensor in checkpoint.tensors.items()},
+        optimizers=tuple(
+            replace(optimizer, slots={key: track_slots(slots) for key, slots in optimizer.slots.items()})
+            for optimizer in checkpoint.optimizers
+        ),
+    )
+    total = next(numbers)
+    progress(what, 0, total)
+    return tracked
+
+
+def _track_batches(
+    data: Iterable[Any], what: str, progress: Progress | None, *on_batch: Callable[[Any], None]
+) -> Iterator[Any]:
+    """Yield batches, with which functions are called first, and report each one to ``progress`` after it was used."""
+    total = length_hint(data, -1) if progress is not None else -1
+    for done, batch in enumerate(check_batches(data), start=1):
+        for function in on_batch:
+            function(batch)
+        yield batch
+        if progress is not None:
+            progress(what, done, total if total >= 0 else None)

@@ -15,8 +15,7 @@ import torch
 
 from neuronscope.checkpoints.checkpoint import StoredTensor
 from neuronscope.checkpoints.file.layers import NEURON_KINDS, find_layers
-from neuronscope.checkpoints.formats.folders import is_folder_checkpoint
-from neuronscope.checkpoints.open_checkpoint import open_checkpoint
+from neuronscope.checkpoints.open_checkpoint import is_folder_checkpoint, open_checkpoint
 from neuronscope.checkpoints.verdict.checkpoint_timeline import LeftOut
 from neuronscope.errors import CheckpointError, UsageError
 

@@ -143,11 +143,7 @@ def _as_torch_file(model: nn.Module) -> bytes:
 
 
 def _as_safetensors(model: nn.Module) -> bytes:
-    """Return the weights in the format of safetensors.
-
-    Raises:
-        MissingExtraError: The package is not installed.
-    """
+    """Return the weights in the format of safetensors."""
     try:
         from safetensors.torch import save
     except ImportError as error:

@@ -7,10 +7,10 @@ from dataclasses import replace
 
 import numpy as np
 
+from neuronscope.checkpoints.diagnosis_inputs import postmortem_facts
 from neuronscope.checkpoints.postmortem_report import PostmortemReport
 from neuronscope.checkpoints.verdict.checkpoint_timeline import GradientMasks, LeftOut, TimelineBuilder
 from neuronscope.checkpoints.verdict.combine import combine_evidence, confirmations
-from neuronscope.checkpoints.verdict.diagnosis_inputs import postmortem_facts
 from neuronscope.checkpoints.verdict.evidence import Abstention, Evidence
 from neuronscope.judge.diagnosis import diagnose
 

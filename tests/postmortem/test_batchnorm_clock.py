@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import neuronscope as ns
-from neuronscope.checkpoints.model.batchnorm_step import HALF_NORMAL
+from neuronscope.checkpoints.diagnosis_inputs import postmortem_facts
+from neuronscope.checkpoints.model.batchnorm_evidence import HALF_NORMAL
 from neuronscope.checkpoints.model.examine_model import examine_model
-from neuronscope.checkpoints.verdict.diagnosis_inputs import postmortem_facts
 from neuronscope.checkpoints.verdict.evidence import Evidence
 from neuronscope.demo.digits import load_digits
 

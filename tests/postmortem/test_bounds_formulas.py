@@ -12,15 +12,10 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from torch import Tensor, nn
 
-from neuronscope.checkpoints.model.bounds.batchnorm import (
-    firing_share_bound,
-    layer_norm_extremes,
-    normal_firing_share,
-    threshold,
-    training_maximum,
-)
-from neuronscope.checkpoints.model.bounds.interval import Interval, gamma, product
+from neuronscope.checkpoints.model.batchnorm_evidence import _firing_share_bound, _threshold, _training_maximum
+from neuronscope.checkpoints.model.bounds.interval import Interval, NormalisedRows, gamma, product
 from neuronscope.checkpoints.model.bounds.propagate import propagate_bounds, site_bounds
+from neuronscope.checkpoints.model.bounds.weighted_ops import layer_norm_extremes
 from neuronscope.checkpoints.model.examine_model import examine_model
 from neuronscope.checkpoints.model.trace import trace
 
@@ -48,7 +43,7 @@ def test_the_supremum_of_a_normalized_sum_is_attained_and_not_exceeded(centred: 
     weight, bias = torch.randn(7, width, dtype=torch.float64), torch.randn(7, dtype=torch.float64)
     scale, shift = torch.randn(width, dtype=torch.float64), torch.randn(width, dtype=torch.float64)
     shift = shift if centred else torch.zeros_like(shift)
-    centre, reach, size = layer_norm_extremes(weight, bias, scale, shift, centred=centred)
+    centre, reach, size = layer_norm_extremes(NormalisedRows(scale, shift, centred), weight, bias)
 
     def through(x: Tensor, eps: float) -> Tensor:
         normed = F.layer_norm(x, (width,), scale, shift, eps) if centred else F.rms_norm(x, (width,), scale, eps)
@@ -71,7 +66,7 @@ def test_the_supremum_of_a_normalized_sum_equals_a_calculation_by_hand() -> None
     # d = 2, γ = 1, β = 0: z is (1, −1) or (−1, 1) for every input. w = (3, 1): w·z = ±2.
     # P removes the mean 2: (1, −1), of norm √2, times √2 is 2.
     centre, reach, size = layer_norm_extremes(
-        torch.tensor([[3.0, 1.0]]), torch.tensor([0.5]), torch.ones(2), torch.zeros(2), centred=True
+        NormalisedRows(torch.ones(2), torch.zeros(2), True), torch.tensor([[3.0, 1.0]]), torch.tensor([0.5])
     )
     assert (centre.item(), reach.item()) == pytest.approx((0.5, 2.0), rel=1e-15)
     # Without P: √2·√10 = √20.
@@ -86,7 +81,9 @@ def test_a_neuron_behind_a_layer_norm_is_proved_dead_from_its_supremum_on(kind: 
     with torch.no_grad():
         norm.weight.uniform_(-2, 2)
         shift = norm.bias.normal_() if kind == "layer norm" else torch.zeros(16)
-        centre, reach, _ = layer_norm_extremes(linear.weight, None, norm.weight, shift, centred=kind == "layer norm")
+        centre, reach, _ = layer_norm_extremes(
+            NormalisedRows(norm.weight, shift, kind == "layer norm"), linear.weight, torch.zeros(3)
+        )
         linear.bias.copy_(-(centre + reach) + torch.tensor([-0.01, 0.01, -1.0]))  # 0.01 below, 0.01 above, 1 below
     found = evidence_of(model)
     assert set(found) == {("3/relu", "dead", "proved")}
@@ -133,9 +130,9 @@ def test_the_threshold_and_the_firing_share_behind_a_batch_norm_are_right(
     scale: float, shift: float, c: float, share: float
 ) -> None:
     gamma_, beta = torch.tensor([scale]), torch.tensor([shift])
-    assert threshold(gamma_, beta).item() == pytest.approx(c)
-    assert firing_share_bound(gamma_, beta).item() == pytest.approx(share)
-    assert normal_firing_share(gamma_, beta).item() == pytest.approx(0.5 * math.erfc(c / math.sqrt(2)))
+    assert _threshold(gamma_, beta).item() == pytest.approx(c)
+    assert _firing_share_bound(_threshold(gamma_, beta)).item() == pytest.approx(share)
+    assert torch.special.ndtr(-_threshold(gamma_, beta)).item() == pytest.approx(0.5 * math.erfc(c / math.sqrt(2)))
 
 
 @pytest.mark.parametrize("n", [2, 5, 64])
@@ -145,7 +142,7 @@ def test_the_training_maximum_of_a_batch_norm_is_attained_by_one_outlier(n: int)
     x[0] = 5.0
     gamma_, beta = torch.tensor([1.5], dtype=torch.float64), torch.tensor([-2.0], dtype=torch.float64)
     y = F.batch_norm(x, None, None, gamma_, beta, training=True, eps=1e-30)
-    assert y.max().item() == pytest.approx(training_maximum(gamma_, beta, n).item(), rel=1e-12)
+    assert y.max().item() == pytest.approx(_training_maximum(gamma_, beta, n).item(), rel=1e-12)
 
 
 def test_cantellis_bound_is_attained() -> None:
@@ -155,7 +152,7 @@ def test_cantellis_bound_is_attained() -> None:
     beta = torch.tensor([-2.999], dtype=torch.float64)
     y = F.batch_norm(x, None, None, torch.ones(1, dtype=torch.float64), beta, training=True, eps=1e-30)
     assert (y > 0).double().mean().item() == 0.1
-    assert firing_share_bound(torch.ones(1), beta).item() == pytest.approx(0.1, rel=1e-3)
+    assert _firing_share_bound(_threshold(torch.ones(1), beta)).item() == pytest.approx(0.1, rel=1e-3)
 
 
 @settings(max_examples=50)
@@ -177,8 +174,8 @@ def test_no_training_batch_exceeds_the_bounds(n: int, shift: float, scale: float
         x = x.sign()
     gamma_, beta = torch.full((50,), scale, dtype=torch.float64), torch.full((50,), shift, dtype=torch.float64)
     y = F.batch_norm(x, None, None, gamma_, beta, training=True)
-    assert bool((y.amax(0) <= training_maximum(gamma_, beta, n) + 1e-9).all())
-    assert bool(((y > 1e-9).double().mean(0) <= firing_share_bound(gamma_, beta) + 1e-12).all())
+    assert bool((y.amax(0) <= _training_maximum(gamma_, beta, n) + 1e-9).all())
+    assert bool(((y > 1e-9).double().mean(0) <= _firing_share_bound(_threshold(gamma_, beta)) + 1e-12).all())
 
 
 class _ClampedReLU(nn.Module):

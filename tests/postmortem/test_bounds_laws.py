@@ -58,7 +58,7 @@ def backward_bounds(network: nn.Module, box: tuple[float, float]) -> dict[str, S
     """The bounds of each site that are passed backwards too, from a forward on two examples."""
     example = network.example()
     graph = trace(network, (torch.cat([example, example]),))
-    return site_bounds(graph, propagate_bounds(graph, box, backwards=2))
+    return site_bounds(graph, propagate_bounds(graph, box, backwards=True))
 
 
 @settings(max_examples=40)  # each operation has a test of its own, below

@@ -17,7 +17,7 @@ from lightning.pytorch import Trainer
 import neuronscope as ns
 from neuronscope import cli
 from neuronscope.callbacks import DeadNeuronMonitor
-from neuronscope.checkpoints.formats.hyperparameters import find_hyperparameters
+from neuronscope.checkpoints.formats.build_checkpoint import find_hyperparameters
 from neuronscope.checkpoints.open_checkpoint import open_checkpoint
 
 #: Steps of training; at step HALF the first three neurons of the network are pushed below zero for good.

@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 import neuronscope as ns
+from neuronscope.checkpoints.diagnosis_inputs import postmortem_facts
 from neuronscope.checkpoints.file.layers import find_layers, normalised_layers
 from neuronscope.checkpoints.model.examine_model import examine_model
 from neuronscope.checkpoints.open_checkpoint import open_checkpoint
-from neuronscope.checkpoints.verdict.diagnosis_inputs import postmortem_facts
 from neuronscope.judge.diagnosis import SYMPTOMS, diagnose
 from neuronscope.judge.symptoms import COLLAPSED, GROUPED, UNDATED, LayerFacts, RunFacts, groups
 from neuronscope.report.run_facts import facts_from_report

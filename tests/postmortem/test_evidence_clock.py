@@ -10,9 +10,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from neuronscope.checkpoints.file.adam_clock import SILENT_FOLDS, SURE_FOLDS, AdamClock, by_chunks
+from neuronscope.checkpoints.file.optimizer_clocks import (
+    SILENT_FOLDS,
+    SURE_FOLDS,
+    AdamClock,
+    BufferPeaks,
+    SGDClock,
+    by_chunks,
+)
 from neuronscope.checkpoints.file.optimizer_rules import recognize_optimizer
-from neuronscope.checkpoints.file.sgd_clock import BufferPeaks, SGDClock
 from scripts.dying_networks import Held
 
 ROWS, COLUMNS = 4, 3
@@ -219,7 +225,7 @@ def test_optimizer_numbers_that_are_not_finite_are_reported_as_broken():
 def test_reading_in_chunks_gives_the_same_dates(monkeypatch):
     mean, square = torch.randn(50, 7), torch.rand(50, 7)
     whole = AdamClock(0.9, 0.999).read(mean, square)
-    monkeypatch.setattr("neuronscope.checkpoints.file.adam_clock._CHUNK", 20)
+    monkeypatch.setattr("neuronscope.checkpoints.file.optimizer_clocks._CHUNK", 20)
     parts = AdamClock(0.9, 0.999).read(mean, square)
     assert torch.equal(whole.steps, parts.steps)
 

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from neuronscope.checkpoints.checkpoint import Checkpoint, OptimizerState
+from neuronscope.checkpoints.diagnosis_inputs import learning_rates, weight_decay_per_step
 from neuronscope.checkpoints.file.examine_file import examine_file
-from neuronscope.checkpoints.file.training_settings import learning_rates, weight_decay_per_step
 from neuronscope.checkpoints.verdict.evidence import Abstention, Evidence
 from scripts.dying_networks import Held
 

@@ -37,9 +37,9 @@ def check(model: nn.Module, optimizers, names=None, expected: int | None = None,
     if not ordered:
         tensors = {name: checkpoint.tensors[name] for name in sorted(checkpoint.tensors)}
         checkpoint = replace(checkpoint, tensors=tensors, is_ordered=False)
-    owners = match_parameters(checkpoint, names)
+    states, abstentions = match_parameters(checkpoint, names)
     parameters = dict(model.named_parameters())
-    for name, entry in owners.states.items():
+    for name, entry in states.items():
         kept = optimizers[entry.optimizer].state.get(parameters[name], {})
         assert set(entry.slots) == set(kept), name
         for slot, value in kept.items():
@@ -47,8 +47,8 @@ def check(model: nn.Module, optimizers, names=None, expected: int | None = None,
             stored = stored.read() if hasattr(stored, "read") else torch.tensor(stored)
             assert torch.equal(stored, value.detach().float()), (name, slot)
     if expected is not None:
-        assert len(owners.states) == expected
-    return [abstention.reason for abstention in owners.abstentions]
+        assert len(states) == expected
+    return [abstention.reason for abstention in abstentions]
 
 
 def decay_groups(model: nn.Module) -> list[dict]:
@@ -152,11 +152,11 @@ def test_the_optimizer_of_another_network_is_matched_to_nothing(damage):
         groups = [{}]
     if damage == "wild":
         groups[0]["params"] = "0123"
-    owners = match_parameters(
+    states, abstentions = match_parameters(
         Checkpoint(Path("memory"), "", tensors, optimizers=(type(state)(tuple(groups), state.slots),))
     )
-    assert owners.states == {}
-    assert len(owners.abstentions) == (1 if damage in ("shape", "count") else 0)
+    assert states == {}
+    assert len(abstentions) == (1 if damage in ("shape", "count") else 0)
 
 
 def test_matching_ends_with_very_many_parameter_groups():
@@ -164,9 +164,9 @@ def test_matching_ends_with_very_many_parameter_groups():
     groups = tuple({"params": [number]} for number in range(5_000))
     slots = {number: {"exp_avg": Held(torch.zeros(2))} for number in range(5_000)}
     optimizer = OptimizerState(groups, slots)
-    owners = match_parameters(Checkpoint(Path("memory"), "", tensors, optimizers=(optimizer,)))
-    assert owners.states == {}
-    assert "too many" in owners.abstentions[0].reason
+    states, abstentions = match_parameters(Checkpoint(Path("memory"), "", tensors, optimizers=(optimizer,)))
+    assert states == {}
+    assert "too many" in abstentions[0].reason
 
 
 SHAPES = st.sampled_from([(2, 3), (3, 2), (2,), (3,), (1,)])

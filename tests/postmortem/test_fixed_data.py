@@ -17,10 +17,10 @@ from torch.optim.swa_utils import AveragedModel
 
 import neuronscope as ns
 from neuronscope import cli
+from neuronscope.checkpoints.data.fixed_data import find_first_layers
 from neuronscope.checkpoints.file.parameter_matching import ParameterState
 from neuronscope.checkpoints.file.remaining_motion import RemainingMotion, remaining_motion
 from neuronscope.checkpoints.model.example_inputs import Example
-from neuronscope.checkpoints.model.first_layers import find_first_layers
 from neuronscope.checkpoints.postmortem_report import PostmortemReport
 from neuronscope.errors import UsageError
 

@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from neuronscope.checkpoints.file.adam_clock import SILENT_FOLDS, SILENT_STEPS, SURE_FOLDS, SURE_STEPS
-from neuronscope.checkpoints.file.sgd_clock import SILENT_FOLDS_BELOW_LARGEST
+from neuronscope.checkpoints.file.optimizer_clocks import (
+    SILENT_FOLDS,
+    SILENT_FOLDS_BELOW_LARGEST,
+    SILENT_STEPS,
+    SURE_FOLDS,
+    SURE_STEPS,
+)
 from scripts.optimizer_clock import HEADS, PAGE, with_tables
 
 

@@ -33,7 +33,7 @@ if not sys.platform.startswith("linux"):
 MEBIBYTE = 1 << 20
 CHILD = """
 import resource, sys
-import neuronscope.checkpoints.formats.trusted
+import neuronscope.checkpoints.formats.torch_file
 from neuronscope.errors import CheckpointError
 from neuronscope.checkpoints.open_checkpoint import open_checkpoint
 

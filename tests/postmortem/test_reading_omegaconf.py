@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 import neuronscope as ns
-from neuronscope.checkpoints.formats.hyperparameters import find_hyperparameters
+from neuronscope.checkpoints.formats.build_checkpoint import find_hyperparameters
 from neuronscope.checkpoints.formats.safe_globals import AttributesPlaceholder
 from neuronscope.checkpoints.open_checkpoint import open_checkpoint
 

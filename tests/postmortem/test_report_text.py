@@ -133,8 +133,8 @@ def test_a_layer_has_one_line_for_each_way_in_which_sources_disagree() -> None:
         "they were alive in training lately, most likely silent on this data only"
     )
     fires = "a, neurons 50, 51: alive, measured (scan); against it: no gradient, inferred (adam state)"
-    assert postmortem_wording.contested(said, 9, 3) == [silent, fires]
-    assert postmortem_wording.contested(said, 1, 3) == [silent, "and 2 more neurons"]
+    assert postmortem_wording.lists(said, 9, 3)["Contested"] == [silent, fires]
+    assert postmortem_wording.lists(said, 1, 3)["Contested"] == [silent, "and 2 more neurons"]
     assert (
         "42 of the dead were alive lately in training (adam state): most likely they are silent on this data only."
         in postmortem_wording.findings(said)

@@ -11,7 +11,7 @@ from torch import nn
 import neuronscope as ns
 from neuronscope import cli
 from neuronscope.checkpoints.file.layers import find_layers
-from neuronscope.checkpoints.file.weight_hints import HINTS, hint_scores
+from neuronscope.checkpoints.file.weights import HINTS, hint_scores
 from scripts.dying_networks import as_checkpoint
 from scripts.weight_hints import distance_to_nearest
 

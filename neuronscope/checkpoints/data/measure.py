@@ -182,10 +182,9 @@ class InputMoments:
         self._count = 0
 
     def add(self, batch: Any) -> None:
-        """Add a batch. Skip it if its input is not floating-point or has another shape than the first batch's.
+        """Add a batch: a tensor ``(B, …)``, a tuple or list that begins with one, or a mapping that contains one.
 
-        Args:
-            batch: A tensor ``(B, …)``, a tuple or list that begins with one, or a mapping that contains one.
+        Skip it if its input is not floating-point or has another shape than the first batch's.
         """
         tensor = batch
         if isinstance(batch, Mapping):

@@ -74,8 +74,7 @@ def check_batches(batches: Iterable[Any]) -> Iterator[Any]:
 def first_batch(batches: Iterable[Any] | None) -> tuple[Any, Iterable[Any] | None]:
     """Return the first batch, and batches that still start with it even if they can be iterated only once.
 
-    Args:
-        batches: Any batches, or ``None``; then both results are ``None``.
+    Without batches, both are ``None``.
 
     Raises:
         UsageError: There is no batch, the first item is not a batch, or the user's code fails.

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from neuronscope.checkpoints.checkpoint import Checkpoint, StoredTensor
-from neuronscope.checkpoints.file.layer_clocks import LayerClock, read_clocks
+from neuronscope.checkpoints.file.layer_clocks import ClockReader, LayerClock
 from neuronscope.checkpoints.file.layers import Layer
 from neuronscope.checkpoints.file.parameter_matching import ParameterState, match_parameters
 from neuronscope.checkpoints.verdict.evidence import Abstention, Evidence, evidence_where
@@ -62,17 +62,6 @@ class GradientsBetween:
     short: bool  # whether the time between the two is no longer than a pause: a row that got a gradient is alive
 
 
-def _why_not_comparable(earlier: Checkpoint, later: Checkpoint) -> str | None:
-    """Return why two checkpoints cannot be compared; ``None`` if they can."""
-    if not earlier.optimizers or not later.optimizers:
-        return "Two checkpoints are compared by the states of their optimizers, but one of them has none."
-    first, second = ({name: tuple(value.shape) for name, value in one.tensors.items()} for one in (earlier, later))
-    if first == second:
-        return None
-    strange = sorted(name for name in first.keys() | second.keys() if first.get(name) != second.get(name))
-    return f"The earlier checkpoint is of another network: {len(strange)} tensors differ, {strange[0]!r} first."
-
-
 def compare_with_earlier(
     earlier: Checkpoint,
     later: Checkpoint,
@@ -91,14 +80,20 @@ def compare_with_earlier(
         readings: The clocks of the later one.
         parameter_names: See :func:`neuronscope.checkpoints.file.examine_file.examine_file`.
     """
-    reason = _why_not_comparable(earlier, later)
-    if reason is not None:
+    if not earlier.optimizers or not later.optimizers:
+        reason = "Two checkpoints are compared by the states of their optimizers, but one of them has none."
+        yield Abstention(_SOURCE, "", reason)
+        return
+    first, second = ({name: tuple(value.shape) for name, value in one.tensors.items()} for one in (earlier, later))
+    if strange := sorted(name for name in first.keys() | second.keys() if first.get(name) != second.get(name)):
+        reason = f"The earlier checkpoint is of another network: {len(strange)} tensors differ, {strange[0]!r} first."
         yield Abstention(_SOURCE, "", reason)
         return
     if earlier.is_averaged or later.is_averaged:
         yield Abstention(_SOURCE, "", _AVERAGED)
-    before = match_parameters(earlier, parameter_names).states
-    clocks = {read.layer.path: read for read in read_clocks(earlier, layers, before) if isinstance(read, LayerClock)}
+    before = match_parameters(earlier, parameter_names)[0]
+    readings_before = ClockReader(earlier, before).read(layers)
+    clocks = {read.layer.path: read for read in readings_before if isinstance(read, LayerClock)}
     for end in readings:
         start = clocks.get(end.layer.path)
         if start is None:
@@ -127,26 +122,20 @@ def _steps_between(start: LayerClock, end: LayerClock) -> int | str:
     return last - first
 
 
-@dataclass(frozen=True, eq=False)
 class _Pair:
-    """One layer in both checkpoints, each field with the earlier one first."""
+    """One layer in both checkpoints, each attribute with the earlier one first."""
 
-    checkpoints: tuple[Checkpoint, Checkpoint]
-    states: tuple[Mapping[str, ParameterState], Mapping[str, ParameterState]]
-    clocks: tuple[LayerClock, LayerClock]
-    steps: int
-
-    @property
-    def _layer(self) -> Layer:
-        return self.clocks[1].layer
-
-    @property
-    def _names(self) -> list[str]:
-        return [name for name in self.clocks[1].parameters if name in self.clocks[0].parameters]
-
-    @property
-    def _tolerance(self) -> float:
-        return _RELATIVE + _RELATIVE_A_STEP * self.steps
+    def __init__(
+        self,
+        checkpoints: tuple[Checkpoint, Checkpoint],
+        states: tuple[Mapping[str, ParameterState], Mapping[str, ParameterState]],
+        clocks: tuple[LayerClock, LayerClock],
+        steps: int,
+    ) -> None:
+        self.checkpoints, self.states, self.clocks, self.steps = checkpoints, states, clocks, steps
+        self._layer = clocks[1].layer
+        self._names = [name for name in clocks[1].parameters if name in clocks[0].parameters]
+        self._tolerance = _RELATIVE + _RELATIVE_A_STEP * steps
 
     def gradients(self) -> GradientsBetween:
         """Return which rows got a gradient, without those of which a clock shows nothing."""

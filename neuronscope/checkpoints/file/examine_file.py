@@ -8,17 +8,15 @@ from dataclasses import replace
 
 import numpy as np
 
-from neuronscope.checkpoints.checkpoint import Checkpoint, StoredTensor
-from neuronscope.checkpoints.file.collapse import find_no_gradient_causes
+from neuronscope.checkpoints.checkpoint import Checkpoint
 from neuronscope.checkpoints.file.compare_checkpoints import GradientsBetween, compare_with_earlier
-from neuronscope.checkpoints.file.layer_clocks import LayerClock, read_clocks
+from neuronscope.checkpoints.file.layer_clocks import ClockReader, LayerClock
 from neuronscope.checkpoints.file.layers import NEURON_KINDS, Layer, find_layers
-from neuronscope.checkpoints.file.merged_weights import MergedWeight, merged_weights
+from neuronscope.checkpoints.file.merged_weights import merged_weights
 from neuronscope.checkpoints.file.monitor_record import examine_records
 from neuronscope.checkpoints.file.parameter_matching import match_parameters
-from neuronscope.checkpoints.file.weight_hints import hint_evidence
-from neuronscope.checkpoints.file.weights import examine_weights
-from neuronscope.checkpoints.file.zero_gradient_rows import zero_gradient_evidence
+from neuronscope.checkpoints.file.weights import examine_weights, hint_evidence
+from neuronscope.checkpoints.file.zero_gradient_rows import LayerGradients, find_no_gradient_causes
 from neuronscope.checkpoints.verdict.evidence import Abstention, Evidence
 from neuronscope.errors import CheckpointError
 
@@ -42,9 +40,12 @@ def examine_file(
         on_compared: Called for each layer that could be compared with the earlier checkpoint.
     """
     layers = find_layers(checkpoint.tensors)
-    merged: dict[str, StoredTensor] = {one.stored: one for one in _merged(checkpoint)}
-    weights = examine_weights({**checkpoint.tensors, **merged}, layers)
-    found: list[Evidence | Abstention] = [*examine_records(checkpoint), *weights]
+    tensors = dict(checkpoint.tensors)
+    with contextlib.suppress(CheckpointError):  # of adapters that are not understood, the stored weights are examined
+        for one in merged_weights(checkpoint):
+            if one.stored.endswith(("_orig", "weight")):  # else only a positive factor differs from row to row
+                tensors[one.stored] = one.tensor
+    found: list[Evidence | Abstention] = [*examine_records(checkpoint), *examine_weights(tensors, layers)]
     if checkpoint.optimizers:
         found += _examine_optimizers(checkpoint, layers, parameter_names, earlier, on_compared)
     else:
@@ -56,12 +57,6 @@ def examine_file(
     return evidence, [one for one in found if isinstance(one, Abstention)]
 
 
-def _merged(checkpoint: Checkpoint) -> Iterator[MergedWeight]:
-    """Yield the weights that masks and adapters change; not those whose rows are the same but for a positive factor."""
-    with contextlib.suppress(CheckpointError):  # of adapters that are not understood, the weights below are examined
-        yield from (one for one in merged_weights(checkpoint) if one.stored.endswith(("_orig", "weight")))
-
-
 def _examine_optimizers(
     checkpoint: Checkpoint,
     layers: Sequence[Layer],
@@ -70,15 +65,15 @@ def _examine_optimizers(
     on_compared: Callable[[GradientsBetween], None] | None,
 ) -> Iterator[Evidence | Abstention]:
     """Yield which neurons got no gradient, by the state of the optimizers."""
-    matches = match_parameters(checkpoint, parameter_names)
-    yield from matches.abstentions
-    readings = list(read_clocks(checkpoint, layers, matches.states))
-    clocks = [reading for reading in readings if isinstance(reading, LayerClock)]
+    states, abstentions = match_parameters(checkpoint, parameter_names)
+    yield from abstentions
+    readings = list(ClockReader(checkpoint, states).read(layers))
+    clocks = {reading.layer.path: reading for reading in readings if isinstance(reading, LayerClock)}
     causes = find_no_gradient_causes(layers, clocks)
     compared: dict[str, GradientsBetween] = {}
     if earlier is not None:
-        of_neurons = [clock for clock in clocks if clock.layer.kind in NEURON_KINDS]
-        for one in compare_with_earlier(earlier, checkpoint, layers, matches.states, of_neurons, parameter_names):
+        of_neurons = [clock for clock in clocks.values() if clock.layer.kind in NEURON_KINDS]
+        for one in compare_with_earlier(earlier, checkpoint, layers, states, of_neurons, parameter_names):
             if not isinstance(one, GradientsBetween):
                 yield one
                 continue
@@ -89,7 +84,7 @@ def _examine_optimizers(
         if isinstance(reading, Abstention):
             yield reading
         elif reading.layer.kind in NEURON_KINDS:
-            for found in zero_gradient_evidence(reading, causes.get(reading.layer.path)):
+            for found in LayerGradients(reading, causes.get(reading.layer.path)).evidence():
                 left = _without_living(found, compared.get(reading.layer.path))
                 if isinstance(left, Abstention) or left.neurons.size:
                     yield left

@@ -5,22 +5,29 @@ from __future__ import annotations
 import math
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import reduce
+from functools import partial, reduce
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from neuronscope.checkpoints.checkpoint import Checkpoint
-from neuronscope.checkpoints.file.adam_clock import AdamClock, ClockReading, silent_steps
 from neuronscope.checkpoints.file.layers import NEURON_KINDS, Layer
+from neuronscope.checkpoints.file.optimizer_clocks import (
+    SILENT_FOLDS,
+    SILENT_STEPS,
+    AdamClock,
+    BufferPeaks,
+    ClockReading,
+    SGDClock,
+    by_chunks,
+)
 from neuronscope.checkpoints.file.optimizer_rules import OptimizerRule, recognize_optimizer, steps_taken
 from neuronscope.checkpoints.file.parameter_matching import ParameterState
-from neuronscope.checkpoints.file.sgd_clock import BufferPeaks, SGDClock
 from neuronscope.checkpoints.file.weights import as_initialised
 from neuronscope.checkpoints.verdict.evidence import Abstention
 
-__all__ = ["LayerClock", "NoClock", "read_clocks"]
+__all__ = ["ClockReader", "LayerClock", "NoClock"]
 
 #: Layers are read together until they have so many weights: reading one takes far longer than its numbers do.
 _TOGETHER = 1 << 16
@@ -41,11 +48,7 @@ class NoClock:
     sure_steps: ClassVar[float] = math.inf
 
     def read(self, *kept: Tensor) -> ClockReading:
-        """Return which of ``N`` rows never got a gradient.
-
-        Args:
-            kept: The sums or means that are zero only then, ``(N, F)`` each.
-        """
+        """Return which of ``N`` rows never got a gradient, by sums or means ``(N, F)`` that are zero only then."""
         never = torch.stack([(one == 0).all(dim=1) for one in kept]).all(dim=0)
         not_finite = torch.stack([~torch.isfinite(one).all(dim=1) for one in kept]).any(dim=0)
         none = torch.full(never.shape, torch.nan, dtype=torch.float64)
@@ -86,7 +89,7 @@ class LayerClock:
         Where decay is part of the buffer, the end is sharper than a bound: rounding hides little.
         """
         if self.is_decayed and isinstance(self.clock, SGDClock):
-            return silent_steps(self.clock.rate, self.clock.fastest_rate)
+            return max(SILENT_FOLDS, SILENT_STEPS * self.clock.fastest_rate) / self.clock.rate
         return self.clock.sure_steps
 
     @property
@@ -95,26 +98,17 @@ class LayerClock:
         return isinstance(self.clock, AdamClock)
 
 
-def read_clocks(
-    checkpoint: Checkpoint, layers: Sequence[Layer], states: Mapping[str, ParameterState]
-) -> Iterator[LayerClock | Abstention]:
-    """Yield the clock of every layer whose rows are neurons and of every norm, or why a layer has none.
-
-    Args:
-        checkpoint: The opened checkpoint.
-        layers: Its layers.
-        states: The optimizer state of each parameter; see
-            :func:`neuronscope.checkpoints.file.parameter_matching.match_parameters`.
-    """
-    return _ClockReader(checkpoint, states).read(layers)
-
-
 #: A layer, and the optimizer of each of its tensors that is read.
 _RuledLayer = tuple[Layer, Mapping[str, OptimizerRule]]
 
 
-class _ClockReader:
-    """Reads the clocks of a checkpoint's layers."""
+class ClockReader:
+    """Reads the clocks of a checkpoint's layers.
+
+    Args:
+        checkpoint: The opened checkpoint.
+        states: The optimizer state of each parameter.
+    """
 
     def __init__(self, checkpoint: Checkpoint, states: Mapping[str, ParameterState]) -> None:
         self._checkpoint = checkpoint
@@ -128,6 +122,7 @@ class _ClockReader:
         self._decoupled: dict[int, bool] = {}
 
     def read(self, layers: Sequence[Layer]) -> Iterator[LayerClock | Abstention]:
+        """Yield the clock of every layer whose rows are neurons and of every norm, or why a layer has none."""
         momentum_layers: dict[tuple[int, SGDClock], list[_RuledLayer]] = {}
         together: list[_RuledLayer] = []
         weights = 0
@@ -217,23 +212,18 @@ class _ClockReader:
         ``λ |w|`` is at least 1e-15: ``(1 − β2) 1e-30`` is far above the smallest float32.
         """
         if optimizer not in self._decoupled:
-            self._decoupled[optimizer] = any(
-                self._proves_decoupled(name, state)
-                for name, state in self._states.items()
-                if state.optimizer == optimizer
-            )
+            own = [name for name, state in self._states.items() if state.optimizer == optimizer]
+            self._decoupled[optimizer] = any(map(self._proves_decoupled, own))
         return self._decoupled[optimizer]
 
-    def _proves_decoupled(self, name: str, state: ParameterState) -> bool:
+    def _proves_decoupled(self, name: str) -> bool:
         rule = self._recognize(name)
         if isinstance(rule, str) or not rule.is_adam:
             return False
-        mean, square = (_read(state, slot) for slot in rule.slots)
+        mean, square = (_read(self._states[name], slot) for slot in rule.slots)
         untouched = (mean == 0) & (square == 0)
-        if not untouched.any():
-            return False
-        weight = self._checkpoint.tensors[name].read()
-        return bool((weight[untouched].double().abs() * rule.decay > 1e-15).any())
+        weight = self._checkpoint.tensors[name]
+        return bool(untouched.any()) and bool((weight.read()[untouched].double().abs() * rule.decay > 1e-15).any())
 
     def _read_momentum(self, clock: SGDClock, found: Sequence[_RuledLayer]) -> Iterator[LayerClock]:
         """Read all layers of one optimizer, compared with the largest buffer of linear and convolutional layers.
@@ -270,7 +260,14 @@ class _ClockReader:
             tensors = (_read(self._states[name], "momentum_buffer"), self._checkpoint.tensors[name].read())
             buffer, weight = (tensor.reshape(1, -1) if as_one else layer.rows(tensor) for tensor in tensors)
             by_decay.setdefault(decay, []).append((buffer, weight))
-        peaks = reduce(BufferPeaks.join, (_joined_peaks(decay, parts, clock) for decay, parts in by_decay.items()))
+        found = []
+        for decay, parts in by_decay.items():
+            if decay == 0.0:
+                found += [BufferPeaks.of(buffer) for buffer, _ in parts]
+            else:
+                buffers, weights = (torch.cat(tensors, dim=1) for tensors in zip(*parts, strict=True))
+                found.append(BufferPeaks(*by_chunks(partial(BufferPeaks.of_decayed, decay, clock), buffers, weights)))
+        peaks = reduce(BufferPeaks.join, found)
         return peaks.repeat(layer.width) if as_one else peaks
 
     def _read_means(self, layers: Sequence[_RuledLayer]) -> Iterator[LayerClock]:
@@ -340,13 +337,6 @@ def _without_bias(layer: Layer, rules: Mapping[str, OptimizerRule]) -> dict[str,
 def _read(state: ParameterState, slot: str) -> Tensor:
     stored = state.slots[slot]
     return torch.tensor(stored) if isinstance(stored, (int, float)) else stored.read()
-
-
-def _joined_peaks(decay: float, parts: Sequence[tuple[Tensor, Tensor]], clock: SGDClock) -> BufferPeaks:
-    if decay == 0.0:
-        return reduce(BufferPeaks.join, (BufferPeaks.of(buffer) for buffer, _ in parts))
-    buffers, weights = (torch.cat(tensors, dim=1) for tensors in zip(*parts, strict=True))
-    return BufferPeaks.of_decayed(buffers, weights, decay, clock)
 
 
 def _clock(rule: OptimizerRule, taken: int | None) -> AdamClock | NoClock:

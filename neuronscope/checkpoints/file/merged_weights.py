@@ -11,7 +11,7 @@ import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,22 +27,13 @@ _ADAPTER = re.compile(r"(^|\.)lora_")
 _SAVED = re.compile(r"(?P<path>.+)\.modules_to_save\.[^.]+\.(?P<leaf>[^.]+)")
 
 
-class MergedWeight(ComputedTensor):
-    """A weight that is computed from several stored tensors when it is read.
+class MergedWeight(NamedTuple):
+    """A weight that is computed from several stored tensors when it is read."""
 
-    Args:
-        name: The name that it has in a network without masks, adapters or norms of weights.
-        stored: Name of the stored tensor that takes its place; ``""`` if the checkpoint holds an adapter only.
-        parts: Names of all stored tensors that it is computed from.
-        like: A tensor of its shape and dtype.
-        compute: Computes it.
-    """
-
-    def __init__(
-        self, name: str, stored: str, parts: tuple[str, ...], like: StoredTensor, compute: Callable[[], Tensor]
-    ) -> None:
-        super().__init__(like.shape, like.torch_dtype, compute)
-        self.name, self.stored, self.parts = name, stored, parts
+    name: str  # the name that it has in a network without masks, adapters or norms of weights
+    stored: str  # name of the stored tensor whose place it takes; ``""`` if the checkpoint holds an adapter only
+    parts: tuple[str, ...]  # names of all stored tensors that it is computed from
+    tensor: ComputedTensor  # the weight
 
 
 def holds_only_adapters(checkpoint: Checkpoint) -> bool:
@@ -75,7 +66,9 @@ def merged_weights(checkpoint: Checkpoint, base: Mapping[str, Tensor] | None = N
                 continue  # not one magnitude for each row
             bare = re.sub(r"(^|\.)parametrizations\.", r"\1", path)
             stored = [tensors[part] for part in parts]
-            yield MergedWeight(bare, name, parts, stored[0], partial(compute, *stored))
+            like = stored[0]
+            merged = ComputedTensor(like.shape, like.torch_dtype, partial(compute, *stored))
+            yield MergedWeight(bare, name, parts, merged)
     yield from _adapted(checkpoint, base or {})
 
 
@@ -92,11 +85,11 @@ def plain_tensors(checkpoint: Checkpoint, base: Mapping[str, Tensor] | None = No
     plain: dict[str, StoredTensor] = {}
     for name, tensor in checkpoint.tensors.items():
         if name in at:
-            plain[_bare(at[name].name)] = at[name]
+            plain[_bare(at[name].name)] = at[name].tensor
         elif name not in parts and ".original_module." not in name:
             saved = _SAVED.fullmatch(name)
             plain[f"{saved['path']}.{saved['leaf']}" if saved else _bare(name)] = tensor
-    return plain | {one.name: one for one in merged if not one.stored}
+    return plain | {one.name: one.tensor for one in merged if not one.stored}
 
 
 def _bare(name: str) -> str:
@@ -168,7 +161,8 @@ def _adapted(checkpoint: Checkpoint, base: Mapping[str, Tensor]) -> Iterator[Mer
             is_transposed=bool(checkpoint.adapter.get("fan_in_fan_out")),
         )
         parts = (first, second, *([stored] if stored else []))
-        yield MergedWeight(_bare(stored or under[0]), stored, parts, weight, compute)
+        merged = ComputedTensor(weight.shape, weight.torch_dtype, compute)
+        yield MergedWeight(_bare(stored or under[0]), stored, parts, merged)
 
 
 def _add_adapter(

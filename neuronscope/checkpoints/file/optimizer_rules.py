@@ -8,14 +8,17 @@ reported.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from neuronscope.checkpoints.checkpoint import StoredTensor
-from neuronscope.checkpoints.file.adam_clock import FASTEST_FADING
+from torch import Tensor
 
-__all__ = ["OptimizerRule", "recognize_optimizer", "steps_taken"]
+from neuronscope.checkpoints.checkpoint import StoredTensor
+from neuronscope.checkpoints.file.optimizer_clocks import FASTEST_FADING
+
+__all__ = ["OF_SCHEDULERS", "OptimizerRule", "finite_settings", "recognize_optimizer", "steps_taken"]
 
 _MEANS = ("exp_avg", "exp_avg_sq")
 _MEANS_OF_BITSANDBYTES = ("state1", "state2")
@@ -86,10 +89,13 @@ _UNREADABLE = (
 )
 #: Further tensors that an optimizer may keep beside Adam's means without changing them: those of amsgrad, and copies.
 _BESIDE_MEANS = frozenset({"max_exp_avg_sq", "master_param"})
-#: Settings of the AdamW of transformers before 5, and those that schedulers add. Others begin with it and keep means of
+#: Settings of the AdamW of transformers before 5. Others begin with it and keep means of
 #: gradients in other coordinates (SOAP, GaLore), in which a row is no neuron.
-_OF_TRANSFORMERS = frozenset({"lr", "betas", "eps", "weight_decay", "correct_bias", "params", "param_names"})
-_OF_SCHEDULERS = frozenset({"initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum", "step"})
+_OF_TRANSFORMERS = frozenset({"lr", "betas", "eps", "weight_decay", "correct_bias"})
+#: What torch and its schedulers add to the settings of a group, whatever its optimizer is.
+OF_SCHEDULERS = frozenset(
+    {"params", "param_names", "initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum", "step"}
+)
 _NO_SLOTS = ("step", "ax", "eta", "mu", "mu_product")  # numbers that are kept beside the means
 
 
@@ -126,7 +132,7 @@ def _listed(slots: Mapping[str, Any]) -> str:
 
 def _adam(group: Mapping[str, Any], slots: Mapping[str, Any], means: tuple[str, str]) -> OptimizerRule | str:
     numbers = {key for key, value in group.items() if not isinstance(value, str)}
-    of_transformers = "correct_bias" in group and numbers <= _OF_TRANSFORMERS | _OF_SCHEDULERS
+    of_transformers = "correct_bias" in group and numbers <= _OF_TRANSFORMERS | OF_SCHEDULERS
     always_decoupled = of_transformers or "use_muon" in group or means != _MEANS
     if "momentum_decay" in group:
         name = "NAdam"
@@ -257,3 +263,16 @@ def _numbers(values: Any) -> tuple[float, ...] | None:
         return None
     numbers = tuple(_number(value) for value in values)
     return None if any(number is None for number in numbers) else tuple(n for n in numbers if n is not None)
+
+
+def finite_settings(group: Mapping[str, Any], *names: str) -> list[float]:
+    """Return the hyperparameters of these names that are finite numbers, or tensors of one.
+
+    Args:
+        group: The hyperparameters of a parameter group.
+        *names: Their names.
+    """
+    values = (group.get(name) for name in names)
+    numbers = (value.item() if isinstance(value, Tensor) and value.numel() == 1 else value for value in values)
+    # A damaged file may hold an integer that no float can hold; NaN is not below anything.
+    return [float(one) for one in numbers if isinstance(one, (int, float)) and abs(one) <= sys.float_info.max]

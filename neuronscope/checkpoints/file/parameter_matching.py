@@ -3,23 +3,28 @@
 torch numbers the parameters of an optimizer and saves their names only if it was given names. The numbers follow the
 order in which the parameters were passed to the optimizer. Within a group this is usually the model's own order, so the
 entries of a group are a subsequence of the model's parameters with the same shapes. An entry is matched to a parameter
-only if every such subsequence matches it to the same one. Where the file does not have the model's order (safetensors
-sorts by name), see :mod:`neuronscope.checkpoints.file.parameter_order`.
+only if every such subsequence matches it to the same one.
+
+A safetensors file sorts its tensors by name. The model's order can then still be found in part: a module's own
+parameters come before those of its submodules, and all parameters of a module stand next to each other. Submodules that
+are numbered (``0``, ``1``; ``fc1``, ``fc2``) come in that order, and a weight comes before its bias. Every order that
+this allows and that gives the shapes of the entries is taken into account: a parameter is matched only if it has the
+same place in all of them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from neuronscope.checkpoints.checkpoint import Checkpoint, StoredTensor
 from neuronscope.checkpoints.file.layers import is_parameter
 from neuronscope.checkpoints.file.optimizer_rules import recognize_optimizer
-from neuronscope.checkpoints.file.parameter_order import possible_places
 from neuronscope.checkpoints.verdict.evidence import Abstention
 
-__all__ = ["ParameterMatches", "ParameterState", "match_parameters"]
+__all__ = ["ParameterState", "match_parameters"]
 
 _SOURCE = "optimizer state"
 
@@ -30,6 +35,10 @@ _MAX_COMPARISONS = 4_000_000
 _FACTORS = frozenset({"row_var", "exp_avg_sq_row"})
 
 Shape = tuple[int, ...]
+_PREFIXES = ("module.", "_orig_mod.", "_fsdp_wrapped_module.", "model.", "state_dict.")
+#: Number of sets of submodules after which the search is given up.
+_MAX_STATES = 50_000
+_NUMBERED = re.compile(r"(.*?)(\d{1,6})(\D*)")
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,16 +50,10 @@ class ParameterState:
     slots: Mapping[str, StoredTensor | float]  # the saved state by name; empty if the parameter was never updated
 
 
-@dataclass(frozen=True, eq=False)
-class ParameterMatches:
-    """The result of :func:`match_parameters`."""
-
-    states: Mapping[str, ParameterState]  # the optimizer state of each matched parameter, by the parameter's name
-    abstentions: tuple[Abstention, ...]  # what could not be matched, and why
-
-
-def match_parameters(checkpoint: Checkpoint, parameter_names: Sequence[str] | None = None) -> ParameterMatches:
-    """Match the entries of all optimizers to parameters.
+def match_parameters(
+    checkpoint: Checkpoint, parameter_names: Sequence[str] | None = None
+) -> tuple[dict[str, ParameterState], list[Abstention]]:
+    """Return the optimizer state of each parameter that can be matched, by name, and what could not be matched.
 
     Args:
         checkpoint: The opened checkpoint.
@@ -79,7 +82,7 @@ def match_parameters(checkpoint: Checkpoint, parameter_names: Sequence[str] | No
         abstentions += _match_by_order(runs, shapes, states)
     else:
         abstentions += _match_unordered(runs, shapes, states)
-    return ParameterMatches(states, tuple(abstentions))
+    return states, abstentions
 
 
 def _state_shape(slots: Mapping[str, StoredTensor | float]) -> Shape | None:
@@ -97,9 +100,6 @@ def _keys(group: Mapping[str, Any]) -> list[Any]:
 
 def _is_names(value: Any, count: int) -> bool:
     return isinstance(value, (list, tuple)) and len(value) == count and all(isinstance(name, str) for name in value)
-
-
-_PREFIXES = ("module.", "_orig_mod.", "_fsdp_wrapped_module.", "model.", "state_dict.")
 
 
 def _match_by_name(
@@ -212,7 +212,7 @@ def _match_unordered(
         fitting = free
         if others:
             fitting = {name: shape for name, shape in free.items() if shape in run.shapes and shape not in others}
-        places = possible_places(fitting, run.shapes)
+        places = _possible_places(fitting, run.shapes)
         certain = {next(iter(at)): name for name, at in places.items() if len(at) == 1}
         states |= {name: run.states[place] for place, name in certain.items()}
         unsure = len(run.states) - len(certain)
@@ -256,3 +256,109 @@ def _why(unsure: int, run: _ParameterRun, fits: bool, gave_up: bool) -> str:
         "could be swapped. Give `model=`, or pass `model.named_parameters()` to the optimizer, so that torch saves the "
         "names."
     )
+
+
+@dataclass(eq=False)
+class _Module:
+    """A module, or a parameter."""
+
+    name: str = ""  # full name of a parameter; ``""`` for a module
+    shape: Shape = ()  # shape of a parameter
+    children: dict[str, _Module] = field(default_factory=dict)  # the parameters and submodules of a module by name
+    size: int = 0  # number of parameters in it
+
+
+def _possible_places(shapes: Mapping[str, Shape], wanted: Sequence[Shape | None]) -> dict[str, set[int]]:
+    """Return the places that each parameter has in all possible orders; none if no order fits, or there are too many.
+
+    >>> sorted(_possible_places({"0.bias": (2,), "0.weight": (2, 3), "b.bias": (2,)}, [(2, 3), (2,), (2,)]).items())
+    [('0.bias', {1}), ('0.weight', {0}), ('b.bias', {2})]
+    >>> sorted(_possible_places({"k.weight": (2, 2), "q.weight": (2, 2)}, [(2, 2), (2, 2)]).items())
+    [('k.weight', {0, 1}), ('q.weight', {0, 1})]
+    """
+    root = _Module()
+    for name, shape in shapes.items():
+        module = root
+        module.size += 1
+        for part in name.split("."):
+            module = module.children.setdefault(part, _Module())
+            module.size += 1
+        module.name, module.shape = name, shape
+    if root.size != len(wanted):
+        return {}
+    try:
+        return _OrderSearch(wanted).places(root, 0) or {}
+    except (_TooManyError, RecursionError):
+        return {}
+
+
+class _TooManyError(Exception):
+    """Raised when there are too many orders."""
+
+
+class _OrderSearch:
+    """Looks for all orders of modules that give the wanted shapes."""
+
+    def __init__(self, wanted: Sequence[Shape | None]) -> None:
+        self._wanted = wanted
+        self._known: dict[tuple[_Module, int], dict[str, set[int]] | None] = {}
+        self._states = 0
+
+    def places(self, module: _Module, start: int) -> dict[str, set[int]] | None:
+        """Return the possible places of a module's parameters; ``None`` if none fits."""
+        if module.name:
+            fits = self._wanted[start] in (None, module.shape)
+            return {module.name: {start}} if fits else None
+        key = module, start
+        if key not in self._known:
+            self._known[key] = self._in_module(module, start)
+        return self._known[key]
+
+    def _in_module(self, module: _Module, start: int) -> dict[str, set[int]] | None:
+        names = list(module.children)
+        before = {
+            name: frozenset(other for other in names if _comes_before(module.children, other, name)) for name in names
+        }
+        everything = frozenset(names)
+        # From each set of children that may come first, whether the rest can follow.
+        completes: dict[frozenset[str], bool] = {everything: True}
+
+        def steps(done: frozenset[str]) -> Iterator[tuple[str, dict[str, set[int]], frozenset[str]]]:
+            place = start + sum(module.children[name].size for name in done)
+            for name in names:
+                if name not in done and before[name] <= done:
+                    found = self.places(module.children[name], place)
+                    if found is not None:
+                        yield name, found, done | {name}
+
+        def can_complete(done: frozenset[str]) -> bool:
+            if done not in completes:
+                self._states += 1
+                if self._states > _MAX_STATES:
+                    raise _TooManyError
+                ways = [can_complete(after) for _, _, after in steps(done)]
+                completes[done] = any(ways)
+            return completes[done]
+
+        if not can_complete(frozenset()):
+            return None
+        places: dict[str, set[int]] = {}
+        for done in [done for done, possible in completes.items() if possible]:
+            for _, found, after in steps(done):
+                if completes[after]:
+                    for name, at in found.items():
+                        places.setdefault(name, set()).update(at)
+        return places
+
+
+def _comes_before(children: Mapping[str, _Module], first: str, second: str) -> bool:
+    """Whether one child of a module certainly comes before another."""
+    own_first, own_second = bool(children[first].name), bool(children[second].name)
+    if own_first != own_second:
+        return own_first  # a module's own parameters come before its submodules'
+    if "weight" in first and first.replace("weight", "bias") == second:
+        return True
+    one, other = _NUMBERED.fullmatch(first), _NUMBERED.fullmatch(second)
+    if one is None or other is None or (one[1], one[3]) != (other[1], other[3]):
+        return False
+    return int(one[2]) < int(other[2])

@@ -34,16 +34,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from neuronscope.checkpoints.file.optimizer_rules import OptimizerRule, recognize_optimizer, steps_taken
+from neuronscope.checkpoints.file.optimizer_rules import (
+    OF_SCHEDULERS,
+    OptimizerRule,
+    finite_settings,
+    recognize_optimizer,
+    steps_taken,
+)
 from neuronscope.checkpoints.file.parameter_matching import ParameterState
-from neuronscope.checkpoints.file.training_settings import finite_settings
 
 __all__ = ["RemainingMotion", "remaining_motion"]
 
 #: The most steps that are vouched for: fewer, where decay shrinks weights by more than ``e⁻⁴⁰`` before.
 _MOST_STEPS, _MOST_FOLDS = 1_000_000, 40.0
-#: Settings that schedulers add to a group; a group with other unknown numbers is of another optimizer.
-_OF_SCHEDULERS = {"params", "param_names", "initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum", "step"}
 _WITHOUT_MOTION = {"Adagrad", "RMSprop", "Adadelta"}
 _OPTIMIZERS = {"Adam", "AdamW", "NAdam", "SGD", *_WITHOUT_MOTION}
 
@@ -167,5 +170,5 @@ def _smallest(dtype: torch.dtype) -> float:
 
 def _unknown_settings(group: Mapping[str, Any], name: str) -> set[str]:
     """Return the settings of a group that torch's optimizer of this name does not have; names and the like are fine."""
-    known = {*getattr(torch.optim, name)([torch.zeros(1)]).defaults, *_OF_SCHEDULERS}
+    known = {*getattr(torch.optim, name)([torch.zeros(1)]).defaults, *OF_SCHEDULERS}
     return {str(key) for key, value in group.items() if key not in known and not isinstance(value, (str, type(None)))}

@@ -98,7 +98,11 @@ def _optimizer(found: Mapping[str, Any], strip: Callable[[str], str]) -> Optimiz
         for group in found["param_groups"]
     )
     slots = {
-        key_of(key): {escape_surrogates(name): _plain(value) for name, value in _all_slots(values) if _is_slot(value)}
+        key_of(key): {
+            escape_surrogates(name): _plain(value)
+            for name, value in _all_slots(values)
+            if isinstance(value, StoredTensor | int | float)
+        }
         for key, values in found["state"].items()
         if isinstance(values, Mapping)
     }
@@ -117,10 +121,6 @@ def _all_slots(values: Mapping[Any, Any]) -> Iterator[tuple[Any, Any]]:
     inner = values.get(_INNER_SLOTS)
     yield from values.items()
     yield from inner.items() if isinstance(inner, Mapping) else ()
-
-
-def _is_slot(value: Any) -> bool:
-    return isinstance(value, StoredTensor | int | float)
 
 
 def _plain(value: Any) -> Any:

@@ -166,9 +166,6 @@ def _check_opcodes(file: BinaryIO) -> None:
     """Read a pickle's opcodes without acting on them, and go back to its first byte.
 
     Arguments that claim to be longer than the rest of the file are found before any memory is set aside for them.
-
-    Raises:
-        ValueError: An opcode may not occur, an argument is cut short, or there are too many of them.
     """
     start, containers = file.tell(), 0
     for _ in range(_MAX_OPCODES):

@@ -12,8 +12,7 @@ from neuronscope.checkpoints.formats.byte_range import ByteRange, quoted, read_j
 from neuronscope.checkpoints.formats.restricted_pickle import UnsafeGlobalError, read_pickle
 from neuronscope.checkpoints.formats.safe_globals import find_safe_global
 from neuronscope.checkpoints.formats.safetensors import looks_like_safetensors, read_safetensors
-from neuronscope.checkpoints.formats.torch_file import LEGACY_MAGIC, is_script, read_legacy, read_zip
-from neuronscope.checkpoints.formats.trusted import load_trusted
+from neuronscope.checkpoints.formats.torch_file import LEGACY_MAGIC, is_script, load_trusted, read_legacy, read_zip
 from neuronscope.errors import CheckpointError
 from neuronscope.writers.formatting import plural
 

@@ -2,27 +2,36 @@
 
 There are two layouts: a zip archive (torch 1.6 and later) with one entry per storage, and an older one with several
 pickles followed by the storages. Both are read with the restricted unpickler, which refuses a pickle that names code.
+Files that the user trusts, and TorchScript archives, are loaded with torch's own, which runs the code that they name.
 """
 
 from __future__ import annotations
 
 import io
+import warnings
 import zipfile
+from collections.abc import Mapping
 from contextlib import closing
+from pathlib import Path
 from typing import Any, BinaryIO
 
+import torch
+from torch import Tensor, nn
+
+from neuronscope.checkpoints.checkpoint import ComputedTensor
 from neuronscope.checkpoints.formats.byte_range import ByteRange, quoted
 from neuronscope.checkpoints.formats.file_tensor import Storage, check_sizes
 from neuronscope.checkpoints.formats.restricted_pickle import as_checkpoint_error, read_pickle
-from neuronscope.checkpoints.formats.safe_globals import StorageType, find_safe_global
+from neuronscope.checkpoints.formats.safe_globals import SkippedTensor, StorageType, find_safe_global, readable_type
 from neuronscope.errors import CheckpointError
 
-__all__ = ["LEGACY_MAGIC", "is_script", "read_legacy", "read_zip"]
+__all__ = ["LEGACY_MAGIC", "is_script", "load_trusted", "read_legacy", "read_zip"]
 
 #: Files of ``torch.save`` of the older layout begin with a pickle of this number.
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 
 _LONGEST_PICKLE = 1 << 28
+_DEEPEST = 16  # levels of the data of a trusted file
 _LOCAL_HEADER = 30  # bytes; its last four are the lengths of the name and of the extra field after it
 _ZIP_ERRORS = (zipfile.BadZipFile, ValueError, LookupError, NotImplementedError, OverflowError, EOFError, RuntimeError)
 
@@ -36,7 +45,10 @@ def read_zip(part: ByteRange) -> Any:
     """
     with as_checkpoint_error(part.path), closing(part.open()) as file:
         entries = _entries(part, file)
-        top, pickled = _pickle_entry(part, entries)
+        found = [name for name in entries if name.count("/") < 2 and f"/{name}".endswith("/data.pkl")]
+        if len(found) != 1:
+            raise CheckpointError(f"{quoted(part.path)} is a zip archive, but none that torch.save has written.")
+        top = found[0].removesuffix("data.pkl")  # the archive's top folder, with a slash
         order = entries.get(f"{top}byteorder")
         _check_byte_order(part, order is None or _location(part, file, order).read().strip() == b"little")
         storages: dict[str, Storage] = {}
@@ -52,7 +64,7 @@ def read_zip(part: ByteRange) -> Any:
                 storages[name] = Storage(dtype, numel, _location(part, file, entry))
             return storages[name]
 
-        location = _location(part, file, pickled)
+        location = _location(part, file, entries[found[0]])
         if location.size > _LONGEST_PICKLE:
             raise CheckpointError(
                 f"{quoted(part.path)} describes its tensors in {location.size} bytes, which is more than is read."
@@ -141,14 +153,6 @@ def _entries(part: ByteRange, file: BinaryIO) -> dict[str, zipfile.ZipInfo]:
         ) from error
 
 
-def _pickle_entry(part: ByteRange, entries: dict[str, zipfile.ZipInfo]) -> tuple[str, zipfile.ZipInfo]:
-    """Return the archive's top folder, with a slash, and the entry that describes the data."""
-    found = [name for name in entries if name == "data.pkl" or (name.endswith("/data.pkl") and name.count("/") == 1)]
-    if len(found) != 1:
-        raise CheckpointError(f"{quoted(part.path)} is a zip archive, but none that torch.save has written.")
-    return found[0].removesuffix("data.pkl"), entries[found[0]]
-
-
 def _location(part: ByteRange, file: BinaryIO, entry: zipfile.ZipInfo) -> ByteRange:
     """Return where the bytes of an entry are. torch never compresses; a compressed entry could unpack to any size."""
     if entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & 1 or entry.file_size != entry.compress_size:
@@ -159,3 +163,47 @@ def _location(part: ByteRange, file: BinaryIO, entry: zipfile.ZipInfo) -> ByteRa
         raise CheckpointError(f"{quoted(part.path)} is damaged: {quoted(entry.filename)} is not where its index says.")
     lengths = (int.from_bytes(header[26:28], "little"), int.from_bytes(header[28:30], "little"))
     return part.part(entry.header_offset + _LOCAL_HEADER + sum(lengths), entry.file_size)
+
+
+def load_trusted(path: Path, *, script: bool = False) -> Any:
+    """Load a file as plain data, with a stored tensor for each tensor; code that the file names is run.
+
+    Args:
+        path: A file of ``torch.save``, or a TorchScript archive. A module becomes its ``state_dict``.
+        script: Whether it is a TorchScript archive.
+
+    Raises:
+        CheckpointError: It cannot be loaded, or the code that it names raises anything.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            if script:
+                loaded = torch.jit.load(path, map_location="cpu")
+            else:
+                loaded = torch.load(path, map_location="cpu", weights_only=False)
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # the file's own code runs here, and may call sys.exit
+        first_line = f"{type(error).__name__}: {quoted((str(error).splitlines() or [''])[0])}"
+        done = "loaded as TorchScript" if script else "unpickled"
+        raise CheckpointError(f"{quoted(path)} could not be {done}: {first_line}.") from error
+    return _plain(loaded, 0)
+
+
+def _plain(value: Any, depth: int) -> Any:
+    if depth > _DEEPEST:
+        return None
+    if isinstance(value, Tensor):
+        if value.layout != torch.strided or value.device.type == "meta" or value.is_quantized:
+            return SkippedTensor("sparse, quantised or without numbers")
+        known = readable_type(value.dtype)
+        return known if isinstance(known, SkippedTensor) else ComputedTensor.of(value)
+    if isinstance(value, nn.Module):
+        return _plain(dict(value.state_dict()), depth + 1)
+    if isinstance(value, Mapping):
+        return {key: _plain(inner, depth + 1) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        items = [_plain(inner, depth + 1) for inner in value]
+        return items if isinstance(value, list) else tuple(items)
+    return value

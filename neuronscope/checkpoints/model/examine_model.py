@@ -11,23 +11,27 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
+import numpy as np
+import torch
 from torch import Tensor, nn
 
 from neuronscope.arrays import BoolArray
 from neuronscope.attach.layer_names import layer_name
-from neuronscope.checkpoints.model.batchnorm_parameters import batch_norm_parameters, negligible_neurons
-from neuronscope.checkpoints.model.batchnorm_statistics import batch_norm_activity, running_statistics_evidence
-from neuronscope.checkpoints.model.batchnorm_step import step_kind
-from neuronscope.checkpoints.model.bounds.interval import BACKWARD, LAYER_NORM
+from neuronscope.checkpoints.model.batchnorm_evidence import (
+    batch_norm_parameters,
+    batch_norm_statistics,
+    negligible_neurons,
+)
+from neuronscope.checkpoints.model.bounds.interval import BACKWARD, LAYER_NORM, Interval
 from neuronscope.checkpoints.model.bounds.propagate import Box, SiteBounds, propagate_bounds, site_bounds
-from neuronscope.checkpoints.model.example_inputs import Example, examples_for
-from neuronscope.checkpoints.model.observed_network import tensors_of
-from neuronscope.checkpoints.model.separate_examples import two_examples
+from neuronscope.checkpoints.model.example_inputs import Example, examples_for, two_examples
+from neuronscope.checkpoints.model.function_rules import OPERATORS, step_kind
+from neuronscope.checkpoints.model.needed_inputs import OutputsNeeded
 from neuronscope.checkpoints.model.trace import ForwardError, trace
-from neuronscope.checkpoints.model.traced_graph import Graph, Site
-from neuronscope.checkpoints.model.unused_outputs import unread_neurons
+from neuronscope.checkpoints.model.traced_graph import Graph, Site, Step
 from neuronscope.checkpoints.verdict.evidence import Abstention, Evidence, evidence_on_site
 from neuronscope.checkpoints.verdict.join_units import places_but_gates, wherever_seen
+from neuronscope.count.neuron_layout import neurons_first
 from neuronscope.errors import UsageError
 
 __all__ = ["Examination", "examine_model"]
@@ -84,7 +88,9 @@ def examine_model(
         raise UsageError(f"Expected argument `box` to be (low, high), but got {box!r}.")
     graph, traced_example, failures = _trace_example(model, example, batch)
     if graph is None or traced_example is None:
-        return Examination((), (_no_forward(failures),))
+        inputs = f"Tried: {'; '.join(failures)}." if failures else "No weighted layer to guess an input from."
+        needed = "The network could not be run once, which is needed to find its sites."
+        return Examination((), (Abstention(_SOURCE, "", f"{needed} {inputs} Give an example input, or data."),))
     sites = graph.first_calls()
     judged = places_but_gates(sites)
     abstentions = [Abstention(_SOURCE, name, f"Not seen: {reason}.") for name, reason in graph.not_seen.items()]
@@ -101,8 +107,7 @@ def examine_model(
         return Examination(tuple(evidence), tuple(abstentions), sites, False, normalised, layers, traced_example)
     scope = f"of the shape {traced_example.shapes} ({traced_example.origin}), with any batch size"
     free = propagate_bounds(graph)
-    evidence += running_statistics_evidence(graph, free, _batches_counted(model), training_step)
-    evidence += batch_norm_activity(graph, free)
+    evidence += batch_norm_statistics(graph, free, _batches_counted(model), training_step)
     in_box = propagate_bounds(graph, box) if box is not None else free
     bounds, inside = site_bounds(graph, free), f"for every finite input {scope}"
     evidence += _proved_dead(sites, bounds, inside, judged)
@@ -121,7 +126,7 @@ def examine_model(
     readers_known = not (graph.unseen_tensors or graph.output_not_searchable)
     if readers_known:
         where = "for every finite input" if box is None else "for every input in the box"
-        unread = unread_neurons(graph, in_box)
+        unread = _unread_neurons(graph, in_box)
         found = {name: mask & unread[name] for name, mask in judged.items()}
         evidence += _unread(sites, wherever_seen(found, judged, sites), f"{where} {scope}")
     else:
@@ -152,12 +157,6 @@ def _trace_example(model: nn.Module, given: Any, batch: Any) -> tuple[Graph | No
     return None, None, failures
 
 
-def _no_forward(failures: list[str]) -> Abstention:
-    tried = f"Tried: {'; '.join(failures)}." if failures else "No weighted layer to guess an input from."
-    needed = "The network could not be run once, which is needed to find its sites."
-    return Abstention(_SOURCE, "", f"{needed} {tried} Give an example input, or data.")
-
-
 def _batches_counted(model: nn.Module) -> dict[str, int]:
     """Return how many training batches each batch norm has counted, by path; converted files may have counted none."""
     end = ".num_batches_tracked"
@@ -182,8 +181,7 @@ def _normalised_sites(graph: Graph) -> set[str]:
     >>> _normalised_sites(trace(network, (torch.zeros(1, 3),)))
     {'1/relu'}
     """
-    others = {site.name for site in graph.sites if not _is_normalised(graph, site)}
-    return {site.name for site in graph.sites} - others
+    return {name for name, calls in graph.calls.items() if all(_is_normalised(graph, call) for call in calls)}
 
 
 def _is_normalised(graph: Graph, site: Site) -> bool:
@@ -233,7 +231,7 @@ def _backward_bounds(model: nn.Module, example: Example, box: Box, sites: Iterab
         return {}
     try:
         graph = trace(model, two.args, two.kwargs)
-        bounds = site_bounds(graph, propagate_bounds(graph, box, backwards=len(next(iter(tensors_of(two).values())))))
+        bounds = site_bounds(graph, propagate_bounds(graph, box, backwards=True))
     except (ForwardError, UsageError):  # such as a box that is not the same for all examples
         return {}
     widths = {site.name: site.neurons for site in sites}
@@ -250,3 +248,50 @@ def _unread(sites: Iterable[Site], unread: Mapping[str, BoolArray], scope: str) 
         yield from evidence_on_site(
             site.name, unread[site.name], source=_READERS, claim="unread", basis="proved", text=text
         )
+
+
+def _unread_neurons(graph: Graph, intervals: list[Interval | None]) -> dict[str, BoolArray]:
+    """Return which neurons nothing reads after any call of a site, bool ``(N,)`` by site; every call must be seen.
+
+    A neuron is unread if every weight that reads it is exactly zero, or belongs to a neuron that is proved dead or is
+    unread itself. The steps are visited in the reverse of the order in which they ran, so one pass finds all of them.
+    A call of an unknown function needs all of its inputs; a reader whose interval is one number reads nothing.
+    """
+    masks = {number: torch.ones(graph.values[number].shape, dtype=torch.bool) for number in graph.outputs}
+    for step in reversed(graph.steps):
+        if not any(number in masks and bool(masks[number].any()) for number in step.outputs):
+            continue
+        for number, mask in _needed_inputs(graph, step, masks, intervals):
+            masks[number] = masks[number] | mask if number in masks else mask
+    unread: dict[str, BoolArray] = {}
+    for site in graph.sites:
+        mask, axis = neurons_first(_mask(graph, site.after, masks), *site.layout)
+        others = [dimension for dimension in range(mask.dim()) if dimension != axis]
+        here = ~(mask.any(dim=others) if others else mask).numpy()
+        before = unread.get(site.name, here)
+        unread[site.name] = here & before if here.shape == before.shape else np.zeros_like(before)
+    return unread
+
+
+def _mask(graph: Graph, number: int, masks: dict[int, Tensor]) -> Tensor:
+    """Return which elements of a tensor are needed, as found up to now; bool, of the tensor's shape."""
+    return masks.get(number, torch.zeros((), dtype=torch.bool)).expand(graph.values[number].shape)
+
+
+def _needed_inputs(
+    graph: Graph, step: Step, masks: dict[int, Tensor], intervals: list[Interval | None]
+) -> list[tuple[int, Tensor]]:
+    """Return the needed elements of each input of a step that depends on the network's input."""
+    rule = OPERATORS.get(step.function)
+    if rule is not None and rule.needed_inputs is not None and step.outputs:
+        needed = [_mask(graph, number, masks) for number in step.outputs]
+        try:
+            return [
+                (number, mask.expand(graph.values[number].shape))
+                for number, mask in rule.needed_inputs(OutputsNeeded(graph, step, needed, intervals))
+            ]
+        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError):
+            pass  # called in a way that the rule does not know
+    return [
+        (number, torch.ones(graph.values[number].shape, dtype=torch.bool)) for number in graph.variable_inputs(step)
+    ]

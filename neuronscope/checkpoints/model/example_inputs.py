@@ -11,12 +11,21 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["Example", "batch_example", "examples_for"]
+from neuronscope.attach.torch_functions import spellings
+from neuronscope.checkpoints.model.traced_graph import Graph, Step, substitute
+
+__all__ = ["EXAMPLES", "Example", "batch_example", "examples_for", "keeps_examples", "two_examples"]
 
 # Side lengths to try, by the number of spatial dimensions. The first can be halved five times.
 _SIDES = {1: (1024, 16000), 2: (64, 224, 28), 3: (32, 96)}
+#: How many examples show what mixes them.
+EXAMPLES = 2
+#: On two examples, turning by two looks as if it kept them.
+_TURNS = spellings("roll")
+_PADDING = -1.0  # marks what is no element of an example
 
 
 class Example(NamedTuple):
@@ -102,3 +111,48 @@ def _guesses(model: nn.Module) -> Iterator[Example]:
         for shape in shapes:
             yield Example((torch.zeros(shape, dtype=weight.dtype),), {}, origin)
         return
+
+
+def two_examples(example: Example) -> Example | None:
+    """Return an example with two rows in each tensor (its first two, or the only one twice).
+
+    ``None`` if the tensors do not have equally many rows.
+    """
+    sizes = set()
+
+    def two(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        sizes.add(tuple(leaf.shape[:1]))
+        return torch.cat([leaf, leaf])[:2] if leaf.shape[:1] == (1,) else leaf[:2]
+
+    args, kwargs = substitute((tuple(example.args), dict(example.kwargs)), two)
+    return Example(args, kwargs, example.origin) if len(sizes) == 1 and not sizes & {(), (0,)} else None
+
+
+def keeps_examples(graph: Graph, step: Step) -> bool:
+    """Whether a function that moves elements keeps those of each example at the example's place.
+
+    Args:
+        graph: A traced forward on :data:`EXAMPLES` examples: the first dimension of what depends on the input.
+        step: One call of the function in it.
+    """
+
+    def numbered(shape: tuple[int, ...]) -> Tensor:
+        return torch.arange(EXAMPLES, dtype=torch.float64).view(-1, *(1 for _ in shape[1:])).expand(shape)
+
+    def marked(number: int) -> Tensor:
+        value = graph.values[number]
+        return numbered(value.shape).clone() if value.constant is None else torch.full(value.shape, _PADDING)
+
+    constants = (graph.values[number] for number in step.reads if graph.values[number].constant is not None)
+    if step.function in _TURNS or not all(value.dtype.is_floating_point for value in constants):
+        return False  # an index may choose other examples from a larger batch
+    try:
+        args, kwargs = step.arguments(marked)
+        if step.function is F.pad and kwargs.get("mode", "constant") == "constant" and len(args) < 4:
+            kwargs["value"] = _PADDING
+        moved = step.function(*args, **kwargs)
+        return bool(((moved == numbered(tuple(moved.shape))) | (moved == _PADDING)).all())
+    except (AttributeError, IndexError, RuntimeError, TypeError, ValueError):
+        return False

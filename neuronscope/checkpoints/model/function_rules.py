@@ -1,7 +1,7 @@
 """One rule for each torch function: how intervals pass through it, which inputs it needs, what it does to neurons.
 
-:mod:`~neuronscope.checkpoints.model.bounds.propagate`, :mod:`~neuronscope.checkpoints.model.unused_outputs` and
-:mod:`~neuronscope.checkpoints.model.batchnorm_step` read the same table, :data:`OPERATORS`. A function that is not
+:mod:`~neuronscope.checkpoints.model.bounds.propagate`, :mod:`~neuronscope.checkpoints.model.examine_model` and
+:mod:`~neuronscope.checkpoints.model.batchnorm_evidence` read the same table, :data:`OPERATORS`. A function that is not
 in it has an unbounded output and needs all of its inputs, and no layer is traced back through it.
 """
 
@@ -22,8 +22,9 @@ from neuronscope.checkpoints.model.bounds import elementwise_ops as elementwise
 from neuronscope.checkpoints.model.bounds import shape_ops as shape
 from neuronscope.checkpoints.model.bounds import weighted_ops as weighted
 from neuronscope.checkpoints.model.bounds.interval import Rule
+from neuronscope.checkpoints.model.traced_graph import Step
 
-__all__ = ["DROPOUT", "OPERATORS", "OperatorRule"]
+__all__ = ["DROPOUT", "OPERATORS", "OperatorRule", "step_kind"]
 
 #: Functions that drop elements in training.
 DROPOUT = spellings(
@@ -31,29 +32,29 @@ DROPOUT = spellings(
     in_place=True,
 )
 
-
+#: What a function does to neurons: ``same`` returns its input (copies, casts, dropout), ``moves`` moves elements,
+#: ``scales`` adds or multiplies element by element, ``mixes`` multiplies by a weight (or looks up its rows), ``norm``
+#: normalises, ``other`` does anything else.
 Kind = Literal["same", "moves", "scales", "mixes", "norm", "other"]
 
 
 @dataclass(frozen=True)
 class OperatorRule:
-    """What is known of one torch function.
-
-    Attributes:
-        kind: What it does to neurons: ``same`` returns its input (copies, casts, dropout), ``moves`` moves elements,
-            ``scales`` adds or multiplies element by element, ``mixes`` multiplies by a weight (or looks up its rows),
-            ``norm`` normalises, ``other`` does anything else.
-        bounds: The rule of its interval.
-        needed_inputs: A rule of :mod:`neuronscope.checkpoints.model.needed_inputs`; without one, all inputs are needed.
-    """
+    """What is known of one torch function."""
 
     kind: Kind
-    bounds: Rule
-    needed_inputs: needed.NeededInputs | None
+    bounds: Rule  # the rule of its interval
+    needed_inputs: needed.NeededInputs | None  # ``None`` = all inputs are needed
 
 
 #: Torch function → what is known of it.
 OPERATORS: dict[Callable[..., Any], OperatorRule] = {}
+
+
+def step_kind(step: Step | None) -> str:
+    """Return what a step does to neurons: the ``kind`` of its operator's rule, or ``other``."""
+    rule = OPERATORS.get(step.function) if step is not None else None
+    return "other" if rule is None else rule.kind
 
 
 def _functions(*names: str, in_place: bool = False) -> list[Callable[..., Any]]:

@@ -190,17 +190,12 @@ def _hugging_face(config: Any) -> nn.Module:
 
 def _changes_loading(model: nn.Module) -> bool:
     """Whether a module of a network changes what is loaded into it: old names, or state of its own."""
-    own = ("_load_from_state_dict", "set_extra_state")
-    return any(
-        module._load_state_dict_pre_hooks
-        or any(_home_of(type(module), name).partition(".")[0] != "torch" for name in own)
-        for module in model.modules()
-    )
-
-
-def _home_of(cls: type, method: str) -> str:
-    """Return the name of the Python module in which a class's method is defined."""
-    return next(base.__module__ for base in cls.__mro__ if method in vars(base))
+    for module in model.modules():
+        for name in ("_load_from_state_dict", "set_extra_state"):
+            home = next(base.__module__ for base in type(module).__mro__ if name in vars(base))
+            if module._load_state_dict_pre_hooks or home.partition(".")[0] != "torch":
+                return True
+    return False
 
 
 def _load_as_torch(model: nn.Module, tensors: Mapping[str, StoredTensor]) -> bool:
@@ -222,9 +217,6 @@ def _load_weights(model: nn.Module, checkpoint: Checkpoint) -> None:
     Where they do not fit, masks, adapters (LoRA) and norms of weights are merged into the weights, or the network's own
     code changes what is loaded. Names may differ by a prefix that all share. On the meta device, what is read becomes
     the weights; elsewhere it is copied into them. A lazy module takes its sizes from the checkpoint.
-
-    Raises:
-        CheckpointError: Tensors are missing, left over, or of another shape.
     """
     slots = _slots(model)
     tensors = checkpoint.tensors
@@ -251,7 +243,12 @@ def _load_weights(model: nn.Module, checkpoint: Checkpoint) -> None:
             f"{' '.join(checkpoint.notes)}".rstrip()
         )
     _fill(slots, _match_names(slots, tensors), tensors)
-    _require_memory(model, checkpoint)
+    filled = (*model.named_parameters(), *model.named_buffers())
+    if left := [name for name, tensor in filled if tensor.device.type == "meta"]:  # non-persistent buffers
+        raise CheckpointError(
+            f"Expected the weights of {checkpoint.path} to fill {type(model).__name__}, but {len(left)} tensors are "
+            f"left without numbers ({_few(left)})."
+        )
 
 
 class HeldTensor(NamedTuple):
@@ -349,18 +346,6 @@ def _fill(slots: Mapping[str, HeldTensor], stored_names: Mapping[str, str], stor
             if id(tensor) in loaded:
                 table: dict[str, Any] = module._parameters if attribute in module._parameters else module._buffers
                 table[attribute] = loaded[id(tensor)]
-
-
-def _require_memory(model: nn.Module, checkpoint: Checkpoint) -> None:
-    """Raise if tensors that the checkpoint does not hold (non-persistent buffers) are left on the meta device."""
-    left = [
-        name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if tensor.device.type == "meta"
-    ]
-    if left:
-        raise CheckpointError(
-            f"Expected the weights of {checkpoint.path} to fill {type(model).__name__}, but {len(left)} tensors are "
-            f"left without numbers ({_few(left)})."
-        )
 
 
 def _few(names: list[str]) -> str:

@@ -2,21 +2,98 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from neuronscope.attach.activations import Activation, Registry
+from neuronscope.attach.hooks import HookManager
+from neuronscope.attach.layer_names import LayerNames
+from neuronscope.attach.recorder import SiteRecorder
 from neuronscope.attach.site_finder import Call
 from neuronscope.checkpoints.model.example_inputs import Example
-from neuronscope.checkpoints.model.site_calls import SiteCallHooks
 from neuronscope.checkpoints.model.traced_graph import substitute
 from neuronscope.checkpoints.user_code import user_code
 from neuronscope.count.neuron_layout import NeuronLayout, neurons_first
 from neuronscope.errors import UsageError
 
-__all__ = ["ObservedNetwork", "SiteCall", "tensors_of"]
+__all__ = ["ObservedNetwork", "SiteCall", "SiteCallHooks", "tensors_of"]
+
+
+class SiteCallHooks(HookManager):
+    """A hook manager whose sites have exactly the names that :func:`neuronscope.watch` gives them.
+
+    Args:
+        model: The model.
+        keep_input: Returns what to keep of a site's input; it is called before an in-place activation overwrites it.
+        note: ``note(call, kept, output)``, called at the end of each call of a site, and for each gated product with
+            ``kept=None``.
+    """
+
+    def __init__(
+        self, model: nn.Module, keep_input: Callable[[Tensor], Any], note: Callable[[Call, Any, Tensor], None]
+    ) -> None:
+        super().__init__(
+            model,
+            registry=Registry(),
+            new_counters=_count_nothing,
+            declared_axis=lambda *_: None,
+            functional=True,
+            tolerance=0.0,
+        )
+        scripted = self.recorder.unmeasured.reasons
+        self.recorder: SiteRecorder = _CallRecorder(
+            keep_input, note, names=LayerNames(model), examples=self._examples, masks=self._masks, fail=self.fail
+        )
+        self.recorder.unmeasured.reasons.update(scripted)
+
+
+def _count_nothing(*_: Any) -> None:
+    """Return no counters, so that nothing is counted."""
+
+
+class _CallRecorder(SiteRecorder):
+    """Passes on each call of a site, and counts nothing."""
+
+    def __init__(
+        self, keep_input: Callable[[Tensor], Any], note: Callable[[Call, Any, Tensor], None], **parts: Any
+    ) -> None:
+        self._begun: list[Any] = []  # what was kept of the calls that have begun, one inside another
+        super().__init__(new_counters=_count_nothing, declared_axis=lambda *_: None, tolerance=0.0, **parts)
+        self._keep_input = keep_input
+        self._note = note
+
+    def restart(self) -> None:
+        super().restart()
+        self._begun.clear()
+
+    def begin(
+        self, path: str, function: str, activation: Activation, x: Any, glu_dim: int | None, traced: bool = False
+    ) -> Any:
+        call = super().begin(path, function, activation, x, glu_dim, traced)
+        if call is not None:
+            self._begun.append(self._keep_input(x))
+        return call
+
+    def end(self, call: Call, x: Any, y: Any) -> None:
+        super().end(call, x, y)
+        kept = self._begun.pop()
+        if isinstance(y, (tuple, list)) and y:
+            y = y[0]
+        if isinstance(y, Tensor):
+            self._pass_on(call, kept, y)
+
+    def select(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], y: Any) -> None:
+        selected = self.sites.selections.find(self.running_phase, function, args, kwargs, y)
+        if selected is not None and selected.call.gate is not None:
+            self._pass_on(selected.call, None, y)
+
+    def _pass_on(self, call: Call, kept: Any, y: Tensor) -> None:
+        layout = call.layout
+        if y.dim() > layout.axis and (layout.dims is None or y.dim() == len(layout.dims)):
+            self._note(call, kept, y)
 
 
 def _named_tensors(tree: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
@@ -50,9 +127,8 @@ class SiteCall(NamedTuple):
 class ObservedNetwork:
     """Runs a network on several inputs at once, and returns what its sites were given and gave.
 
-    Attributes:
-        example: Tensors of one input, by name. Those of ``R`` inputs are ``(R, *shape)`` each.
-        batched: Whether several inputs can be joined along the first dimension of their own; else ``R`` must be 1.
+    ``example`` has the tensors of one input, by name; those of ``R`` inputs are ``(R, *shape)`` each. ``batched`` says
+    whether several inputs can be joined along the first dimension of their own; else ``R`` must be 1.
     """
 
     def __init__(self, model: nn.Module, example: Example) -> None:

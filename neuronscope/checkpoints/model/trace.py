@@ -29,7 +29,7 @@ from neuronscope.attach.site_finder import Call
 from neuronscope.attach.tensor_map import TensorMap
 from neuronscope.attach.torch_functions import spellings
 from neuronscope.checkpoints.model.load_model import held_tensors
-from neuronscope.checkpoints.model.site_calls import SiteCallHooks
+from neuronscope.checkpoints.model.observed_network import SiteCallHooks
 from neuronscope.checkpoints.model.traced_graph import Graph, Site, Step, TensorRef, Value, leaves, substitute
 from neuronscope.checkpoints.user_code import describe_exception
 from neuronscope.count.neuron_layout import neurons_first
@@ -151,14 +151,7 @@ class _GraphBuilder(TorchFunctionMode):
     def put(
         self, tensor: Tensor, *, constant: bool = False, name: str = "", sources: frozenset[str] = frozenset()
     ) -> int:
-        """Give a new number to a tensor that was made or changed.
-
-        Args:
-            tensor: The tensor.
-            constant: Whether it does not depend on the input.
-            name: Its name if it is a parameter or buffer.
-            sources: The parameters and buffers that a constant is or was computed from.
-        """
+        """Give a new number to a tensor that was made or changed; the other arguments are fields of :class:`Value`."""
         kept = tensor if constant else None
         self.graph.values.append(Value(tuple(tensor.shape), tensor.dtype, kept, name, sources))
         self._versions.append(tensor._version)
@@ -167,13 +160,7 @@ class _GraphBuilder(TorchFunctionMode):
         return number
 
     def add_site(self, call: Call, before: int | None, y: Tensor) -> None:
-        """Add one call of a site.
-
-        Args:
-            call: The call.
-            before: The number of its input; ``None`` for a gated product, which follows its gate's output.
-            y: Its output ``(…, N, …)``.
-        """
+        """Add one call of a site; ``before`` is ``None`` for a product, which follows the output of its gate."""
         if before is None:
             before = next(
                 site.after for site in reversed(self.graph.sites) if call.gate and site.name == call.gate.name
@@ -249,14 +236,10 @@ class _GraphBuilder(TorchFunctionMode):
 
 
 class _Search:
-    """Searches for tensors in arguments or results of a network, also in the attributes of objects, each object once.
-
-    Attributes:
-        failed: Whether something was met that cannot be searched.
-    """
+    """Searches for tensors in arguments or results of a network, also in attributes of objects, each object once."""
 
     def __init__(self) -> None:
-        self.failed = False
+        self.failed = False  # whether something was met that cannot be searched
         self._met: list[Any] = []  # keeps the ids of these objects in use
 
     def tensors(self, tree: Any) -> Iterator[Tensor]:

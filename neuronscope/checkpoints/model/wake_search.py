@@ -1,30 +1,37 @@
-"""Search a box of inputs for one that makes a neuron fire: signed-gradient ascent on its pre-activation.
+"""Search a box of inputs for those that wake the dead neurons of a post-mortem, and note them in the verdicts.
 
 A neuron that is silent on the data may be dead for every input of a box, or only for the inputs that were seen. A bound
 can prove the first; an input that makes the neuron fire proves the second. Each input that is found is given to the
-network once more, alone, and counts only if the neuron's output is not zero then.
+network once more, alone, and counts only if the neuron's output is not zero then. The search is signed-gradient ascent
+on the neuron's pre-activation.
 """
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from neuronscope.arrays import BoolArray, IntArray
-from neuronscope.checkpoints.model.bounds.propagate import Box
-from neuronscope.checkpoints.model.box_inputs import BoxInputs
-from neuronscope.checkpoints.model.example_inputs import Example
-from neuronscope.checkpoints.model.observed_network import ObservedNetwork, SiteCall
+from neuronscope.checkpoints.model.bounds.propagate import Box, box_ends
+from neuronscope.checkpoints.model.examine_model import Examination
+from neuronscope.checkpoints.model.example_inputs import Example, batch_example
+from neuronscope.checkpoints.model.observed_network import ObservedNetwork, SiteCall, tensors_of
+from neuronscope.checkpoints.verdict.evidence import Abstention, Evidence
+from neuronscope.checkpoints.verdict.layer_verdicts import LayerReport
+from neuronscope.checkpoints.verdict.waking_inputs import Places, WakingInput, neurons_to_wake, note_woken
 from neuronscope.errors import UsageError
 from neuronscope.running import model_state_restored
+from neuronscope.writers.formatting import plural
 
-__all__ = ["WakeSearch", "search_waking_inputs"]
+__all__ = ["WakeOptions", "WakeSearch", "Woken", "search_waking_inputs", "wake_dead_neurons"]
 
 #: A neuron, as site and index.
 Pair = tuple[str, int]
@@ -41,25 +48,22 @@ _TOGETHER, _SMALL = 8, 2**19
 _SAMPLE, _REAL = 2048, 256
 #: Most inputs in one forward, and most numbers that the sites of one forward are given.
 _ROWS, _NUMBERS = 1024, 2**25
+_SOURCE = "wake search"
+#: How long to search unless the user says otherwise.
+_SECONDS = 10.0
 
 
 @dataclass
 class WakeSearch:
-    """What a search found.
+    """What a search found."""
 
-    Attributes:
-        found: For each site that was searched, index into ``inputs`` of an input that makes each neuron fire, int64
-            ``(N,)``; −1 = none was found.
-        inputs: The inputs: tensors by the name of the argument; ``0`` is the first positional argument, and
-            ``mask.1`` the second tensor of the argument ``mask``.
-        complete: Whether every neuron was woken or had all its starts; otherwise the time was up.
-        refused: Why no search was possible; ``""`` if it was.
-    """
-
-    found: dict[str, IntArray] = field(default_factory=dict)
+    #: By site, index into ``inputs`` of an input that makes each neuron fire, int64 ``(N,)``; −1 = none was found.
+    found: dict[str, IntArray]
+    #: The inputs: tensors by the name of the argument; ``0`` is the first positional argument, and ``mask.1`` the
+    #: second tensor of the argument ``mask``.
     inputs: list[dict[str, Tensor]] = field(default_factory=list)
-    complete: bool = True
-    refused: str = ""
+    complete: bool = True  # whether every neuron was woken or had all its starts; otherwise the time was up
+    refused: str = ""  # why no search was possible; ``""`` if it was
 
 
 def search_waking_inputs(
@@ -110,7 +114,7 @@ def search_waking_inputs(
         for parameter in model.parameters():
             parameter.requires_grad_(False)
         network = ObservedNetwork(model, example)
-        inputs = BoxInputs(network, box, seed)
+        inputs = _BoxInputs(network, box, seed)
         try:
             result.refused = inputs.refused or network.unreliable()
             if not result.refused:
@@ -132,7 +136,7 @@ class _NeuronWaker:
     """Notes in the result which inputs wake the neurons that are left, bool ``(N,)`` by site."""
 
     _network: ObservedNetwork
-    _inputs: BoxInputs
+    _inputs: _BoxInputs
     _left: dict[str, BoolArray]
     _result: WakeSearch
     _deadline: float
@@ -281,3 +285,217 @@ def _row(tensors: Sequence[Tensor], row: int) -> list[Tensor]:
 def _fires(after: Tensor) -> Tensor:
     """Return whether each neuron fires for each input, bool ``(R, N)``, from outputs ``(R, P, N)``."""
     return ((after != 0) & after.isfinite()).any(1)
+
+
+class _BoxInputs:
+    """Makes inputs of a network that lie in a box: random ones, those of the data, and steps along a gradient."""
+
+    def __init__(self, network: ObservedNetwork, box: Box, seed: int) -> None:
+        self._network = network
+        self._random = torch.Generator().manual_seed(seed)
+        self.refused = ""  # why no input can be made
+        self.low: list[
+            Tensor | None
+        ] = []  # bounds of each tensor of one input, in its own dtype; ``None`` for integers
+        self.high: list[Tensor | None] = []
+        self._fixed = list(network.example.values())
+        for tensor in self._fixed:
+            low, high = self._ends(tensor, box) if tensor.is_floating_point() else (None, None)
+            self.low.append(low)
+            self.high.append(high)
+        if all(low is None for low in self.low):
+            self.refused = "the network has no floating-point input, so no input is in the box"
+
+    def _ends(self, tensor: Tensor, box: Box) -> tuple[Tensor, Tensor]:
+        """Return the least and the greatest number of the tensor's dtype in the box, for each element."""
+        low, high = box_ends(box, tuple(tensor.shape))
+        if not bool((low.isfinite() & high.isfinite()).all()):
+            self.refused = "the box is not finite"
+        least, greatest = low.to(tensor.dtype), high.to(tensor.dtype)
+        kind = torch.finfo(tensor.dtype)
+        # An end that was rounded out of the box is moved into it, by at least the distance to the next number.
+        least = torch.where(least.double() < low, least + least.abs() * kind.eps + kind.tiny, least)
+        greatest = torch.where(greatest.double() > high, greatest - greatest.abs() * kind.eps - kind.tiny, greatest)
+        if not bool((least <= greatest).all()):
+            self.refused = f"the box holds no number of the input's type {tensor.dtype}"
+        return least, greatest
+
+    @property
+    def numbers(self) -> int:
+        """How many numbers one input has."""
+        return sum(tensor.numel() for tensor in self._fixed)
+
+    def draw(self, rows: int) -> list[Tensor]:
+        """Return random inputs: two of three anywhere in the box, the others at its corners."""
+        drawn = []
+        for low, high, fixed in zip(self.low, self.high, self._fixed, strict=True):
+            shape = (rows, *fixed.shape)
+            if low is None or high is None:
+                drawn.append(fixed.expand(shape).clone())
+                continue
+            share = torch.rand(shape, generator=self._random, dtype=torch.float64)
+            corner = torch.rand((rows, *[1] * fixed.dim()), generator=self._random) < 1 / 3
+            share = torch.where(corner, share.round(), share)
+            drawn.append((low.double() * (1 - share) + high.double() * share).to(low.dtype).clamp(low, high))
+        return drawn
+
+    def moved(self, tensors: Sequence[Tensor], gradients: Sequence[Tensor | None], length: float) -> list[Tensor]:
+        """Return inputs after one step along the sign of a gradient, of a length that is given as a share of the box.
+
+        An input without gradient is drawn anew.
+        """
+        rows = len(tensors[0])
+        lost = torch.ones(rows, dtype=torch.bool)
+        moved = []
+        for tensor, gradient, low, high in zip(tensors, gradients, self.low, self.high, strict=True):
+            if gradient is None or low is None or high is None:
+                moved.append(tensor.detach())
+                continue
+            sign = gradient.nan_to_num(0.0).sign()
+            lost &= (sign == 0).reshape(rows, -1).all(1)
+            half = high / 2 - low / 2
+            moved.append((tensor.detach() + sign * half * (2 * length)).clamp(low, high))
+        if bool(lost.any()):
+            for tensor, new in zip(moved, self.draw(int(lost.sum())), strict=True):
+                tensor[lost] = new
+        return moved
+
+    def of_data(self, data: Example | None, most: int, rows: int) -> list[list[Tensor]]:
+        """Return inputs of the data, moved into the box, in parts of so many rows; none if not like the example."""
+        found = {} if data is None else tensors_of(data)
+        batched = self._network.batched
+        if found.keys() != self._network.example.keys():
+            return []
+        if batched and (len(sizes := {tensor.shape[:1] for tensor in found.values()}) != 1 or () in sizes):
+            return []
+        tensors = []
+        for (name, own), low, high in zip(self._network.example.items(), self.low, self.high, strict=True):
+            given = found[name][:most, None] if batched else found[name][None]
+            if given.shape[1:] != own.shape or given.is_floating_point() != own.is_floating_point():
+                return []
+            given = given.to(own.dtype)
+            tensors.append(given if low is None else given.nan_to_num(0.0).clamp(low, high))
+        return [list(part) for part in zip(*(tensor.split(rows) for tensor in tensors), strict=True)]
+
+
+class WakeOptions(NamedTuple):
+    """How to search."""
+
+    box: Box  # bounds of every element of the input
+    seconds: float  # how long to search at most
+    seed: int  # seed of the random inputs
+
+    @classmethod
+    def of(cls, box: Box | None, seconds: float | None, seed: int) -> WakeOptions | None:
+        """Return the options, or ``None`` if there is nothing to search; raise a UsageError if one is wrong.
+
+        Args:
+            box: The box.
+            seconds: How long; ``None`` for the default.
+            seed: The seed.
+        """
+        number = isinstance(seconds, (int, float)) and not isinstance(seconds, bool)
+        if seconds is not None and not (number and 0 <= seconds < math.inf):
+            raise UsageError(f"Expected argument `wake_seconds` to be a number of seconds ≥ 0, but got {seconds!r}.")
+        if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**63:
+            raise UsageError(f"Expected argument `seed` to be an integer from 0 to 2⁶³ − 1, but got {seed!r}.")
+        if box is None or seconds == 0:
+            return None
+        return cls(box, _SECONDS if seconds is None else seconds, seed)
+
+
+class Woken(NamedTuple):
+    """What a search found."""
+
+    layers: tuple[LayerReport, ...]  # the verdicts, with the input that wakes each neuron
+    inputs: tuple[WakingInput, ...] = ()  # the inputs
+    abstentions: tuple[Abstention, ...] = ()  # what was not searched, and why
+    notes: tuple[str, ...] = ()  # proofs that an input refutes: a fault of Neuronscope
+
+
+def wake_dead_neurons(
+    model: nn.Module,
+    examination: Examination,
+    layers: Sequence[LayerReport],
+    places: Places,
+    options: WakeOptions,
+    *,
+    batch: Any = None,
+    progress: Callable[[str, int, int | None], None] | None = None,
+) -> Woken:
+    """Search for inputs of the box that make dead and silent neurons fire.
+
+    Args:
+        model: The network, with the checkpoint's weights.
+        examination: What is known of it.
+        layers: The verdicts.
+        places: Which units of the layers the neurons of its sites are.
+        options: How to search.
+        batch: A batch of the user's data, to start from.
+        progress: ``progress(what, done, total)``.
+    """
+    if examination.example is None:
+        return Woken(tuple(layers))
+    widths = {site.name: site.neurons for site in examination.sites}
+    targets = neurons_to_wake(layers, places, widths)
+    proved = _proved_dead(examination.evidence)
+    result = search_waking_inputs(
+        model,
+        examination.example,
+        options.box,
+        targets,
+        seconds=options.seconds,
+        seed=options.seed,
+        watched=proved,
+        data=None if batch is None else batch_example(batch),
+        progress=None if progress is None else lambda done, total: progress("searching", done, total),
+    )
+    abstentions = []
+    if result.refused:
+        how_far = " to the end" if result.inputs else ""
+        abstentions.append(Abstention(_SOURCE, "", f"The box was not searched{how_far}: {result.refused}."))
+        if not result.inputs:
+            return Woken(tuple(layers), abstentions=tuple(abstentions))
+    elif not result.complete:
+        left = sum(int((mask & (result.found[name] < 0)).sum()) for name, mask in targets.items())
+        reason = (
+            f"The time of {options.seconds:g} s was up when inputs were still being tried for "
+            f"{plural(left, 'neuron')}: `wake_seconds` (--wake) gives more."
+        )
+        abstentions.append(Abstention(_SOURCE, "", reason))
+    return Woken(
+        note_woken(layers, places, result.found),
+        tuple(
+            {
+                name: (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()  # numpy has no bfloat16
+                for name, tensor in one.items()
+            }
+            for one in result.inputs
+        ),
+        tuple(abstentions),
+        tuple(_refuted(examination.evidence, result.found)),
+    )
+
+
+def _proved_dead(evidence: Sequence[Evidence]) -> dict[str, BoolArray]:
+    """Return the neurons that are proved dead, bool ``(N,)`` by site."""
+    proved: dict[str, BoolArray] = {}
+    for one in evidence:
+        if one.basis == "proved" and one.claim == "dead":
+            proved.setdefault(one.site, np.zeros(one.width, dtype=np.bool_))[one.neurons] = True
+    return proved
+
+
+def _refuted(evidence: Sequence[Evidence], found: Mapping[str, IntArray]) -> list[str]:
+    """Report proofs of death that an input of the box refutes."""
+    faults = []
+    for one in evidence:
+        if one.basis == "proved" and one.claim == "dead" and one.site in found:
+            wrong = one.neurons[found[one.site][one.neurons] >= 0]
+            if wrong.size:
+                faults.append(
+                    f"FAULT OF NEURONSCOPE: {one.source} called {plural(wrong.size, 'neuron')} of {one.site} proved "
+                    f"dead that an input of the box makes fire (first {wrong[0]}, by waking input "
+                    f"{found[one.site][wrong[0]]}). The proof is wrong: please report it with this network."
+                )
+    return faults

@@ -53,32 +53,20 @@ _MEASURED, _INFERRED = BASES.index("measured"), BASES.index("inferred")
 
 @dataclass(frozen=True)
 class LeftOut:
-    """A checkpoint that the timeline does not include.
+    """A checkpoint that the timeline does not include."""
 
-    Attributes:
-        path: The file or folder.
-        reason: Why it is left out.
-        unreadable: Whether it could not be read or examined.
-    """
-
-    path: str
-    reason: str
-    unreadable: bool
+    path: str  # the file or folder
+    reason: str  # why it is left out
+    unreadable: bool  # whether it could not be read or examined
 
 
 @dataclass(frozen=True)
 class TimelinePoint:
-    """One checkpoint of the timeline.
+    """One checkpoint of the timeline."""
 
-    Attributes:
-        path: The file or folder.
-        step: Number of optimizer steps taken.
-        not_finite: Number of neurons that are NaN or infinite in it.
-    """
-
-    path: str
-    step: int
-    not_finite: int
+    path: str  # the file or folder
+    step: int  # number of optimizer steps taken
+    not_finite: int  # number of neurons that are NaN or infinite in it
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,34 +79,21 @@ class GradientMasks:
 
 @dataclass(frozen=True, eq=False)
 class LayerTimeline:
-    """The deaths and revivals in a layer of ``N`` neurons over ``C`` checkpoints.
+    """The deaths and revivals in a layer of ``N`` neurons over ``C`` checkpoints."""
 
-    Attributes:
-        name: The layer's name.
-        neurons: ``N``.
-        in_headlines: Whether totals include the layer.
-        dead: Number of neurons that are dead at each checkpoint, int64 ``(C,)``; −1 = the layer is not in it.
-        unknown: Number of neurons of which nothing is known at each checkpoint, int64 ``(C,)``.
-        neuron: The neuron of each of ``E`` events, int64 ``(E,)``; events are in the order of checkpoints.
-        kind: Whether it died (0) or revived (1), uint8 ``(E,)``.
-        checkpoint: Index of the first checkpoint that shows the event, int64 ``(E,)``. A death at index 0 came before
-            the first checkpoint.
-        earliest: The earliest step at which it happened, int64 ``(E,)``; −1 = since the beginning.
-        latest: The latest step, int64 ``(E,)``.
-        basis: Basis of the verdict at that checkpoint, an index into ``BASES``, uint8 ``(E,)``.
-    """
-
-    name: str
-    neurons: int
-    in_headlines: bool
-    dead: IntArray
-    unknown: IntArray
-    neuron: IntArray
-    kind: ByteArray
+    name: str  # the layer's name
+    neurons: int  # ``N``
+    in_headlines: bool  # whether totals include the layer
+    dead: IntArray  # number of neurons that are dead at each checkpoint, int64 ``(C,)``; −1 = the layer is not in it
+    unknown: IntArray  # number of neurons of which nothing is known at each checkpoint, int64 ``(C,)``
+    neuron: IntArray  # the neuron of each of ``E`` events, int64 ``(E,)``; events are in the order of checkpoints
+    kind: ByteArray  # whether it died (0) or revived (1), uint8 ``(E,)``
+    #: Index of the first checkpoint that shows the event, int64 ``(E,)``. A death at index 0 came before the first
+    #: checkpoint.
     checkpoint: IntArray
-    earliest: IntArray
-    latest: IntArray
-    basis: ByteArray
+    earliest: IntArray  # the earliest step at which it happened, int64 ``(E,)``; −1 = since the beginning
+    latest: IntArray  # the latest step, int64 ``(E,)``
+    basis: ByteArray  # basis of the verdict at that checkpoint, an index into ``BASES``, uint8 ``(E,)``
 
     def events(self, kind: int) -> BoolArray:
         """Return which events are deaths (:data:`DIED`) or revivals (:data:`REVIVED`), bool ``(E,)``."""
@@ -146,17 +121,13 @@ class LayerTimeline:
 
 @dataclass(frozen=True)
 class CheckpointTimeline:
-    """Deaths and revivals between the checkpoints of one run.
+    """Deaths and revivals between the checkpoints of one run."""
 
-    Attributes:
-        checkpoints: The ``C`` checkpoints in the order of their steps. The report is on the last one.
-        layers: The layers of the last checkpoint that are in the totals, and those that are not, in order.
-        left_out: Checkpoints that are not included, and why.
-    """
-
+    #: The ``C`` checkpoints in the order of their steps. The report is on the last one.
     checkpoints: tuple[TimelinePoint, ...]
+    #: The layers of the last checkpoint that are in the totals, and those that are not, in order.
     layers: tuple[LayerTimeline, ...]
-    left_out: tuple[LeftOut, ...] = ()
+    left_out: tuple[LeftOut, ...] = ()  # checkpoints that are not included, and why
 
     @property
     def headline_layers(self) -> tuple[LayerTimeline, ...]:
@@ -174,11 +145,7 @@ class CheckpointTimeline:
         return self._sum(layer.unknown for layer in self.headline_layers)
 
     def count(self, kind: int) -> IntArray:
-        """Return the number of events that each checkpoint is the first to show, int64 ``(C,)``.
-
-        Args:
-            kind: :data:`DIED` or :data:`REVIVED`.
-        """
+        """Return how many deaths or revivals each checkpoint is the first to show, int64 ``(C,)``."""
         size = len(self.checkpoints)
         return self._sum(
             np.bincount(layer.checkpoint[layer.events(kind)], minlength=size) for layer in self.headline_layers
@@ -280,11 +247,7 @@ class TimelineBuilder:
         self._layers = layers
 
     def build(self, left_out: tuple[LeftOut, ...] = ()) -> CheckpointTimeline:
-        """Return the timeline of the layers of the last checkpoint.
-
-        Args:
-            left_out: Checkpoints that are not included.
-        """
+        """Return the timeline of the layers of the last checkpoint, with the checkpoints that are not included."""
         steps = [point.step for point in self.points]
         layers = tuple(
             _layer_timeline(layer, [one.get(layer.name) for one in self._states], steps) for layer in self._layers

@@ -205,11 +205,7 @@ class Disagreement:
 
 
 def find_disagreements(layers: Iterable[LayerReport]) -> list[Disagreement]:
-    """Return all disagreements, layer by layer; each contested neuron is in exactly one of them.
-
-    Args:
-        layers: The layers of a post-mortem.
-    """
+    """Return all disagreements, layer by layer; each contested neuron is in exactly one of them."""
     return [disagreement for layer in layers for disagreement in _in_layer(layer)]
 
 

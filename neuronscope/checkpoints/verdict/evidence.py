@@ -44,42 +44,30 @@ PERMANENT = "fixed data"
 class Evidence:
     """One claim of one source about ``K`` of the ``N`` neurons of a layer.
 
-    Attributes:
-        layer: Path of the layer; of evidence on a site, its name, until
-            :func:`~neuronscope.checkpoints.verdict.join_units.join_units` has found the units of layers.
-        width: ``N``.
-        source: Where the claim comes from: ``monitor record``, ``adam state``, ``weights``, ``batch norm`` …
-        claim: One of :data:`CLAIMS`.
-        basis: One of :data:`BASES`.
-        neurons: Indices along the layer's neuron axis, int64 ``(K,)``, strictly increasing.
-        numbers: A number that supports the claim for each neuron, float64 ``(K,)``; NaN = none.
-        measure: The meaning of the numbers, with their unit: ``steps since its last gradient, at most``.
-        text: An explanation for the reader: the reason, its bound and its limits.
-        since: Optimizer step from which the claim holds for each neuron, int64 ``(K,)``: −1 = from the start; ``None``
-            if the source does not know.
-        whole_layer: True if the claim holds only because the whole layer was frozen, or cut off by a later layer. It
-            then says nothing about the single neurons.
-        collapsed: True if the claim holds because the layer has collapsed: all its neurons output zero, and nothing
-            passes it.
-        site: Name of the site that the claim is about; ``""`` if it is about the layer's weights.
-
     Raises:
         UsageError: A claim or basis is unknown, shapes differ, or ``neurons`` is not increasing within the width.
     """
 
+    #: Path of the layer; of evidence on a site, its name, until
+    #: :func:`~neuronscope.checkpoints.verdict.join_units.join_units` has found the units of layers.
     layer: str
-    width: int
-    source: str
-    claim: str
-    basis: str
-    neurons: IntArray
-    numbers: FloatArray
-    measure: str
-    text: str
+    width: int  # ``N``
+    source: str  # where the claim comes from: ``monitor record``, ``adam state``, ``weights``, ``batch norm`` …
+    claim: str  # one of :data:`CLAIMS`
+    basis: str  # one of :data:`BASES`
+    neurons: IntArray  # indices along the layer's neuron axis, int64 ``(K,)``, strictly increasing
+    numbers: FloatArray  # a number that supports the claim for each neuron, float64 ``(K,)``; NaN = none
+    measure: str  # the meaning of the numbers, with their unit: ``steps since its last gradient, at most``
+    text: str  # an explanation for the reader: the reason, its bound and its limits
+    #: Optimizer step from which the claim holds for each neuron, int64 ``(K,)``: −1 = from the start; ``None`` if the
+    #: source does not know.
     since: IntArray | None = None
+    #: True if the claim holds only because the whole layer was frozen, or cut off by a later layer. It then says
+    #: nothing about the single neurons.
     whole_layer: bool = False
+    #: True if the claim holds because the layer has collapsed: all its neurons output zero, and nothing passes it.
     collapsed: bool = False
-    site: str = ""
+    site: str = ""  # name of the site that the claim is about; ``""`` if it is about the layer's weights
 
     def __post_init__(self) -> None:
         if self.claim not in CLAIMS or self.basis not in BASES:
@@ -139,14 +127,8 @@ def evidence_on_site(name: str, mask: ArrayLike, numbers: ArrayLike | None = Non
 
 @dataclass(frozen=True)
 class Abstention:
-    """A source that could not examine a layer, and why. An unknown neuron is never reported as healthy.
+    """A source that could not examine a layer, and why. An unknown neuron is never reported as healthy."""
 
-    Attributes:
-        source: As in :class:`Evidence`.
-        layer: The layer concerned; ``""`` for the whole checkpoint.
-        reason: One sentence, with a remedy if there is one.
-    """
-
-    source: str
-    layer: str
-    reason: str
+    source: str  # as in :class:`Evidence`
+    layer: str  # the layer concerned; ``""`` for the whole checkpoint
+    reason: str  # one sentence, with a remedy if there is one

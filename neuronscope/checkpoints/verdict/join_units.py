@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -64,18 +64,13 @@ class JoinedLayer:
 
 @dataclass
 class JoinedLayers:
-    """The layers of a post-mortem.
+    """The layers of a post-mortem."""
 
-    Attributes:
-        layers: The layers by name, in the order of the report.
-        norms: The norm of each layer that a norm normalises, unit by unit, by the layer's path.
-        units: Which units of each layer the neurons of a site are, int64 ``(N,)`` by layer, by the site's name and
-            ``N``; −1 = of another layer.
-    """
-
-    layers: dict[str, JoinedLayer] = field(default_factory=dict)
-    norms: dict[str, str] = field(default_factory=dict)
-    units: dict[tuple[str, int], dict[str, IntArray]] = field(default_factory=dict)
+    layers: dict[str, JoinedLayer]  # the layers by name, in the order of the report
+    norms: dict[str, str]  # the norm of each layer that a norm normalises, unit by unit, by the layer's path
+    #: Which units of each layer the neurons of a site are, int64 ``(N,)`` by layer, by the site's name and ``N``; −1 =
+    #: of another layer.
+    units: dict[tuple[str, int], dict[str, IntArray]]
 
     def name_of(self, path: str) -> str:
         """Return the name of the layer with this path: that of its norm if it has one."""
@@ -112,7 +107,7 @@ def join_units(
     for units_by_layer in units_of.values():
         for layer, units in units_by_layer.items():
             found[layer] = max(found.get(layer, 0), int(units.max(initial=-1)) + 1)
-    joined = JoinedLayers(norms=_norms(sites, widths, found), units=units_of)
+    joined = JoinedLayers({}, _norms(sites, widths, found), units_of)
     for path, width in widths.items():
         joined.layers[joined.name_of(path)] = JoinedLayer(width)
     for site in sites:
@@ -205,11 +200,7 @@ def _prefixes(site: SiteReport, widths: Mapping[str, int]) -> set[tuple[str, str
 
 
 def places_but_gates(sites: Sequence[NamedSite]) -> dict[str, BoolArray]:
-    """Return which neurons of each site are judged there, bool ``(N,)`` by site: not gates that have a product.
-
-    Args:
-        sites: The sites of one source.
-    """
+    """Return which neurons of one source's sites are judged, bool ``(N,)`` by site: not gates that have a product."""
     products: dict[str, IntArray] = {}
     for site in sites:
         if site.kind == "gated":

@@ -83,39 +83,23 @@ class PostmortemVerdict:
 
 @dataclass(frozen=True)
 class Confirmation:
-    """How often measurements on data agree with one kind of claim of one source.
+    """How often measurements on data agree with one kind of claim of one source."""
 
-    Attributes:
-        source: The source of the claims.
-        claim: The claim.
-        basis: Its basis.
-        held: Number of neurons for which the measurement agrees.
-        refuted: Number of neurons for which the measurement shows the opposite.
-        untested: Number of neurons for which the measurement shows neither.
-    """
-
-    source: str
+    source: str  # the source of the claims
     claim: str
     basis: str
-    held: int
-    refuted: int
-    untested: int
+    held: int  # number of neurons for which the measurement agrees
+    refuted: int  # number of neurons for which the measurement shows the opposite
+    untested: int  # number of neurons for which the measurement shows neither
 
 
 class InBox(NamedTuple):
-    """What is known of dead neurons for the inputs of the box.
+    """What is known of dead neurons for the inputs of the box."""
 
-    Attributes:
-        dead: How many neurons are dead, never trained or without gradient on a firm basis: the sum of the others.
-        proved: Number of those that are proved dead for every input of the box.
-        woken: Number of those that an input of the box makes fire.
-        open: Number of those for which neither is known.
-    """
-
-    dead: int
-    proved: int
-    woken: int
-    open: int
+    dead: int  # how many neurons are dead, never trained or without gradient on a firm basis: the sum of the others
+    proved: int  # number of those that are proved dead for every input of the box
+    woken: int  # number of those that an input of the box makes fire
+    open: int  # number of those for which neither is known
 
 
 @dataclass(frozen=True, eq=False)
@@ -306,6 +290,10 @@ class LayerReport:
     def to_dict(self) -> dict[str, Any]:
         """Return the layer as plain data: all evidence, and each verdict that is contested or not alive or unknown."""
         listed = np.flatnonzero(self.listed)
+        woken = None
+        if self.woken is not None:
+            neurons = np.flatnonzero(self.woken >= 0)
+            woken = {"neuron": neurons.tolist(), "input": self.woken[neurons].tolist()}
         return {
             "name": self.name,
             "sites": list(self.sites),
@@ -330,7 +318,7 @@ class LayerReport:
             },
             "permanent": np.flatnonzero(self.permanent).tolist(),
             "in_box": None if self.in_box is None else self.in_box._asdict(),
-            "woken": None if self.woken is None else _woken_as_dict(self.woken),
+            "woken": woken,
             "evidence": [_evidence_as_dict(one) for one in self.evidence],
         }
 
@@ -367,11 +355,6 @@ def _evidence_as_dict(one: Evidence) -> dict[str, Any]:
         "number": _plain(one.numbers),
         "since": None if one.since is None else one.since.tolist(),
     }
-
-
-def _woken_as_dict(woken: IntArray) -> dict[str, list[int]]:
-    neurons = np.flatnonzero(woken >= 0)
-    return {"neuron": neurons.tolist(), "input": woken[neurons].tolist()}
 
 
 def _plain(values: FloatArray) -> list[float | None]:

@@ -67,21 +67,15 @@ LADDER = (
 
 @dataclass(frozen=True)
 class NeuronMap:
-    """One layer, packed (``N`` neurons, ``T`` of which have a label other than alive and unknown, or are contested).
+    """One layer, packed (``N`` neurons, ``T`` of which have a label other than alive and unknown, or are contested)."""
 
-    Attributes:
-        runs: ``(label or IDLE, basis, neurons)`` of neighbours that are alike, sorted worst first; ``N`` in all.
-        marked: ``T``; these neurons come first.
-        detail: What was kept.
-        data: Base64 of the zlib-deflated planes, one after another, each one byte an item: if ``detail.neurons``, index
-            (4 planes of N, lowest byte first), evidence mask (4 planes of N), deciding and dating evidence + 1, and
-            marks (N each): 1 = contested, 2 = woken by an input of the box; if ``detail.steps``, ``since + 2``
-            (4 planes of T); if ``detail.numbers``, the number as float32 (4 planes of T).
-    """
-
-    runs: list[tuple[int, int, int]]
-    marked: int
-    detail: Detail
+    runs: list[tuple[int, int, int]]  # label or IDLE, basis and number of neighbours that are alike, worst first
+    marked: int  # ``T``; these neurons come first
+    detail: Detail  # what was kept
+    #: Base64 of the zlib-deflated planes, one after another, each one byte an item: if ``detail.neurons``, index (4
+    #: planes of N, lowest byte first), evidence mask (4 planes of N), deciding and dating evidence + 1, and marks (N
+    #: each): 1 = contested, 2 = woken by an input of the box; if ``detail.steps``, ``since + 2`` (4 planes of T); if
+    #: ``detail.numbers``, the number as float32 (4 planes of T).
     data: str
 
 
@@ -100,7 +94,8 @@ def pack(layer: LayerReport, budget: int) -> NeuronMap:
         if detail.neurons:
             planes += [four_planes(order.astype("<u4")), four_planes(_mask(layer)[order])]
             planes += [(which[order] + 1).clip(0, 255).astype(np.uint8) for which in (layer.deciding, layer.dating)]
-            planes.append(_marks(layer)[order])
+            woken = np.zeros(layer.neurons, dtype=np.bool_) if layer.woken is None else layer.woken >= 0
+            planes.append((layer.contested + 2 * woken).astype(np.uint8)[order])
         if detail.steps:
             since = layer.since[order[:marked]]
             rounded = np.where(since > 0, since // detail.steps * detail.steps, since)
@@ -153,11 +148,6 @@ def _runs(layer: LayerReport, order: IntArray) -> list[tuple[int, int, int]]:
     starts = np.flatnonzero(np.diff(codes, prepend=-1))
     sizes = np.diff([*starts, codes.size])
     return [(int(codes[at]) // 256, int(codes[at]) % 256, int(size)) for at, size in zip(starts, sizes, strict=True)]
-
-
-def _marks(layer: LayerReport) -> ByteArray:
-    woken = np.zeros(layer.neurons, dtype=np.bool_) if layer.woken is None else layer.woken >= 0
-    return (layer.contested + 2 * woken).astype(np.uint8)
 
 
 def _mask(layer: LayerReport) -> npt.NDArray[np.uint32]:

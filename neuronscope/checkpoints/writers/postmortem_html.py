@@ -82,6 +82,7 @@ def render(report: PostmortemReport) -> str:
     last = max([report.global_step or 0, *died.tolist()])
     overview = network_map(report.layers, last, OVERVIEW_BUDGET)
     sentences = wording.findings(report)
+    confirmations, woken, contested = wording.lists(report, LISTED, NAMED).values()
     return page.fill(
         home / "postmortem.html.j2",
         styles=[home / "assets" / "postmortem.css"],
@@ -106,9 +107,9 @@ def render(report: PostmortemReport) -> str:
         left_out=left_out,
         legend=LEGEND,
         grounds=wording.grounds(report),
-        confirmations=wording.confirmations(report),
-        woken=wording.woken(report, LISTED, NAMED),
-        contested=wording.contested(report, LISTED, NAMED),
+        confirmations=confirmations,
+        woken=woken,
+        contested=contested,
         reasons=wording.abstentions(report, LISTED),
         notes=report.notes,
         glossary=wording.GLOSSARY,

@@ -8,7 +8,6 @@ from typing import Any
 from neuronscope.checkpoints.postmortem_report import PostmortemReport
 from neuronscope.checkpoints.writers import postmortem_wording as wording
 from neuronscope.checkpoints.writers import timeline_wording
-from neuronscope.checkpoints.writers.postmortem_columns import CHECKPOINT_COLUMNS, COLUMNS, TIMELINE_COLUMNS
 from neuronscope.writers.console import Column
 from neuronscope.writers.formatting import count
 from neuronscope.writers.markdown_text import bullets, code, diagnosis_parts, pairs, plain, prose, table
@@ -36,14 +35,14 @@ def render(report: PostmortemReport) -> str:
     blocks.append(bullets(sentences))
     if report.layers:
         shown, left_out = wording.fold(report)
-        shown_columns = [one for one in COLUMNS if one.field != "woken" or report.in_box is not None]
+        shown_columns = [one for one in wording.COLUMNS if one.field != "woken" or report.in_box is not None]
         blocks.append(_table("layer", shown_columns, [wording.layer_cells(layer) for layer in shown]))
         blocks += [f"{sentence}." for sentence in left_out]
     if report.timeline is not None and len(report.timeline.checkpoints) > 1:
         blocks.append("### Between the checkpoints")
         for first, columns, (rows, without) in (
-            ("checkpoint", CHECKPOINT_COLUMNS, timeline_wording.checkpoint_rows(report.timeline)),
-            ("layer", TIMELINE_COLUMNS, timeline_wording.layer_rows(report.timeline)),
+            ("checkpoint", timeline_wording.CHECKPOINT_COLUMNS, timeline_wording.checkpoint_rows(report.timeline)),
+            ("layer", timeline_wording.TIMELINE_COLUMNS, timeline_wording.layer_rows(report.timeline)),
         ):
             blocks += [_table(first, columns, rows)] if rows else []
             blocks += [f"{without}."] if without else []
@@ -54,11 +53,7 @@ def render(report: PostmortemReport) -> str:
         blocks += [f"#### {plain(one.sign)}", diagnosis_parts(one)]
     if grounds := wording.grounds(report):
         blocks += ["### Evidence", table(GROUNDS, map(_ground, grounds))]
-    for heading, lines in (
-        ("Confirmed by measuring", wording.confirmations(report)),
-        ("Woken by an input of the box", wording.woken(report, LISTED, NAMED)),
-        ("Contested", wording.contested(report, LISTED, NAMED)),
-    ):
+    for heading, lines in wording.lists(report, LISTED, NAMED).items():
         blocks += [f"### {heading}", bullets(map(plain, lines))] if lines else []
     if report.abstentions:
         reasons = [[plain(what), plain(why)] for what, why in wording.abstentions(report, LISTED)]

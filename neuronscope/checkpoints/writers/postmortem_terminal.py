@@ -5,7 +5,6 @@ from __future__ import annotations
 from neuronscope.checkpoints.postmortem_report import PostmortemReport
 from neuronscope.checkpoints.writers import postmortem_wording as wording
 from neuronscope.checkpoints.writers import timeline_wording
-from neuronscope.checkpoints.writers.postmortem_columns import CHECKPOINT_COLUMNS, COLUMNS, TIMELINE_COLUMNS
 from neuronscope.writers.console import Page
 from neuronscope.writers.formatting import plural
 
@@ -27,20 +26,19 @@ def render(report: PostmortemReport, top: int = 20) -> str:
     page.summary(title, wording.based_on(report), sentences, alarm=wording.is_alarm(report))
     if report.layers:
         shown, left_out = wording.fold(report, top, top)
-        page.table(COLUMNS, [wording.layer_cells(layer) for layer in shown], left_out)
+        page.table(wording.COLUMNS, [wording.layer_cells(layer) for layer in shown], left_out)
     if report.timeline is not None and len(report.timeline.checkpoints) > 1:
         page.heading("Between the checkpoints")
         checkpoints, without = timeline_wording.checkpoint_rows(report.timeline)
-        page.table(CHECKPOINT_COLUMNS, checkpoints, filter(None, [without]), first="checkpoint")
+        page.table(timeline_wording.CHECKPOINT_COLUMNS, checkpoints, filter(None, [without]), first="checkpoint")
         layers, without = timeline_wording.layer_rows(report.timeline)
         if layers:
-            page.table(TIMELINE_COLUMNS, layers, filter(None, [without]))
+            page.table(timeline_wording.TIMELINE_COLUMNS, layers, filter(None, [without]))
         page.line(timeline_wording.EXPLANATION, "dim")
     page.causes(report.diagnoses)
     page.list("Evidence", [_ground(row) for row in wording.grounds(report)])
-    page.list("Confirmed by measuring", wording.confirmations(report))
-    page.list("Woken by an input of the box", wording.woken(report, LISTED, NAMED))
-    page.list("Contested", wording.contested(report, LISTED, NAMED))
+    for heading, lines in wording.lists(report, LISTED, NAMED).items():
+        page.list(heading, lines)
     page.list("Not known, and why", [f"{what}: {why}" for what, why in wording.abstentions(report, LISTED)])
     page.list("Notes", report.notes)
     page.line()

@@ -12,9 +12,10 @@ from neuronscope.checkpoints.postmortem_report import LEVELS, PostmortemReport
 from neuronscope.checkpoints.verdict.combine import Disagreement, find_disagreements
 from neuronscope.checkpoints.verdict.evidence import BASES, CLAIMS, Evidence
 from neuronscope.checkpoints.verdict.join_units import LEFT_OUT
-from neuronscope.checkpoints.verdict.layer_verdicts import InBox, LayerReport
+from neuronscope.checkpoints.verdict.layer_verdicts import LayerReport
 from neuronscope.checkpoints.writers import timeline_wording
 from neuronscope.judge.symptoms import last_deaths
+from neuronscope.writers.console import Column
 from neuronscope.writers.formatting import (
     NONE,
     UNKNOWN,
@@ -30,24 +31,36 @@ from neuronscope.writers.formatting import (
 )
 
 __all__ = [
+    "COLUMNS",
     "GLOSSARY",
     "LEGEND",
     "Ground",
     "LayerCells",
     "abstentions",
     "based_on",
-    "confirmations",
-    "contested",
     "findings",
     "fold",
     "grounds",
     "is_alarm",
     "layer_cells",
+    "lists",
     "name",
     "title",
-    "woken",
 ]
 
+#: The columns of the table of layers after the name, fields of :class:`LayerCells`.
+COLUMNS = (
+    Column("neurons", "neurons", narrowest=70),
+    Column("dead", "dead"),
+    Column("%", "dead_share"),
+    Column("how sure", "sure", right=False, narrowest=60, wraps=True),
+    Column("woken", "woken", narrowest=80, optional=True),
+    Column("since", "since", right=False, wraps=True),
+    Column("suspected", "suspected", narrowest=100, optional=True),
+    Column("other", "other", right=False, narrowest=100, wraps=True, optional=True),
+    Column("contested", "contested", narrowest=110, optional=True),
+    Column("unknown", "unknown", narrowest=120, optional=True),
+)
 #: Collapsed layers that have a sentence each.
 COLLAPSES = 5
 
@@ -121,8 +134,11 @@ def findings(report: PostmortemReport) -> list[str]:
         sentences.append(f"{which} permanent on this data, proved: no training on the same examples revives them.")
     if report.timeline is not None:
         sentences += timeline_wording.findings(report.timeline)
-    if report.in_box is not None and report.in_box.dead:
-        sentences.append(_in_box(report.in_box))
+    if (box := report.in_box) is not None and box.dead:
+        sentences.append(
+            f"Of {plural(box.dead, 'dead neuron')}: {count(box.proved)} proved dead for every input of the box, "
+            f"{count(box.woken)} woken by an input of the box, {count(box.open)} open."
+        )
     if report.suspected:
         they = "it is" if report.suspected == 1 else "they are"
         sentences.append(f"{count(report.suspected)} more may be dead; {they} not included in the totals.")
@@ -178,13 +194,13 @@ def _collapses(report: PostmortemReport) -> list[str]:
             )
         elif layer.collapse == "suspected":
             suspected.append(f"Layer {where} may have collapsed: {none} gets a gradient{since}.{tell}")
-    return [*_first(firm, COLLAPSES, "layer"), *_first(suspected, COLLAPSES, "layer")]
+    return [*_first(firm, COLLAPSES), *_first(suspected, COLLAPSES)]
 
 
-def _first(lines: list[str], most: int, noun: str) -> list[str]:
-    """Return the first lines, and one that says how many were left out."""
+def _first(lines: list[str], most: int) -> list[str]:
+    """Return the first lines, and one that says how many layers were left out."""
     more = len(lines) - most
-    return lines if more <= 0 else [*lines[:most], f"The same holds for {plural(more, f'more {noun}')}."]
+    return lines if more <= 0 else [*lines[:most], f"The same holds for {plural(more, 'more layer')}."]
 
 
 def _collapsed_since(layer: LayerReport) -> str:
@@ -214,13 +230,6 @@ def _deaths(report: PostmortemReport) -> list[str]:
         f"Worst layer: `{visible(worst.name)}`, with {count(worst.dead)} of {count(worst.neurons)}.",
         f"When they died{clock}: {steps}.",
     ]
-
-
-def _in_box(found: InBox) -> str:
-    return (
-        f"Of {plural(found.dead, 'dead neuron')}: {count(found.proved)} proved dead for every input of the box, "
-        f"{count(found.woken)} woken by an input of the box, {count(found.open)} open."
-    )
 
 
 def _idle(report: PostmortemReport) -> str:
@@ -357,7 +366,22 @@ def grounds(report: PostmortemReport) -> list[Ground]:
     )
 
 
-def confirmations(report: PostmortemReport) -> list[str]:
+def lists(report: PostmortemReport, most: int, named: int) -> dict[str, list[str]]:
+    """Return the lines of each list by its heading.
+
+    Args:
+        report: The post-mortem.
+        most: Most lines of a list; one more says how much was left out.
+        named: Most neurons that a line names.
+    """
+    return {
+        "Confirmed by measuring": _confirmations(report),
+        "Woken by an input of the box": _woken(report, most, named),
+        "Contested": _contested(report, most, named),
+    }
+
+
+def _confirmations(report: PostmortemReport) -> list[str]:
     """Say for each source and claim that was not measured how much of it a measurement confirmed."""
     sentences = []
     for one in report.confirmations:
@@ -368,20 +392,14 @@ def confirmations(report: PostmortemReport) -> list[str]:
     return sentences
 
 
-def woken(report: PostmortemReport, most: int, named: int) -> list[str]:
-    """Say which neurons an input of the box makes fire, a line for each layer.
-
-    Args:
-        report: The post-mortem.
-        most: Most lines; one more says how many layers were left out.
-        named: Most neurons that a line names.
-    """
+def _woken(report: PostmortemReport, most: int, named: int) -> list[str]:
+    """Say which neurons an input of the box makes fire, a line for each layer."""
     lines = []
     for layer in report.layers:
         if layer.woken is not None and (neurons := np.flatnonzero(layer.woken >= 0)).size:
             by = f"by {plural(np.unique(layer.woken[neurons]).size, 'input')}, stored in the JSON report"
             lines.append(f"{visible(layer.name)}, {_named(neurons, named)}: {by}")
-    return _first(lines, most, "layer")
+    return _first(lines, most)
 
 
 def _named(neurons: IntArray, most: int) -> str:
@@ -390,17 +408,11 @@ def _named(neurons: IntArray, most: int) -> str:
     return f"neuron{'s' if neurons.size > 1 else ''} {named}" + f" … ({count(neurons.size)})" * (neurons.size > most)
 
 
-def contested(report: PostmortemReport, lines: int, neurons: int) -> list[str]:
-    """Say where sources disagree: a line for the neurons of one layer over which the same sources disagree alike.
-
-    Args:
-        report: The post-mortem.
-        lines: Most lines; one more says how many neurons were left out.
-        neurons: Most neurons that a line names.
-    """
+def _contested(report: PostmortemReport, most: int, named: int) -> list[str]:
+    """Say where sources disagree: a line for the neurons of one layer over which the same sources disagree alike."""
     found = find_disagreements(report.layers)
-    more = sum(contest.neurons.size for contest in found[lines:])
-    return [_contest(one, neurons) for one in found[:lines]] + ([f"and {plural(more, 'more neuron')}"] if more else [])
+    more = sum(contest.neurons.size for contest in found[most:])
+    return [_contest(one, named) for one in found[:most]] + ([f"and {plural(more, 'more neuron')}"] if more else [])
 
 
 def _contest(one: Disagreement, most: int) -> str:

@@ -10,14 +10,46 @@ import numpy as np
 from neuronscope.arrays import BoolArray, IntArray
 from neuronscope.checkpoints.verdict.checkpoint_timeline import DIED, REVIVED, CheckpointTimeline, LayerTimeline
 from neuronscope.checkpoints.verdict.evidence import BASES
+from neuronscope.writers.console import Column
 from neuronscope.writers.formatting import NONE, UNKNOWN, count, is_are, plural, visible
 
-__all__ = ["EXPLANATION", "Chart", "CheckpointRow", "TimelineRow", "chart", "checkpoint_rows", "findings", "layer_rows"]
+__all__ = [
+    "CHECKPOINT_COLUMNS",
+    "EXPLANATION",
+    "TIMELINE_COLUMNS",
+    "Chart",
+    "CheckpointRow",
+    "TimelineRow",
+    "chart",
+    "checkpoint_rows",
+    "findings",
+    "layer_rows",
+]
 
 #: What the numbers of the tables mean.
 EXPLANATION = (
     "died: dead here and not at the checkpoint before; the last gradient came between the steps that are given. What a "
     "later checkpoint shows counts too. unknown: not known, or only suspected."
+)
+#: The columns of a checkpoint's row after the name, fields of :class:`CheckpointRow`.
+CHECKPOINT_COLUMNS = (
+    Column("dead", "dead"),
+    Column("died", "died"),
+    Column("revived", "revived", optional=True),
+    Column("unknown", "unknown", narrowest=70, optional=True),
+    Column("died in", "where", right=False, narrowest=60, wraps=True),
+    Column("file", "file", right=False, narrowest=100, wraps=True),
+)
+#: Those of a layer over several checkpoints, fields of :class:`TimelineRow`.
+TIMELINE_COLUMNS = (
+    Column("neurons", "neurons", narrowest=100),
+    Column("dead at\nfirst", "first"),
+    Column("died", "died"),
+    Column("revived", "revived", optional=True),
+    Column("dead at\nlast", "last"),
+    Column("died when", "when", right=False, wraps=True),
+    Column("revived when", "back", right=False, narrowest=80, wraps=True, optional=True),
+    Column("how sure", "basis", right=False, narrowest=110, wraps=True),
 )
 #: Width and height of a drawing.
 WIDTH, HEIGHT = 1000, 100

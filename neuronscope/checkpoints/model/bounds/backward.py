@@ -24,9 +24,9 @@ from torch import Tensor
 
 from neuronscope.attach.torch_functions import spellings
 from neuronscope.checkpoints.model.bounds.interval import Interval, gamma, product
+from neuronscope.checkpoints.model.example_inputs import EXAMPLES, keeps_examples
 from neuronscope.checkpoints.model.function_rules import DROPOUT, OPERATORS
 from neuronscope.checkpoints.model.needed_inputs import by_move, by_reduction, by_same
-from neuronscope.checkpoints.model.separate_examples import keeps_examples
 from neuronscope.checkpoints.model.traced_graph import Graph, Step, TensorRef, substitute
 
 __all__ = ["RELU", "tightened"]
@@ -49,18 +49,17 @@ _PART, _MOST = 2**22, 2**27
 
 
 @torch.no_grad()
-def tightened(graph: Graph, intervals: list[Interval | None], number: int, examples: int) -> Interval | None:
+def tightened(graph: Graph, intervals: list[Interval | None], number: int) -> Interval | None:
     """Return a tighter interval of a tensor, where a linear bound says more of the elements that may have both signs.
 
     Args:
-        graph: A traced forward.
+        graph: A traced forward on :data:`~neuronscope.checkpoints.model.example_inputs.EXAMPLES` examples.
         intervals: The intervals of all tensors before it, and its own.
         number: The tensor, ``(B, …)``.
-        examples: Number of examples of the forward, ``B``.
     """
     known, shape = intervals[number], graph.values[number].shape
     steps = graph.steps[: graph.steps_until(number)]
-    if known is None or not steps or shape[:1] != (examples,) or known.low.shape[0] != 1:
+    if known is None or not steps or shape[:1] != (EXAMPLES,) or known.low.shape[0] != 1:
         return known
     low, high = (end[:1].expand(1, *shape[1:]).clone() for end in (known.low, known.high))
     unsure = torch.nonzero((low < 0) & (high > 0).logical_and(high < torch.inf))
@@ -72,7 +71,7 @@ def tightened(graph: Graph, intervals: list[Interval | None], number: int, examp
         coefficients = torch.zeros((2, len(part), *shape), dtype=torch.float64)
         for sign, side in zip((1.0, -1.0), coefficients, strict=True):
             side[(torch.arange(len(part)), *places)] = sign
-        above, below = _Backward(graph, intervals, examples).most(number, coefficients.flatten(0, 1), steps).chunk(2)
+        above, below = _Backward(graph, intervals).most(number, coefficients.flatten(0, 1), steps).chunk(2)
         high[places] = torch.minimum(high[places], above)
         low[places] = torch.maximum(low[places], -below)
     return Interval(low, high, known.shape, known.source, known.normed).cleaned()
@@ -81,10 +80,9 @@ def tightened(graph: Graph, intervals: list[Interval | None], number: int, examp
 class _Backward:
     """Bounds linear functions of a tensor by linear functions of earlier ones."""
 
-    def __init__(self, graph: Graph, intervals: list[Interval | None], examples: int) -> None:
+    def __init__(self, graph: Graph, intervals: list[Interval | None]) -> None:
         self._graph = graph
         self._intervals = intervals
-        self._examples = examples
 
     def most(self, number: int, coefficients: Tensor, steps: list[Step]) -> Tensor:
         """Return what the functions ``coefficients``, ``(K, *shape)``, of a tensor are at most, ``(K,)``."""
@@ -183,11 +181,11 @@ class _Backward:
         made = values[step.outputs[0]]
         inputs = [number for number in step.reads if values[number].constant is None]  # x · x has two
         ranks = {len(values[number].shape) for number in inputs}
-        separate = all(values[number].shape[:1] == (self._examples,) for number in (*inputs, step.outputs[0]))
+        separate = all(values[number].shape[:1] == (EXAMPLES,) for number in (*inputs, step.outputs[0]))
         if not separate or not all(values[number].dtype.is_floating_point for number in (*inputs, *step.outputs)):
             return None
         if _is(step, by_move):
-            return torch.zeros(made.shape).double() if keeps_examples(self._graph, step, self._examples) else None
+            return torch.zeros(made.shape).double() if keeps_examples(self._graph, step) else None
         one, terms, function = len(inputs) == 1, 4, step.function
         constants = [values[number].constant for number in step.reads if values[number].constant is not None]
         by_place = any(one.dim() >= len(made.shape) and one.shape[0] != 1 for one in constants if one is not None)

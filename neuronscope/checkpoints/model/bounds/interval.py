@@ -29,7 +29,6 @@ __all__ = [
     "gamma",
     "product",
     "rule",
-    "unit_roundoff",
     "widened",
     "widened_by_rounding",
 ]
@@ -133,8 +132,7 @@ class NotKnownError(ValueError):
 def rule(bound: Callable[..., Interval]) -> Callable[..., Interval]:
     """Decorate the rule of a function of one tensor: its first argument depends on the input, and no other does.
 
-    Args:
-        bound: The rule, called only then, and without ``inplace``, which changes no number.
+    The rule is called only then, and without ``inplace``, which changes no number.
     """
 
     @wraps(bound)
@@ -148,11 +146,6 @@ def rule(bound: Callable[..., Interval]) -> Callable[..., Interval]:
     return checked
 
 
-def unit_roundoff(dtype: torch.dtype) -> float:
-    """Return the unit roundoff of a floating-point type: half the distance from 1 to the next number."""
-    return torch.finfo(dtype).eps / 2
-
-
 def gamma(terms: int, dtype: torch.dtype) -> float:
     """Return a bound on the relative rounding error of each term of a sum; ∞ if the type is too coarse for a bound.
 
@@ -163,7 +156,7 @@ def gamma(terms: int, dtype: torch.dtype) -> float:
     >>> gamma(100, torch.float32) < 2e-5
     True
     """
-    error = (terms + 8) * unit_roundoff(dtype)
+    error = (terms + 8) * torch.finfo(dtype).eps / 2
     return 2.5 * error / (1 - error) if error < 0.5 else torch.inf
 
 

@@ -34,14 +34,14 @@ class SiteBounds:
 
 
 @torch.no_grad()
-def propagate_bounds(graph: Graph, box: Box | None = None, *, backwards: int = 0) -> list[Interval | None]:
+def propagate_bounds(graph: Graph, box: Box | None = None, *, backwards: bool = False) -> list[Interval | None]:
     """Return an interval for every tensor that depends on the input, by its number; ``None`` for constants.
 
     Args:
         graph: A traced forward.
         box: Bounds of the floating-point inputs; without it, nothing is assumed of them.
-        backwards: Number of examples of the forward, if what each ReLU is given is bounded backwards too
-            (:mod:`.backward`).
+        backwards: Whether what each ReLU is given is bounded backwards too (:mod:`.backward`); the forward must be on
+            two examples.
 
     Raises:
         UsageError: The box does not fit the input.
@@ -54,7 +54,7 @@ def propagate_bounds(graph: Graph, box: Box | None = None, *, backwards: int = 0
             intervals[number] = Interval(*box_ends(box, value.shape), value.shape).cleaned()
     for step in graph.steps:
         if backwards and step.function in RELU and step.reads:
-            intervals[step.reads[0]] = tightened(graph, intervals, step.reads[0], backwards)
+            intervals[step.reads[0]] = tightened(graph, intervals, step.reads[0])
         _pass_through(graph, step, intervals)
     return intervals
 

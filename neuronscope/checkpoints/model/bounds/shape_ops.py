@@ -37,8 +37,7 @@ _ROW_VIEWS = ("view", "reshape", "flatten", "unflatten", "expand", "repeat_inter
 def same(*, keeps_rows: bool) -> Rule:
     """Return the rule of a function that returns its input, in the same type or in another one.
 
-    Args:
-        keeps_rows: Whether what is known of whole rows still holds, which assumes the rounding of one type.
+    With ``keeps_rows``, what is known of whole rows still holds, which assumes the rounding of one type.
     """
 
     def bound(dtype: torch.dtype, input: Interval, *args: Any, **kwargs: Any) -> Interval:

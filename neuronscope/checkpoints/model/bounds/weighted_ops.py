@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from neuronscope.checkpoints.model.bounds.batchnorm import layer_norm_extremes
 from neuronscope.checkpoints.model.bounds.interval import (
     LAYER_NORM,
     Interval,
@@ -20,7 +19,6 @@ from neuronscope.checkpoints.model.bounds.interval import (
     gamma,
     product,
     rule,
-    unit_roundoff,
     widened,
 )
 
@@ -33,6 +31,7 @@ __all__ = [
     "group_norm",
     "instance_norm",
     "layer_norm",
+    "layer_norm_extremes",
     "linear",
     "matmul",
     "rms_norm",
@@ -49,7 +48,7 @@ def _norm_error(dtype: torch.dtype) -> float:
 
     It covers means of up to a hundred standard deviations; beyond, torch's layer norm itself is not accurate.
     """
-    return 3500 * unit_roundoff(dtype)
+    return 1750 * torch.finfo(dtype).eps
 
 
 def _row_chunks(weight: Tensor) -> Iterator[slice]:
@@ -121,14 +120,35 @@ def _normed_extremes(
     """Return centre and reach of each row over all normalised inputs, rounding included; both float64 ``(N,)``."""
     parts = []
     for part in _row_chunks(weight):
-        w = weight[part].detach()
-        centre, reach, size = layer_norm_extremes(
-            w, None if bias is None else bias[part].detach(), normed.scale, normed.shift, centred=normed.centred
-        )
-        offset = w.double().abs() @ normed.shift.abs() + (0 if bias is None else bias[part].detach().double().abs())
+        w, b = weight[part].detach(), torch.zeros(()) if bias is None else bias[part].detach()
+        centre, reach, size = layer_norm_extremes(normed, w, b)
+        offset = w.double().abs() @ normed.shift.abs() + b.double().abs()
         parts.append((centre, reach + _norm_error(dtype) * size + gamma(weight.shape[1], dtype) * (size + offset)))
     centres, reaches = zip(*parts, strict=True)
     return torch.cat(centres), torch.cat(reaches)
+
+
+def layer_norm_extremes(normed: NormalisedRows, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return centre ``b + w·β``, reach ``√d‖P(w⊙γ)‖`` and size ``√d‖w⊙γ‖`` of each row of a linear layer.
+
+    A row is normalised by its own mean and variance, so that ``Σz = 0`` and ``Σz² ≤ d``. A linear row ``w, b`` gives
+    ``b + w·β + (w⊙γ)·z``. Since ``z`` is orthogonal to 1, this is at most the centre plus the reach by Cauchy–Schwarz,
+    where ``P`` removes the mean. ``z ∝ P(w⊙γ)`` attains it as the input's scale grows and ε becomes negligible. RMS
+    norm is the same without ``P``. Rounding is proportional to the size.
+
+    Args:
+        normed: What is known of the inputs, with γ and β ``(d,)``.
+        weight: ``(N, d)``.
+        bias: ``(N,)``, or a single 0.
+    """
+    weight = weight.double()
+    scaled = weight * normed.scale.double()
+    centre = weight @ normed.shift.double() + bias.double()
+    root = weight.shape[1] ** 0.5
+    size = root * torch.linalg.vector_norm(scaled, dim=1)
+    if normed.centred:
+        scaled = scaled - scaled.mean(1, keepdim=True)
+    return centre, root * torch.linalg.vector_norm(scaled, dim=1), size
 
 
 @rule
