@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import logging
 import os
@@ -80,13 +81,19 @@ def fresh_compiler(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Have torch.compile begin with nothing compiled, and leave nothing.
 
     For its log, torch times the guards of each graph, for which it flushes the processor's caches: a third of the time
-    in which it compiles a small graph. Here it does not.
+    in which it compiles a small graph. And for its cache on disk it writes each graph as a text, though ``aot_eager``
+    has no such cache. Here it does neither.
     """
     import torch._dynamo.guards
 
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     monkeypatch.setattr(torch._dynamo.guards, "profile_guard_manager", lambda *guards: 0.0, raising=False)
+    with contextlib.suppress(ImportError):  # an older torch
+        from torch._functorch._aot_autograd import graph_compile
+
+        monkeypatch.setattr(graph_compile, "_log_joint_graph", lambda *graph: None, raising=False)
+        monkeypatch.setattr(graph_compile, "_log_fw_bw_graphs", lambda *graphs: (None, None), raising=False)
     yield
     torch._dynamo.reset()
 

@@ -586,29 +586,42 @@ ARGUMENTS = {"threshold": (0.1, 20.0), "clamp": (0.0,), "clip": (0.0,), "clamp_m
 def test_every_spelling_of_an_activation_function_is_seen_compiled_as_in_eager(place):
     """Also those that bypass function modes where a module is compiled: `torch.relu_`, `F.hardswish`, `F.sigmoid`."""
 
+    functions = SPELLINGS[place::4]
+
     class Applied(nn.Module):
-        def __init__(self, function: Callable[..., Tensor], name: str) -> None:
+        def __init__(self, function: Callable[..., Tensor]) -> None:
             super().__init__()
             self.layer, self.last = nn.Linear(6, 8), nn.Linear(8, 2)
-            self.function, self.arguments = function, ARGUMENTS.get(name.removesuffix(".default").rstrip("_"), ())
+            name = function.__name__.removesuffix(".default").rstrip("_")
+            self.function, self.arguments = function, ARGUMENTS.get(name, ())
 
         def forward(self, x: Tensor) -> Tensor:
             y = self.function(self.layer(x), *self.arguments)
             return self.last(torch.cat([y, y], -1)[..., :8])
 
-    for function in SPELLINGS[place::4]:
-        censuses = []
-        for compiles in (False, True):
-            torch._dynamo.reset()
-            torch.manual_seed(0)
-            model = Applied(function, function.__name__)
-            with ns.watch(model) as scope:
-                run = torch.compile(model, backend="eager", fullgraph=True) if compiles else model
-                run(torch.linspace(-2, 2, 24).view(4, 6)).sum().backward()
-            assert scope._hooks.failure is None
-            censuses.append(scope.census())
-        assert len(censuses[0]) == 1, function
-        assert_same_census(*censuses)
+    class All(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.of = nn.ModuleList(Applied(function) for function in functions)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.stack([applied(x) for applied in self.of]).sum()
+
+    censuses = []
+    for compiles in (False, True):
+        torch._dynamo.reset()
+        torch.manual_seed(0)
+        model = All()
+        with ns.watch(model) as scope:
+            run = torch.compile(model, backend="eager", fullgraph=True) if compiles else model
+            run(torch.linspace(-2, 2, 24).view(4, 6)).backward()
+        assert scope._hooks.failure is None
+        censuses.append(scope.census())
+    sites = [name.partition("/")[0] for name in censuses[0]]
+    for number, function in enumerate(functions):
+        assert sites.count(f"of.{number}.layer") == 1, function
+    assert len(sites) == len(functions)
+    assert_same_census(*censuses)
 
 
 def test_without_fullgraph_there_is_no_graph_break_either():
