@@ -30,7 +30,7 @@ from neuronscope.tally.check_state import integer, mapping
 from neuronscope.writers.formatting import percent
 from neuronscope.writers.html import render
 from neuronscope.writers.pictures import overview
-from neuronscope.writers.tensorboard import EventFile, append, require_room, scalars
+from neuronscope.writers.tensorboard import EventFile, append, require_room, require_room_in_file, scalars
 from neuronscope.writers.tensorboard.tags import network_tag
 from neuronscope.writers.wording import anything_seen
 
@@ -192,7 +192,10 @@ class Publisher:
         if last is None or step > last.step:
             since = None if last is None else last.report_step
             last = self._published[key] = _Published(step, report.global_step, drawn=False)
-            log.log_metrics(dict(numbers(since=since)), step)
+            found = dict(numbers(since=since))
+            if folder is not None:
+                require_room_in_file(folder, len(found))
+            log.log_metrics(found, step)
         if folder is not None and draws and not last.drawn:
             last.drawn = True
             file = self._files.setdefault(folder, EventFile(folder))
@@ -232,6 +235,7 @@ class Publisher:
                 folder = log.event_folder()
                 if listed is not None and folder is not None:
                     require_room(folder)
+                    require_room_in_file(folder, len(hyperparameters) + len(_FINAL_TAGS))
                     listed(hyperparameters, _FINAL_TAGS, at_start=at_start)
 
     def finish(self) -> None:

@@ -554,9 +554,10 @@ class NeuronFlow:
         """Return an equal call that was followed before, or this one with what it leads to."""
         try:
             key = self._key(function, args, kwargs, outputs)
-        except RuntimeError:  # strided nested tensors have no shape
+            known = self._calls.get(key)
+        except (RuntimeError, TypeError):  # strided nested tensors have no shape; symbolic sizes are no key
             key = (function, *map(self._describe, (*args, *kwargs.items())), *map(plain_shape, outputs))
-        known = self._calls.get(key)
+            known = self._calls.get(key)
         if known is None or (known.outcome.layer is not None and known.outcome.call != len(self.layers)):
             known = _KnownCall(self._find(function, args, kwargs, outputs))
             self._learn(known.outcome)

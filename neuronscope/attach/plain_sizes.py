@@ -17,10 +17,7 @@ def plain_shape(tensor: Tensor) -> tuple[int, ...]:
     """Return the shape of a tensor in integers; ``()`` if it has none, as a nested one or a lazy module's parameter."""
     if tensor.is_nested or nn.parameter.is_lazy(tensor):
         return ()
-    shape = tensor.shape
-    return (
-        shape if type(tensor) is Tensor or type(tensor) is nn.Parameter else tuple([plain_size(size) for size in shape])
-    )
+    return tuple([size if type(size) is int else plain_size(size) for size in tensor.shape])
 
 
 def plain_size(size: Any) -> Any:

@@ -158,13 +158,14 @@ def test_vmap_inside_a_forward_is_not_counted_and_does_no_harm(
 
 
 @pytest.mark.slow
-def test_vmap_inside_a_compiled_forward_does_no_harm() -> None:
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_vmap_inside_a_compiled_forward_does_no_harm(dynamic: bool) -> None:
     torch._dynamo.reset()
     outputs = []
     for watched in (False, True):
         torch.manual_seed(0)
         net = Critics(lambda w, h: F.relu(h @ w))
-        run = torch.compile(net, backend="aot_eager", fullgraph=True)
+        run = torch.compile(net, backend="aot_eager", fullgraph=True, dynamic=dynamic)
         scope = ns.watch(net) if watched else None
         for _ in range(3):
             outputs.append(run(torch.randn(7, 4)))

@@ -99,6 +99,7 @@ def group_of(checkpoint, **changes):
         (lambda p: torch.optim.NAdam(p, weight_decay=0.1), {}, "added to the gradient"),
         (lambda p: torch.optim.Adam(p, weight_decay=0.1), {"decoupled_weight_decay": None}, "does not say whether"),
         (lambda p: torch.optim.SGD(p), {}, "without momentum"),
+        (lambda p: torch.optim.SGD(p, momentum=0.9, dampening=1), {}, "does not add up gradients"),
         (lambda p: torch.optim.Adam(p, betas=(0.9, 0.8)), {}, "clock cannot be read"),
         (lambda p: torch.optim.Adam(p, betas=(0.0, 0.999)), {}, "clock cannot be read"),
         (lambda p: torch.optim.Adam(p), {"betas": "0.9"}, "betas are '0.9'"),
@@ -355,6 +356,34 @@ def test_means_that_fade_to_exact_zeros_show_nothing(make, changes, dtype):
     assert found == []
     assert [piece.layer for piece in said] == ["0", "2"]
     assert all("no clock for" in piece.reason and "reach exact zeros" in piece.reason for piece in said)
+
+
+def test_a_schedule_cycles_the_momentum_of_rmsprop_and_not_its_mean_of_squares():
+    model = network()
+    optimizer = torch.optim.RMSprop(model.parameters(), momentum=0.9)
+    checkpoint = group_of(as_checkpoint(*run(model, optimizer)), base_momentum=0.4, max_momentum=0.9)
+    found, said = examine_file(checkpoint)
+    assert of(found, "never trained")[0].neurons.tolist() == [1]
+    assert all("only a row that never got a gradient" in piece.reason for piece in said)
+
+
+def test_a_buffer_without_decay_that_has_faded_away_is_not_said_to_hold_decay():
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), momentum=0.5)
+    _, said = examine_file(as_checkpoint(*run(model, optimizer, last=(200, 200, 200, 200, 200), head=False)))
+    assert [piece.layer for piece in said if "too small for the numbers of their dtype" in piece.reason] == ["0"]
+    assert all("weight decay" not in piece.reason for piece in said)
+
+
+def test_betas_that_are_tensors_are_read_from_a_file(tmp_path):
+    model = network()
+    betas = torch.tensor(0.9), torch.tensor(0.999)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=torch.tensor(1e-3), betas=betas, foreach=False)
+    run(model, optimizer)
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / "tensors.pt")
+    found, said = examine_file(open_checkpoint(tmp_path / "tensors.pt"))
+    assert said == []
+    assert [piece.neurons.tolist() for piece in of(found, "no gradient")] == [[2], [3]]
 
 
 def loop_file(averaged, optimizer):

@@ -93,6 +93,13 @@ class LayerClock:
         return self.clock.sure_steps
 
     @property
+    def unknown_reason(self) -> str:
+        """Why nothing is known of a row."""
+        if self.rule.is_momentum and not self.is_decayed:
+            return "their momentum buffers have become too small for the numbers of their dtype"
+        return self.clock.unknown_reason
+
+    @property
     def is_bound(self) -> bool:
         """Whether the clock's steps are an upper bound (Adam and its variants), and not an estimate (SGD)."""
         return isinstance(self.clock, AdamClock)

@@ -175,6 +175,8 @@ def _momentum(name: str, group: Mapping[str, Any], slots: Mapping[str, Any]) -> 
         return _NEVER_UPDATED
     if not (least > 0 and largest < 1):
         return f"with a momentum of {least:g} to {largest:g} its clock cannot be read"
+    if not dampening < 1:
+        return f"with a dampening of {dampening:g}, its momentum buffer does not add up gradients"
     buffer = ("momentum_buffer",)
     if not (types := _dtypes(slots, buffer)) <= _EXACT_TYPES:
         return _only_zeros(name, group, slots, buffer, ("momentum", 0), _inexact(name, types))
@@ -204,11 +206,13 @@ def _only_zeros(
 def _least_decay(group: Mapping[str, Any], name: str, place: int) -> float:
     """Return the decay of a running mean, the least one if a schedule cycles it; NaN if the group has none.
 
-    It is the hyperparameter ``name``, or the number at ``place`` in it.
+    It is the hyperparameter ``name``, or the number at ``place`` in it. Schedules cycle the momentum or β1.
     """
     values = _numbers(group.get(name)) or (_number(group.get(name)),)
     value = values[place] if place < len(values) else None
-    return math.nan if value is None else _cycled(group, value)[0]
+    if value is None:
+        return math.nan
+    return _cycled(group, value)[0] if (name, place) in (("momentum", 0), ("betas", 0)) else value
 
 
 def _cycled(group: Mapping[str, Any], value: float) -> tuple[float, float]:

@@ -30,6 +30,8 @@ __all__ = ["LayerGradients", "find_no_gradient_causes"]
 _TOGETHER = 30
 #: With no gradient at all in more steps than this of an optimizer, silence is inferred.
 _LONG = 200
+#: When a bound holds: whoever changes the betas by hand leaves no trace of the earlier ones in the file.
+_ANY_GRADIENTS = "for any gradients under the betas that the file holds"
 
 
 class LayerGradients:
@@ -66,9 +68,9 @@ class LayerGradients:
             text = "The layer's own clock does not tell when the last gradient came." + self._why("")
             yield from self._evidence(unknown, True, claim="no gradient", basis="inferred", text=text)
         elif no_clock:
-            yield self._abstain(f"There is {no_clock}; {read.clock.unknown_reason}.")
+            yield self._abstain(f"There is {no_clock}; {read.unknown_reason}.")
         elif unknown.any():
-            yield self._abstain(f"Nothing is known of {int(unknown.sum())} neurons: {read.clock.unknown_reason}.")
+            yield self._abstain(f"Nothing is known of {int(unknown.sum())} neurons: {read.unknown_reason}.")
         if is_short and not no_clock:
             yield self._abstain(
                 f"The layer was updated {read.taken} times; the clock needs more than {limit:.0f} steps to tell a "
@@ -106,7 +108,7 @@ class LayerGradients:
 
     def _alive(self, mask: Tensor) -> Iterator[Evidence]:
         """Yield evidence on rows that got a gradient lately."""
-        how = "for any gradients." if self._read.is_bound else "by comparison with the layer's largest."
+        how = f"{_ANY_GRADIENTS}." if self._read.is_bound else "by comparison with the layer's largest."
         text = f"The optimizer's running means show a gradient within this many steps, {how}"
         return self._evidence(mask, False, claim="alive", basis="inferred", text=text, **self._measured)
 
@@ -153,7 +155,7 @@ class LayerGradients:
                 "suspected": (read.clock.silent_steps, "up to 40 %" if cycled else "1 to 22 %"),
             }[basis]
             text = (
-                "The last gradient came at most this many steps ago, for any gradients. Since that is more than "
+                f"The last gradient came at most this many steps ago, {_ANY_GRADIENTS}. Since that is more than "
                 f"{limit:.0f} steps, it is {basis} that none came since: in our measurements, {living} of living "
                 "neurons had such a bound too."
             )

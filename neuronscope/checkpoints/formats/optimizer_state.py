@@ -110,10 +110,12 @@ def _optimizer(found: Mapping[str, Any], strip: Callable[[str], str]) -> Optimiz
 
 
 def _is_setting(value: Any) -> bool:
-    """Whether a value is a hyperparameter: a number, a string, ``None``, or a short list of them."""
-    if isinstance(value, list | tuple):
-        return len(value) <= _LONGEST_SETTING and all(isinstance(inner, int | float | str | None) for inner in value)
-    return isinstance(value, int | float | str | None) or (isinstance(value, StoredTensor) and value.shape == ())
+    """Whether a value is a hyperparameter: a number, also in a tensor, a string, ``None``, or a short list of them."""
+    values = value if isinstance(value, list | tuple) else (value,)
+    return len(values) <= _LONGEST_SETTING and all(
+        isinstance(inner, int | float | str | None) or (isinstance(inner, StoredTensor) and inner.shape == ())
+        for inner in values
+    )
 
 
 def _all_slots(values: Mapping[Any, Any]) -> Iterator[tuple[Any, Any]]:
@@ -124,7 +126,9 @@ def _all_slots(values: Mapping[Any, Any]) -> Iterator[tuple[Any, Any]]:
 
 
 def _plain(value: Any) -> Any:
-    """Return a tensor without dimensions as a number, and any other value unchanged."""
+    """Return a tensor without dimensions as a number, also in a list, and any other value unchanged."""
+    if isinstance(value, list | tuple):
+        return type(value)(map(_plain, value))
     if isinstance(value, StoredTensor) and value.shape == ():
         return value.read().item()
     return value

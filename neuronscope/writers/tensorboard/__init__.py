@@ -7,7 +7,13 @@ from __future__ import annotations
 
 from neuronscope.writers.tensorboard.dashboard import Dashboard, EventWriter, append, write
 from neuronscope.writers.tensorboard.diagnosis_text import diagnosis
-from neuronscope.writers.tensorboard.event_file import EVENT_FOLDER, EventFile, folder_of, require_room
+from neuronscope.writers.tensorboard.event_file import (
+    EVENT_FOLDER,
+    EventFile,
+    folder_of,
+    require_room,
+    require_room_in_file,
+)
 from neuronscope.writers.tensorboard.scalars import scalars
 
 __all__ = [
@@ -19,6 +25,7 @@ __all__ = [
     "diagnosis",
     "folder_of",
     "require_room",
+    "require_room_in_file",
     "scalars",
     "write",
 ]

@@ -15,7 +15,13 @@ from neuronscope.errors import MissingExtraError, NeuronscopeWarning, UsageError
 from neuronscope.report.report import Report, SiteReport
 from neuronscope.writers.report_bytes import to_bytes
 from neuronscope.writers.tensorboard.diagnosis_text import diagnosis
-from neuronscope.writers.tensorboard.event_file import EncodedEvents, EventFile, folder_of, require_room
+from neuronscope.writers.tensorboard.event_file import (
+    EncodedEvents,
+    EventFile,
+    folder_of,
+    require_room,
+    require_room_in_file,
+)
 from neuronscope.writers.tensorboard.scalars import scalars
 from neuronscope.writers.tensorboard.tags import PLUGIN_NAME, TAB_TAG, card_name, metric, safe
 from neuronscope.writers.wording import provisional_note, severity
@@ -191,6 +197,7 @@ class Dashboard:
         try:
             if self._file is not None:
                 require_room(self._file.run)
+                require_room_in_file(self._file.run)
             write(report, self._writer, step, since=since, images=False, text=False, tab=False, per_site=per_site)
             self._writer.flush()  # now: the writer's thread would keep an error, and raise it in the training
             self._written[report.phase] = (step, report.global_step)

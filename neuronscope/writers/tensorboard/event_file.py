@@ -20,10 +20,23 @@ from typing import TYPE_CHECKING, Any
 from neuronscope.arrays import ByteArray
 from neuronscope.errors import UsageError
 
+try:
+    import resource as _resource
+except ImportError:  # Windows has no such limits
+    _resource = None  # type: ignore[assignment]
+
 if TYPE_CHECKING:
     from tensorboard.compat.proto.summary_pb2 import Summary
 
-__all__ = ["EVENT_FOLDER", "SPARE_BYTES", "EncodedEvents", "EventFile", "folder_of", "require_room"]
+__all__ = [
+    "EVENT_FOLDER",
+    "SPARE_BYTES",
+    "EncodedEvents",
+    "EventFile",
+    "folder_of",
+    "require_room",
+    "require_room_in_file",
+]
 
 #: Folder of the event file, inside the run's folder. TensorBoard shows it as a run of its own, ``<run>/neuronscope``:
 #: its Python loader reads the files of one folder one after the other and never returns to an earlier one, so a
@@ -31,6 +44,8 @@ __all__ = ["EVENT_FOLDER", "SPARE_BYTES", "EncodedEvents", "EventFile", "folder_
 EVENT_FOLDER = "neuronscope"
 #: Bytes that stay free on the disk for what the training itself still writes.
 SPARE_BYTES = 4 << 20
+#: Bytes that a number takes in an event file, with a tag of some length.
+_NUMBER_BYTES = 100
 
 
 def folder_of(writer: Any) -> str | None:
@@ -56,6 +71,27 @@ def require_room(folder: str, size: int = 0) -> None:
     disk = shutil.disk_usage(folder)
     if disk.total and disk.free < size + SPARE_BYTES:  # some network disks give no sizes
         raise OSError(errno.ENOSPC, "The disk of the log folder is full", folder)
+
+
+def require_room_in_file(folder: str, numbers: int = 0) -> None:
+    """Check that the event files of a run stay below half of what a file may hold, if the system has such a limit.
+
+    The other half (of ``ulimit -f``) is left to the training's own numbers: once the file that both write is full, the
+    next number of the training's own ends it.
+
+    Args:
+        folder: The folder of the event files.
+        numbers: How many numbers are to be written.
+
+    Raises:
+        OSError: A file is too large.
+    """
+    limit = -1 if _resource is None else _resource.getrlimit(_resource.RLIMIT_FSIZE)[0]
+    if limit < 0 or "://" in folder:  # -1 = no limit
+        return
+    for file in Path(folder).glob("*tfevents*"):
+        if 2 * (file.stat().st_size + numbers * _NUMBER_BYTES) > limit:
+            raise OSError(errno.EFBIG, "The event file is near the limit on the size of files", str(file))
 
 
 class EncodedEvents:
