@@ -128,7 +128,7 @@ def _all_slots(values: Mapping[Any, Any]) -> Iterator[tuple[Any, Any]]:
 def _plain(value: Any) -> Any:
     """Return a tensor without dimensions as a number, also in a list, and any other value unchanged."""
     if isinstance(value, list | tuple):
-        return type(value)(map(_plain, value))
+        return [_plain(each) for each in value] if isinstance(value, list) else tuple(map(_plain, value))
     if isinstance(value, StoredTensor) and value.shape == ():
         return value.read().item()
     return value
