@@ -24,7 +24,7 @@ from neuronscope.attach.gradient_hooks import CountedGradient, Counters, Gradien
 from neuronscope.attach.graph_recorder import GraphRecorder
 from neuronscope.attach.layer_names import LayerNames
 from neuronscope.attach.masks import PositionMask
-from neuronscope.attach.origins import LOST
+from neuronscope.attach.origins import ENDED, LOST
 from neuronscope.attach.row_owners import Owners
 from neuronscope.attach.site_finder import Call, CountersFactory, DeclaredAxis, SiteFinder, neurons_in
 from neuronscope.attach.unmeasured import place_of
@@ -186,7 +186,10 @@ class SiteRecorder:
         if forward.exporting:
             return None
         if not isinstance(x, Tensor) or not x.is_floating_point() or x.dim() == 0:
-            if not function and not traced:  # a function of integers is not an activation
+            if function:
+                if isinstance(x, Tensor) and forward.module_stack:
+                    self.unmeasured.note_uncountable(self.forward.flow.origin(x), place_of(path, function), x)
+            elif not traced:
                 self.unmeasured.note(path or "(root)", f"it ran on {describe_input(x)}, which cannot be counted")
             return None
         recomputing = forward.recomputing
@@ -337,7 +340,8 @@ class SiteRecorder:
         if x.is_nested or y.is_nested or x.shape != y.shape:
             origin = origin.without_units(LOST)
         self.forward.flow.note_activation(origin, None, "an activation that is not counted")
-        self.forward.flow.put(y, origin.but(site=None, carries=()))
+        acted = ((origin.upstream, ""),) if origin.state == ENDED else origin.acted
+        self.forward.flow.put(y, origin.but(site=None, carries=(), acted=acted))
 
     def select(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], y: Any) -> None:
         """Count what a function leaves of a site: a gated product, or what was selected by data.
