@@ -194,6 +194,10 @@ PROGRAMS: dict[str, tuple[str, Callable[[Net, Tensor], Tensor]]] = {
     "integers": (LISTED, lambda net, x: F.relu((net.first(x) * 9).int()).float()),
     "single numbers of units": (LISTED, single_numbers),
     "in a transform": (LISTED, lambda net, x: torch.vmap(F.relu)(net.first(x))),
+    "single numbers in a transform": (
+        LISTED,
+        lambda net, x: torch.vmap(lambda row: F.relu(row.sum()))(net.first(x))[:, None] * x,
+    ),
     "a view, in place": (COUNTED, lambda net, x: F.relu_(net.first(x).clone().t()).t()),
     "half of the units, in place": (COUNTED, lambda net, x: net.first(x).clone()[:, :4].relu_()),
     "a mean over units": (NO_NEURON, threshold),
@@ -261,9 +265,17 @@ def test_a_module_on_what_may_be_neurons_is_listed() -> None:
     assert set(scope.not_neurons()) == {"5"}  # no layer reads it
 
 
+COMPILED = [
+    "a matrix of each example",
+    "the largest of groups",
+    "attention scores",
+    "a loss",
+    "single numbers of units",
+]
+
+
 def test_in_a_compiled_network_the_same_is_said() -> None:
-    names = ["a matrix of each example", "the largest of groups", "attention scores", "a loss", "cumulative sums"]
-    for name in names:
+    for name in COMPILED:
         expected, program = PROGRAMS[name]
         net = Net(program)
         net(torch.randn(BATCH, WIDTH))
