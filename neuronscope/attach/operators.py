@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 
 from neuronscope.attach.activations import Registry
-from neuronscope.attach.origins import CONSTANT, ENDED, LOST, ROWS, UNITS, WEIGHT, Origin
+from neuronscope.attach.origins import CONSTANT, ENDED, LOST, ROWS, SCORES, UNITS, WEIGHT, Origin
 from neuronscope.attach.torch_functions import spellings
 from neuronscope.attach.unit_rules.elementwise_rules import ELEMENTWISE, bending
 from neuronscope.attach.unit_rules.join_rules import JOINS
@@ -170,14 +170,19 @@ def _rows_unless_known(origin: Origin) -> Origin:
 
 
 _REGISTRY = Registry()
+_SOFTMAX = spellings("softmax", "log_softmax", "_softmax", "_log_softmax", "softmin", "gumbel_softmax")
 
 
 def _applied(operation: Operation, found: Origin) -> Origin:
-    """Return what a function gives of what has no units any more, with its name if it is an activation."""
-    if found.state != ENDED or operation.first.origin.state != ENDED:
+    """Return what a function gives, with its name if it is an activation of what has no units any more."""
+    if found.state != ENDED:
+        return found
+    if operation.function in _SOFTMAX:
+        return found.but(acted=(SCORES,))
+    if operation.first.origin.state != ENDED:
         return found
     activation = _REGISTRY.of_call(operation.function, operation.args, operation.kwargs)
-    return found if activation is None else found.but(acted=((operation.first.origin.upstream, activation.name),))
+    return found if activation is None else found.after(activation.name)
 
 
 def reads_acted(operation: Operation, result: Origin) -> bool:
@@ -220,12 +225,12 @@ def origins_of(operation: Operation) -> tuple[Origin, ...]:
         origin if origin.units is None or fits(origin.units.dims, shape) else Origin.of(LOST, origin.upstream)
         for origin, shape in zip(origins, operation.outputs, strict=True)
     ]
-    found = [_applied(operation, origin) for origin in found]
     tensors = operation.tensors
     if not (operation.function in _KEEP_PICKED or rule in ATTRIBUTES.values()):
         found = [each.but(picked=True) if each.picked else each for each in found]
     if rule is not end and any(each.origin.units is not None and each.origin.units.experts for each in tensors):
         found = [_rows_unless_known(each) for each in found]
     found = [each if each.upstream >> operation.call & 1 else each.inherit(tensors) for each in found]
-    ends = any(each.acted for each in found) and _multiplies(operation)
-    return tuple(each.but(acted=()) for each in found) if ends else tuple(found)
+    if any(each.acted for each in found) and _multiplies(operation):
+        return tuple(each.but(acted=()) for each in found)
+    return tuple(_applied(operation, each) for each in found)

@@ -16,6 +16,7 @@ __all__ = [
     "PICKED",
     "RAW",
     "ROWS",
+    "SCORES",
     "UNITS",
     "UNKNOWN",
     "WEIGHT",
@@ -48,6 +49,9 @@ PICKED = -1
 
 #: Stands for the function where a known activation was applied to the units of a layer.
 ACTIVATED = ""
+
+#: Among activations, stands for a softmax: what it gives are scores, and no activation of them works on neurons.
+SCORES = (0, "softmax")
 
 # Which of several equally wide sources decides what the result is.
 _PRECEDENCE = {state: place for place, state in enumerate((UNITS, ROWS, ENDED, LOST, UNKNOWN, RAW))}
@@ -109,7 +113,8 @@ class Origin:
             each index or slice, in their order.
         begins: Whether it is what a layer gave for constants or weights alone, as for the first state of a recurrence.
         acted: The activations that were applied to it, or to what it was computed from, while that had no units any
-            more (:data:`ENDED`): the calls that each depends on, as bits, and its name, ``""`` for a module.
+            more (:data:`ENDED`): the calls that each depends on, as bits, and its name, ``""`` for a module. Or
+            :data:`SCORES` alone.
         unit_set: The calls, the first unit and the factors of the units, wherever they lie in the tensor; and the runs,
             if the units are not each unit of the layers once.
     """
@@ -221,6 +226,16 @@ class Origin:
             state: :data:`ENDED` or :data:`LOST`.
         """
         return self if self.state != UNITS else Origin.of(state, self.upstream)
+
+    def after(self, activation: str) -> Origin:
+        """Return what it is after an activation that is not counted, if it has no units any more.
+
+        Args:
+            activation: Name of a function, or ``""``.
+        """
+        if self.state != ENDED or SCORES in self.acted:
+            return self
+        return self.but(acted=tuple(dict.fromkeys((*self.acted, (self.upstream, activation)))))
 
     def inherit(self, operands: Sequence[Operand]) -> Origin:
         """Return this origin with the functions that were applied to what it was computed from.

@@ -24,7 +24,7 @@ from neuronscope.attach.gradient_hooks import CountedGradient, Counters, Gradien
 from neuronscope.attach.graph_recorder import GraphRecorder
 from neuronscope.attach.layer_names import LayerNames
 from neuronscope.attach.masks import PositionMask
-from neuronscope.attach.origins import ENDED, LOST
+from neuronscope.attach.origins import LOST
 from neuronscope.attach.row_owners import Owners
 from neuronscope.attach.site_finder import Call, CountersFactory, DeclaredAxis, SiteFinder, neurons_in
 from neuronscope.attach.unmeasured import place_of
@@ -350,8 +350,7 @@ class SiteRecorder:
         if x.is_nested or y.is_nested or x.shape != y.shape:
             origin = origin.without_units(LOST)
         self.forward.flow.note_activation(origin, None, "an activation that is not counted")
-        acted = ((origin.upstream, ""),) if origin.state == ENDED else origin.acted
-        self.forward.flow.put(y, origin.but(site=None, carries=(), acted=acted))
+        self.forward.flow.put(y, origin.after("").but(site=None, carries=()))
 
     def select(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], y: Any) -> None:
         """Count what a function leaves of a site: a gated product, or what was selected by data.

@@ -181,7 +181,8 @@ PROGRAMS: dict[str, tuple[str, Callable[[Net, Tensor], Tensor]]] = {
     "cumulative sums": (LISTED, lambda net, x: F.relu(net.first(x).cumsum(-1))),
     "frequencies": (LISTED, lambda net, x: F.relu(torch.fft.rfft(net.first(x)).real)),
     "frequencies and back": (LISTED, lambda net, x: F.relu(torch.fft.irfft(torch.fft.rfft(net.first(x)) * 2))),
-    "a softmax, by a module's layer": (LISTED, lambda net, x: F.relu(net.first(x).softmax(-1) - 0.1)),
+    "scores of a memory": (NO_NEURON, lambda net, x: F.relu(net.first(x).softmax(-1) - 0.1)),
+    "normalised": (LISTED, lambda net, x: F.relu((h := net.first(x).cumsum(-1)) / h.norm(dim=-1, keepdim=True))),
     "numbers of numpy": (LISTED, lambda net, x: F.relu(torch.tensor(net.first(x).detach().numpy()))),
     "numbers of a list": (LISTED, lambda net, x: F.relu(torch.tensor(net.first(x).tolist()))),
     "numbers of numpy, beside the layer": (LISTED, beside),
@@ -256,8 +257,13 @@ def test_what_may_be_neurons_is_listed_until_its_axis_is_declared(axis: int | No
     assert not scope.not_neurons()
 
 
+class Sums(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.cumsum(-1)
+
+
 def test_a_module_on_what_may_be_neurons_is_listed() -> None:
-    net = nn.Sequential(nn.Linear(4, 4), nn.Softmax(1), nn.ReLU(), nn.Linear(4, 4), nn.Softmax(1), nn.ReLU())
+    net = nn.Sequential(nn.Linear(4, 4), Sums(), nn.ReLU(), nn.Linear(4, 4), Sums(), nn.ReLU())
     with ns.watch(net, every_n_steps=1) as scope:
         net(torch.randn(3, 4)).sum().backward()
         scope.step()
