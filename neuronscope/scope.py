@@ -334,7 +334,7 @@ class Scope:
 
         Examples are a loss, attention scores, a learned threshold: nothing is counted there.
         """
-        return dict(self._hooks.recorder.unmeasured.not_neurons)
+        return self._hooks.recorder.unmeasured.not_neurons()
 
     @hidden
     def close_window(self, *, acting: bool = False) -> Census:

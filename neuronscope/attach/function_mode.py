@@ -87,7 +87,7 @@ def first_input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         args: The positional arguments of the call.
         kwargs: The keyword arguments of the call.
     """
-    return args[0] if args else next(iter(kwargs.values()), None)
+    return args[0] if args else kwargs.get("input", next(iter(kwargs.values()), None))
 
 
 class ActivationFunctionMode(TorchFunctionMode):

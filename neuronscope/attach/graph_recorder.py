@@ -122,6 +122,7 @@ class GraphRecorder:
         self._unreadable_while_tracing = while_tracing(self._unreadable, "call")
         self._select_while_tracing = while_tracing(self._select, "phase", "function", "args", "kwargs", "y")
         self._carry_while_tracing = while_tracing(recorder.carry_origin, "x", "y")
+        self._uncountable_while_tracing = while_tracing(self._uncountable, "path", "function", "x", listener=self)
 
         # And these are constants of the graph.
         calls, found = self._calls, self._found
@@ -224,6 +225,16 @@ class GraphRecorder:
         self._count_gradient(call, x, glu_dim)
         return call
 
+    def note_uncountable(self, path: str, function: str, x: Tensor) -> None:  # noqa: ARG002, as in `carry`
+        """Note that an activation function was applied to a single number, or to a tensor of an unusual type.
+
+        Args:
+            path: As in :meth:`begin`.
+            function: As in :meth:`begin`.
+            x: As in :meth:`begin`.
+        """
+        comptime(self._uncountable_while_tracing)
+
     def end(self, call: int, x: Any, y: Any) -> None:  # noqa: ARG002, `comptime` reads its arguments
         """End a call of a site: count its output.
 
@@ -302,12 +313,7 @@ class GraphRecorder:
         self, phase: str, path: str, function: str, activation: Activation, x: Tensor, glu_dim: int | None
     ) -> None:
         self._found.clear()
-        unmeasured = self.recorder.unmeasured
-        if torch._C._functorch.maybe_current_level() is not None:
-            unmeasured.note_transformed(phase, path, function, x)
-            return
-        if operator := operator_around():
-            unmeasured.note_inside(operator, phase, path, function, x)
+        if self._is_inside(phase, path, function, x):
             return
         place = (self._code, phase, path, function, activation.name)
         known = self._forward_calls.setdefault((place, self._numbers[place]), {})
@@ -320,6 +326,22 @@ class GraphRecorder:
             known[None if call is None else call.key, torch.is_grad_enabled()] = call
         if call is not None:
             self._note_given(self._note_traced(call), x)
+
+    def _is_inside(self, phase: str, path: str, function: str, x: Tensor) -> bool:
+        """Whether a call is made inside a transform or an operator that is given functions, after noting that."""
+        unmeasured = self.recorder.unmeasured
+        if torch._C._functorch.maybe_current_level() is not None:
+            unmeasured.note_transformed(phase, path, function, x)
+        elif operator := operator_around():
+            unmeasured.note_inside(operator, phase, path, function, x)
+        else:
+            return False
+        return True
+
+    def _uncountable(self, path: str, function: str, x: Tensor) -> None:
+        units = x.is_floating_point() and self._is_inside(self.recorder.running_phase, path, function, x)
+        if not (units or in_backward(False)):
+            self.recorder.unmeasured.note_uncountable(self.forward.flow.origin(x), place_of(path, function), x)
 
     def _call_again(
         self, known: Mapping[tuple[SiteKey | None, bool], Call | None], x: Tensor, glu_dim: int | None

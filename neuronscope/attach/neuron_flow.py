@@ -34,6 +34,7 @@ from neuronscope.attach.operators import (
     lose,
     may_bend,
     origins_of,
+    reads_acted,
     rule_of,
     set_item,
     tensors_in,
@@ -107,6 +108,7 @@ class _Outcome(NamedTuple):
         nameless: Whether an output may turn out to be a weight: see :func:`_stays_weight`.
         rows: Whether data says which experts its rows are of, or which weights it is.
         terms: Sites that a function reads which is no layer and ends their units, and whether it gives one number.
+        acted: Activations of what has no units whose results a layer reads; see :attr:`Origin.acted`.
     """
 
     origins: tuple[Origin, ...]
@@ -120,6 +122,7 @@ class _Outcome(NamedTuple):
     nameless: bool = False
     rows: bool = False
     terms: tuple[tuple[Any, bool], ...] = ()
+    acted: tuple[tuple[int, str], ...] = ()
 
 
 #: A tensor among the arguments of a call: its place, what it is, and its class, shape and type.
@@ -198,6 +201,8 @@ class NeuronFlow:
         self.sources: dict[str, dict[Any, None]] = {}  # of each layer: the sites of which it reads known columns
         self.reader_notes: dict[Any, dict[str, None]] = {}  # of each site: other ways in which it is read
         self.terms: dict[Any, bool] = {}  # of sites whose units a function ends: whether one number is left
+        self.acted: set[tuple[int, str]] = set()  # activations of what has no units, which layers read
+        self.left = False  # whether units left torch in this forward, so that a new tensor may hold them
         self.activations: dict[Any, dict[Any, None]] = {}  # of each layer and site: the sites that read it
         self.repeated: set[str] = set()  # layers that were called more than once in a forward
         self.bent: dict[str, dict[str, None]] = {}  # layers that another one reads after an unknown function: which
@@ -216,6 +221,7 @@ class NeuronFlow:
     def clear(self) -> None:
         """Forget everything about tensors, because a forward begins or a step is over."""
         self._last = self._begin
+        self.left = False
         if not (self._origins.entries or self.layers):
             return
         self._close_calls()
@@ -545,8 +551,11 @@ class NeuronFlow:
             tensor: The tensor.
             name: Name of the function that gave it its values.
         """
-        for carried in self._origin_in_call(tensor).carries:
+        origin = self._origin_in_call(tensor)
+        for carried in origin.carries:
             self.reader_notes.setdefault(carried.site, {})[f"read by `{name}`"] = None
+        if origin.state in (UNITS, LOST) and tensor.dim() and tensor.is_floating_point():
+            self.left = True
 
     def _known_call(
         self, function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], outputs: tuple[Tensor, ...]
@@ -642,6 +651,7 @@ class NeuronFlow:
             self.terms[site] = one_number and self.terms.get(site, True)
         for site, note in outcome.notes:
             self.reader_notes.setdefault(site, {})[note] = None
+        self.acted.update(outcome.acted)
         if outcome.layer is None:
             return
         for site, reader in outcome.readers:
@@ -708,6 +718,7 @@ class NeuronFlow:
         nameless = any(_is_nameless(origin) for origin in origins)
         sources = [each.origin for each in operation.tensors]
         carried = tuple(dict.fromkeys(each.site for origin in sources for each in origin.carries))
+        acted = tuple(dict.fromkeys(key for origin in sources for key in origin.acted))
         if not origins[0].upstream >> call & 1:
             if any(origin.state == ENDED for origin in origins):
                 self._ended |= operation.upstream
@@ -721,7 +732,8 @@ class NeuronFlow:
                 read += [(site, f"{SHIFTED}{_name(function)}`") for site in kept]
             terms = tuple((site, shapes[0] == ()) for site in carried if site not in kept)
             rows = _tells_rows(operation, origins[0])
-            return _Outcome(origins, notes=tuple(read), nameless=nameless, rows=rows, terms=terms)
+            acted = acted if acted and reads_acted(operation, origins[0]) else ()
+            return _Outcome(origins, notes=tuple(read), nameless=nameless, rows=rows, terms=terms, acted=acted)
         origins = tuple([_as_carried(origin, call) for origin in origins])
         notes = tuple((site, "mixed by a norm") for site in carried) if function in _MIXING_NORMS else ()
         bends = tuple(dict.fromkeys(bend for origin in sources for bend in origin.bends if bend[1] != ACTIVATED))
@@ -732,7 +744,9 @@ class NeuronFlow:
             notes = tuple((site, f"columns of `{origins[0].layer}` not known") for site in unknown)
         reads = operation.upstream
         rows = origins[0].units is not None and origins[0].units.experts is not None
-        return _Outcome(origins, origins[0].layer, call, reads, readers, bends, notes, normalises, nameless, rows)
+        return _Outcome(
+            origins, origins[0].layer, call, reads, readers, bends, notes, normalises, nameless, rows, acted=acted
+        )
 
     def _readers(self, operation: Operation, layer: str) -> Iterator[tuple[Any, ReaderColumns | str]]:
         """Yield the sites that a call of a layer reads, each with the columns that do, or the layer; see `_Outcome`."""

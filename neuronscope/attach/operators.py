@@ -11,7 +11,8 @@ from collections.abc import Sequence
 
 import torch
 
-from neuronscope.attach.origins import ENDED, LOST, ROWS, UNITS, Origin
+from neuronscope.attach.activations import Registry
+from neuronscope.attach.origins import CONSTANT, ENDED, LOST, ROWS, SCORES, UNITS, WEIGHT, Origin
 from neuronscope.attach.torch_functions import spellings
 from neuronscope.attach.unit_rules.elementwise_rules import ELEMENTWISE, bending
 from neuronscope.attach.unit_rules.join_rules import JOINS
@@ -49,6 +50,7 @@ __all__ = [
     "lose",
     "may_bend",
     "origins_of",
+    "reads_acted",
     "rule_of",
     "set_item",
     "tensors_in",
@@ -167,6 +169,44 @@ def _rows_unless_known(origin: Origin) -> Origin:
     return origin if known or origin.state not in (UNITS, ENDED, LOST) else Origin.of(ROWS, origin.upstream)
 
 
+_REGISTRY = Registry()
+_SOFTMAX = spellings("softmax", "log_softmax", "_softmax", "_log_softmax", "softmin", "gumbel_softmax")
+
+
+def _applied(operation: Operation, found: Origin) -> Origin:
+    """Return what a function gives, with its name if it is an activation of what has no units any more."""
+    if found.state != ENDED:
+        return found
+    if operation.function in _SOFTMAX:
+        return found.but(acted=(SCORES,))
+    if operation.first.origin.state != ENDED:
+        return found
+    activation = _REGISTRY.of_call(operation.function, operation.args, operation.kwargs)
+    return found if activation is None else found.after(activation.name)
+
+
+def reads_acted(operation: Operation, result: Origin) -> bool:
+    """Whether a function reads what it is given as a layer does, with weights that data made or picked.
+
+    So do the later layers of a network whose weights another one makes. Attention does not: it sums over positions.
+
+    Args:
+        operation: The call of a function that is no layer.
+        result: What it gives.
+    """
+    origins = [each.origin for each in operation.tensors]
+    if any(origin.picked for origin in origins):
+        return True
+    summed = _multiplies(operation) and result.state == ENDED and rule_of(operation.function) is not end
+    return summed and any(origin.state == UNITS for origin in origins)
+
+
+def _multiplies(operation: Operation) -> bool:
+    """Whether a function sums products of data with data."""
+    data = [each for each in operation.tensors if each.origin.state not in (CONSTANT, WEIGHT)]
+    return len(data) > 1 and (operation.function in PRODUCTS or operation.function in LAYERS)
+
+
 def origins_of(operation: Operation) -> tuple[Origin, ...]:
     """Return what each output of an operation is; what does not fit its shape is lost.
 
@@ -190,4 +230,7 @@ def origins_of(operation: Operation) -> tuple[Origin, ...]:
         found = [each.but(picked=True) if each.picked else each for each in found]
     if rule is not end and any(each.origin.units is not None and each.origin.units.experts for each in tensors):
         found = [_rows_unless_known(each) for each in found]
-    return tuple(each if each.upstream >> operation.call & 1 else each.inherit(tensors) for each in found)
+    found = [each if each.upstream >> operation.call & 1 else each.inherit(tensors) for each in found]
+    if any(each.acted for each in found) and _multiplies(operation):
+        return tuple(each.but(acted=()) for each in found)
+    return tuple(_applied(operation, each) for each in found)

@@ -16,6 +16,7 @@ __all__ = [
     "PICKED",
     "RAW",
     "ROWS",
+    "SCORES",
     "UNITS",
     "UNKNOWN",
     "WEIGHT",
@@ -48,6 +49,9 @@ PICKED = -1
 
 #: Stands for the function where a known activation was applied to the units of a layer.
 ACTIVATED = ""
+
+#: Among activations, stands for a softmax: what it gives are scores, and no activation of them works on neurons.
+SCORES = (0, "softmax")
 
 # Which of several equally wide sources decides what the result is.
 _PRECEDENCE = {state: place for place, state in enumerate((UNITS, ROWS, ENDED, LOST, UNKNOWN, RAW))}
@@ -108,13 +112,16 @@ class Origin:
         part: Which positions it holds, if some were taken: the dimension, the first index, their number and the step of
             each index or slice, in their order.
         begins: Whether it is what a layer gave for constants or weights alone, as for the first state of a recurrence.
+        acted: The activations that were applied to it, or to what it was computed from, while that had no units any
+            more (:data:`ENDED`): the calls that each depends on, as bits, and its name, ``""`` for a module. Or
+            :data:`SCORES` alone.
         unit_set: The calls, the first unit and the factors of the units, wherever they lie in the tensor; and the runs,
             if the units are not each unit of the layers once.
     """
 
     __slots__ = (
         *("bends", "carries", "cuts", "layer", "picked", "picks", "site", "state", "unit_set", "units", "upstream"),
-        *("begins", "part", "turned", "zeros"),
+        *("acted", "begins", "part", "turned", "zeros"),
     )
 
     _known: ClassVar[dict[tuple[Any, ...], Origin]] = {}
@@ -134,6 +141,7 @@ class Origin:
     turned: bool
     part: tuple[tuple[int, int, int, int], ...]
     begins: bool
+    acted: tuple[tuple[int, str], ...]
     unit_set: tuple[Any, ...]
 
     @classmethod
@@ -154,6 +162,7 @@ class Origin:
         turned: bool = False,
         part: tuple[tuple[int, int, int, int], ...] = (),
         begins: bool = False,
+        acted: tuple[tuple[int, str], ...] = (),
     ) -> Origin:
         """Return the origin with these attributes; see the class.
 
@@ -172,8 +181,9 @@ class Origin:
             turned: Whether the last two dimensions are exchanged.
             part: Some of the positions.
             begins: Whether constants or weights alone led to it.
+            acted: Activations.
         """
-        flags = zeros, turned, part, begins
+        flags = zeros, turned, part, begins, acted
         facts = (state, upstream, units, layer, cuts, picked, site, bends, carries, picks, *flags)
         found = cls._known.get(facts)
         if found is None:
@@ -183,7 +193,7 @@ class Origin:
             found.state, found.upstream, found.units, found.layer = state, upstream, units, layer
             found.cuts, found.picked, found.site, found.bends = cuts, picked, site, bends
             found.carries, found.picks = carries, picks
-            found.zeros, found.turned, found.part, found.begins = flags
+            found.zeros, found.turned, found.part, found.begins, found.acted = flags
             found.unit_set = () if units is None else (units.call, units.first, units.order)
             if units is not None and units.explicit:
                 found.unit_set += (units.runs,)
@@ -217,15 +227,31 @@ class Origin:
         """
         return self if self.state != UNITS else Origin.of(state, self.upstream)
 
-    def inherit(self, operands: Iterable[Operand]) -> Origin:
+    def after(self, activation: str) -> Origin:
+        """Return what it is after an activation that is not counted, if it has no units any more.
+
+        Args:
+            activation: Name of a function, or ``""``.
+        """
+        if self.state != ENDED or SCORES in self.acted:
+            return self
+        return self.but(acted=tuple(dict.fromkeys((*self.acted, (self.upstream, activation)))))
+
+    def inherit(self, operands: Sequence[Operand]) -> Origin:
         """Return this origin with the functions that were applied to what it was computed from.
 
         They end where the units do, as in a sum over a layer. Of masks, only those count that were computed from the
-        same units, as in ``h * (h > 0)``.
+        same units, as in ``h * (h > 0)``. Activations of what has no units end where there are units again, as of a
+        layer that they gate.
 
         Args:
             operands: What it was computed from.
         """
+        if self.state in (ENDED, LOST):
+            given = (each.origin.acted for each in operands if not each.boolean)
+            acted = dict.fromkeys((*self.acted, *(key for keys in given for key in keys)))
+            if len(acted) > len(self.acted):
+                return self.but(acted=tuple(acted)).inherit(operands)
         if self.state not in (UNITS, ROWS, LOST):
             return self
         sources = (each.origin for each in operands if not each.boolean or each.origin.units == self.units)
@@ -284,7 +310,9 @@ def combine(operands: Sequence[Operand], shape: Sequence[int], *, bent: str = ""
     if origin.units is None:
         lost = (("", bent),) if bent and origin.state == LOST else ()
         alone = origin if len(data) == 1 else _UNKNOWN
-        return Origin.of(origin.state, upstream, layer=alone.layer, bends=lost, picks=alone.picks)
+        written_out = origin.state == RAW and any(each.origin.state == WEIGHT and _is_matrix(each) for each in operands)
+        state = LOST if written_out else origin.state  # it may be summed next: a layer in disguise
+        return Origin.of(state, upstream, layer=alone.layer, bends=lost, picks=alone.picks)
     if len(chosen.shape) > len(shape):
         return Origin.of(LOST, upstream)
     alike = all(each.origin.units == origin.units and each.origin.site == origin.site for each in data)
@@ -368,6 +396,10 @@ def _is_step(origin: Origin) -> bool:
     ``hh``. The first step, whose state is zeros or a weight, must have the same.
     """
     return any(number == 1 for _, _, number, _ in origin.part)
+
+
+def _is_matrix(weight: Operand) -> bool:
+    return sum(size > 1 for size in weight.shape) > 1
 
 
 def _is_upstream(origin: Origin, other: Origin) -> bool:

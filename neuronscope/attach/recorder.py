@@ -186,8 +186,14 @@ class SiteRecorder:
         if forward.exporting:
             return None
         if not isinstance(x, Tensor) or not x.is_floating_point() or x.dim() == 0:
-            if not function and not traced:  # a function of integers is not an activation
-                self.unmeasured.note(path or "(root)", f"it ran on {describe_input(x)}, which cannot be counted")
+            if not function:
+                if not traced:
+                    self.unmeasured.note(path or "(root)", f"it ran on {describe_input(x)}, which cannot be counted")
+            elif isinstance(x, Tensor):
+                if traced:
+                    self.graphs.note_uncountable(path, function, x)
+                elif forward.module_stack and not forward.recomputing:
+                    self._note_uncountable(path, function, x)
             return None
         recomputing = forward.recomputing
         if not forward.module_stack:
@@ -218,6 +224,13 @@ class SiteRecorder:
         elif call is not None and call.hook is not None and x.requires_grad:
             self.hook_call(x, call)
         return call
+
+    def _note_uncountable(self, path: str, function: str, x: Tensor) -> None:
+        """Note that an activation function was applied to a single number, or to a tensor of an unusual type."""
+        if not in_transform(x):
+            self.unmeasured.note_uncountable(self.forward.flow.origin(x), place_of(path, function), x)
+        elif x.is_floating_point():
+            self.unmeasured.note_transformed(self.running_phase, path, function, x)
 
     def hook_call(self, x: Tensor, call: Call) -> None:
         """Register a hook that counts the gradient of the pre-activation of a call.
@@ -337,7 +350,7 @@ class SiteRecorder:
         if x.is_nested or y.is_nested or x.shape != y.shape:
             origin = origin.without_units(LOST)
         self.forward.flow.note_activation(origin, None, "an activation that is not counted")
-        self.forward.flow.put(y, origin.but(site=None, carries=()))
+        self.forward.flow.put(y, origin.after("").but(site=None, carries=()))
 
     def select(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], y: Any) -> None:
         """Count what a function leaves of a site: a gated product, or what was selected by data.

@@ -346,7 +346,7 @@ class SiteFinder:
                 units = None
         elif units is not None:
             layout, source = units.layout, f"layer ({units.layer})"
-        elif self.unmeasured.may_be_neurons(origin, place, is_module):
+        elif self.unmeasured.may_be_neurons(origin, place, "" if is_module else activation.name):
             layout, source = assumed_layout(x.dim()), "assumed (rank)"
         else:
             return None

@@ -5,13 +5,14 @@ from __future__ import annotations
 from torch import Tensor
 
 from neuronscope.attach.neuron_flow import UNSEEN, NeuronFlow
-from neuronscope.attach.origins import CONSTANT, ENDED, RAW, ROWS, WEIGHT, Origin
-from neuronscope.attach.unsupported import IN_OPERATOR, IN_TRANSFORM
+from neuronscope.attach.origins import CONSTANT, ENDED, RAW, ROWS, UNITS, WEIGHT, Origin
+from neuronscope.attach.unsupported import IN_OPERATOR, IN_TRANSFORM, describe_input
 
 __all__ = ["PICKED", "Unmeasured", "place_of"]
 
 #: Begins the reason why an activation of units that data picked is not measured.
 PICKED = "data picked some of its units"
+_SEVERAL = "several units together"
 
 
 class Unmeasured:
@@ -22,7 +23,6 @@ class Unmeasured:
 
     Attributes:
         reasons: Maps a site, a layer or a module to the reason why it, or a part of its calls, is not measured.
-        not_neurons: Maps the place of an activation to the reason why what it is applied to are no neurons.
         phases_of_modules: Maps the path of each activation module that ran to the phases in which it did.
         failed: Sites whose last call gave no output.
         idle_experts: Places of activations of experts whose sites are known although they may not have run.
@@ -30,7 +30,8 @@ class Unmeasured:
 
     def __init__(self, flow: NeuronFlow) -> None:
         self.reasons: dict[str, str] = {}
-        self.not_neurons: dict[str, str] = {}
+        self._no_units: dict[str, str] = {}  # places of activations of what are no neurons: reason
+        self._ended: dict[str, set[tuple[int, str]]] = {}  # such places, of several units together: see `Origin.acted`
         self.phases_of_modules: dict[str, dict[str, None]] = {}
         self.failed: set[str] = set()
         self.idle_experts: set[str] = set()
@@ -112,13 +113,13 @@ class Unmeasured:
         if units is not None:
             self._transformed.add(units.layer)
 
-    def may_be_neurons(self, origin: Origin, place: str, is_module: bool) -> bool:
+    def may_be_neurons(self, origin: Origin, place: str, function: str) -> bool:
         """Return whether an activation of a tensor without known units is counted; if not, note the reason.
 
         Args:
             origin: What the tensor is.
             place: Where the activation is applied.
-            is_module: Whether the activation is a module, and no function.
+            function: Name of the activation if it is a function, ``""`` if it is a module.
         """
         state = origin.state
         if state == ROWS:
@@ -135,23 +136,61 @@ class Unmeasured:
                 "and now that one. Register the module that picks them and puts them back: `activations={...}`",
             )
             return False
-        if state in (ENDED, WEIGHT):
-            what = "parameters alone" if state == WEIGHT else "several units together"
-            self.not_neurons.setdefault(place, f"its input was computed from {what}")
+        if state == ENDED:
+            self._ended.setdefault(place, set()).add((origin.upstream, function))
+            self._no_units.setdefault(place, f"its input was computed from {_SEVERAL}")
             return False
-        if is_module:
+        if state == WEIGHT and not origin.picked:
+            self._no_units.setdefault(place, "its input was computed from parameters alone")
+            return False
+        if not function:
             return True
-        if state in (RAW, CONSTANT):
-            self.not_neurons.setdefault(place, "no layer came before it")
+        if state == RAW or (state == CONSTANT and not self._flow.left):
+            self._no_units.setdefault(place, "no layer came before it")
             return False
-        self._unclear.setdefault(
+        self._note_unclear(
+            origin,
             place,
-            (
-                f"which dimension of its input holds neurons is not known: declare it, as in `axes={{{place!r}: 1}}`",
-                self._flow.last_layers(origin),
-            ),
+            f"which dimension of its input holds neurons is not known: declare it, as in `axes={{{place!r}: 1}}`",
         )
         return False
+
+    def _note_unclear(self, origin: Origin, place: str, reason: str) -> None:
+        """Note why an activation is not measured, which does not matter if it is applied to outputs of the network."""
+        self._unclear.setdefault(place, (reason, self._flow.last_layers(origin)))
+
+    def note_uncountable(self, origin: Origin, place: str, x: Tensor) -> None:
+        """Note that an activation function was applied to a single number, or to a tensor of an unusual type.
+
+        Integers are counts and indices, unless they are units of a layer.
+
+        Args:
+            origin: What the tensor is.
+            place: Where the activation is applied.
+            x: The tensor.
+        """
+        if origin.state == UNITS:
+            self._note_unclear(origin, place, f"it ran on {describe_input(x)}, which cannot be counted")
+        elif not x.dim():
+            self._no_units.setdefault(place, "its input is a single number, and no unit of a layer")
+        elif x.is_complex() or x.is_quantized:
+            self.may_be_neurons(origin, place, "a function")
+
+    def not_neurons(self) -> dict[str, str]:
+        """Return where activations are applied to what are no neurons, each with the reason."""
+        read = self._places_read()
+        found = {place: reason for place, reason in list(self._no_units.items()) if place not in read}
+        for place, (_, layers) in list(self._unclear.items()):
+            if self._are_outputs(layers):
+                found.setdefault(place, "it is applied to what the network gives, which no layer reads")
+        return found
+
+    def _places_read(self) -> list[str]:
+        """Return the places of activations of several units together whose results a layer reads."""
+        return [place for place, keys in list(self._ended.items()) if not keys.isdisjoint(self._flow.acted)]
+
+    def _are_outputs(self, layers: tuple[str, ...]) -> bool:
+        return bool(layers) and all(self._flow.gives_outputs(layer) for layer in layers)
 
     def with_layers(self, measured: set[str], *, all_seen: bool) -> dict[str, str]:
         """Return all reasons, with those of layers that reach no known activation.
@@ -163,12 +202,18 @@ class Unmeasured:
         not_measured = dict(self.reasons)
         flow = self._flow
         for place, (reason, layers) in list(self._unclear.items()):
-            if not layers or not all(flow.gives_outputs(layer) for layer in layers):
+            if not self._are_outputs(layers):
                 not_measured.setdefault(place, reason)
+        for place in self._places_read():
+            not_measured.setdefault(
+                place,
+                f"its input was computed from {_SEVERAL}, and a layer reads what it gives: these may be neurons of a "
+                f"layer that is not known as one. If they are, declare their axis, as in `axes={{{place!r}: 1}}`",
+            )
         for layer, reason in list(self._switched.items()):
             if measured.isdisjoint(layer.split("+")):
                 not_measured.setdefault(layer, reason)
-        said = {place.rpartition(".")[2] for place in list(self._unclear)}
+        said = {place.rpartition(".")[2] for place in [*self._unclear, *self.reasons]}
         for layer, functions in list(flow.bent.items()):
             function = next((name for name in list(functions) if f"{name}()" not in said), "")
             if layer not in self._transformed and function:

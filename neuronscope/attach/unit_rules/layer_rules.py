@@ -198,6 +198,22 @@ def _layer_rule(slot: int, name: str, from_right: int, rows: int = 0) -> Callabl
 _COLUMNS = _layer_rule(1, "weight", 1)
 
 
+def _embedding_rule(slot: int) -> Callable[[Operation], Sequence[Origin]]:
+    """Return the rule of an embedding; if layers say which of its rows are picked, these may be weights of experts.
+
+    Args:
+        slot: Place of the weight among the arguments.
+    """
+    rule = _layer_rule(slot, "weight", 1, 1)
+
+    def embed(operation: Operation) -> Sequence[Origin]:
+        found = rule(operation)
+        by_layers = operation.upstream and found[0].state == UNITS
+        return [found[0].but(picked=True), *found[1:]] if by_layers else found
+
+    return embed
+
+
 def _linear(operation: Operation) -> Sequence[Origin]:
     """Say what ``linear`` gives; if its first argument is the weight, as in ``linear(W, x)``, rows are the units.
 
@@ -294,9 +310,9 @@ LAYERS: dict[Function, Rule] = {
     **table("conv_transpose3d", _layer_rule(1, "weight", 4, 1)),
     **table("linear", _linear),
     **table("bilinear", _layer_rule(2, "weight", 1)),
-    **table("embedding embedding_bag", _layer_rule(1, "weight", 1, 1)),
+    **table("embedding embedding_bag", _embedding_rule(1)),
     # In these, the weight comes before the indices.
-    **_in_torch("embedding embedding_bag", _layer_rule(0, "weight", 1, 1)),
+    **_in_torch("embedding embedding_bag", _embedding_rule(0)),
     **table("lstm gru rnn_tanh rnn_relu", _recurrent),
     **table("lstm_cell gru_cell rnn_tanh_cell rnn_relu_cell", _recurrent_cell),
     **dict.fromkeys(GROUPED, _grouped),

@@ -5,8 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from neuronscope.attach.origins import ENDED, LOST, PICKED, WEIGHT, Cut, Operand, Origin, PickedMatrices
-from neuronscope.attach.unit_rules.operation import Function, Index, Operation, Rule, Shape, lose, table
+from neuronscope.attach.origins import (
+    CONSTANT,
+    ENDED,
+    LOST,
+    PICKED,
+    UNKNOWN,
+    WEIGHT,
+    Cut,
+    Operand,
+    Origin,
+    PickedMatrices,
+)
+from neuronscope.attach.unit_rules.operation import Function, Index, Operation, Rule, Shape, lose, table, tensors_in
 from neuronscope.attach.units import Units, has_units, positions, resized, select, slice_dim
 
 __all__ = ["PARTS", "index_units"]
@@ -120,7 +131,7 @@ def _pick_of(operand: Operand, origin: Origin, index: tuple[Any, ...]) -> bool |
     """Return what data picks from a weight, by an index of tensors."""
     shape, by = operand.shape, index[0]
     if len(shape) < 3:
-        return False
+        return any(each.origin.state not in (CONSTANT, UNKNOWN, WEIGHT) for each in tensors_in(index))
     alone = isinstance(by, Operand) and not by.boolean and all(part in (_ALL, Ellipsis) for part in index[1:])
     if not alone or operand.origin.picked or any(operand.origin.cuts):
         return True
