@@ -38,6 +38,9 @@ else:
 
 __all__ = ["DeadNeuronMonitor"]
 
+#: With what the names of the frameworks' own modules begin.
+_OWN = tuple(f"{name}." for name in FRAMEWORKS)
+
 
 class DeadNeuronMonitor(Monitor, Callback):  # type: ignore[misc]  # the two Callbacks disagree about Trainers
     """Watches which neurons die while a Trainer trains, and shows it in its loggers.
@@ -116,9 +119,9 @@ class DeadNeuronMonitor(Monitor, Callback):  # type: ignore[misc]  # the two Cal
         self._unpublished |= self._observing is not None
 
     def on_before_zero_grad(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
-        """Do not look at how gradients are set to zero, between the step's forward and its backward pass."""
+        """Do not look at how gradients are set to zero, if no code of the user's runs then, which may run the model."""
         scope = self._observing
-        if scope is not None and pl_module.automatic_optimization:
+        if scope is not None and pl_module.automatic_optimization and _zeroes_only(trainer, pl_module):
             scope.pause_step()
 
     def on_before_backward(self, trainer: Any, pl_module: Any, loss: Any) -> None:
@@ -129,8 +132,13 @@ class DeadNeuronMonitor(Monitor, Callback):  # type: ignore[misc]  # the two Cal
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
         """Do not look at the functions that the optimizer calls, if it is known not to run the model in its step."""
-        if self._observing is not None and _runs_once(pl_module, optimizer):
+        scope = self._observing
+        if scope is None:
+            return
+        if _runs_once(pl_module, optimizer):
             self.begin_optimizer_step()
+        else:
+            scope.resume_step()  # a step that gave no loss had no backward pass, and may run again
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Count nothing until the next batch, and publish a report if a window closed."""
@@ -256,9 +264,20 @@ def _one_of(loaders: Any, place: int) -> Any:
 
 def _runs_once(pl_module: Any, optimizer: Any) -> bool:
     """Whether an optimizer's step is known to run the model exactly once, before ``on_before_optimizer_step``."""
-    loop, kind = getattr(pl_module.optimizer_step, "__module__", ""), type(optimizer)
-    usual = pl_module.automatic_optimization and loop.startswith(tuple(f"{name}." for name in FRAMEWORKS))
+    kind = type(optimizer)
+    usual = pl_module.automatic_optimization and _is_frameworks(pl_module.optimizer_step)
     return usual and kind.__module__.startswith("torch.optim.") and not issubclass(kind, torch.optim.LBFGS)
+
+
+def _zeroes_only(trainer: Any, pl_module: Any) -> bool:
+    """Whether nothing but the framework's own code runs between a step's forward and its backward pass."""
+    hooks = [each.on_before_zero_grad for each in trainer.callbacks if not isinstance(each, DeadNeuronMonitor)]
+    return all(map(_is_frameworks, (pl_module.on_before_zero_grad, pl_module.optimizer_zero_grad, *hooks)))
+
+
+def _is_frameworks(function: Any) -> bool:
+    """Whether a function is the framework's own, and not a user's in its place."""
+    return (getattr(function, "__module__", None) or "").startswith(_OWN)
 
 
 def _fits(trainer: Any) -> bool:

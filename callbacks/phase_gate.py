@@ -7,6 +7,7 @@ whatever a user's hook does between two batches. A gate is closed unless a batch
 from __future__ import annotations
 
 from contextlib import ExitStack
+from threading import get_ident
 from typing import Any
 
 from neuronscope.scope import Scope
@@ -28,28 +29,36 @@ class PhaseGate:
         self._step_is_model = step_is_model
         self._keep_phase = self._ends_phase = True
         self._batch: dict[str, Any] | None = None  # of the batch that runs: what a step of it is opened with
+        self._thread = get_ident()  # in which it runs
         self._open = False
         self._pause_context = ExitStack()
         self._phase_context = ExitStack()
         self._pause()
+        scope.before_phase = self._open_for_phase
 
     def open(self, *, step_in_forward: bool = False, inputs: tuple[Any, ...] = ()) -> None:
-        """Count what runs from now on: a batch begins. In a step that is not observed the gate stays closed.
+        """Count what runs from now on: a batch begins.
+
+        In a step that is not observed the gate stays closed, unless a phase of the user's own begins in the batch.
 
         Args:
             step_in_forward: See :meth:`neuronscope.scope.Scope.open_step`.
             inputs: See there.
         """
-        self._batch = {"in_forward": step_in_forward, "inputs": inputs}
-        self._open_if_observed()
+        self._batch, self._thread = {"in_forward": step_in_forward, "inputs": inputs}, get_ident()
+        if self._open or not self.scope.quiet:
+            self._open_now(self._batch)
 
-    def _open_if_observed(self) -> None:
-        if self._batch is None or (self.scope.quiet and not self._open):
-            return
+    def _open_now(self, batch: dict[str, Any]) -> None:
         self._open = True
         self._pause_context.close()
         if self._step_is_model:
-            self.scope.open_step(**self._batch)
+            self.scope.open_step(**batch)
+
+    def _open_for_phase(self) -> None:
+        """Open the gate in a step that is not observed, since a phase that the user begins in it is."""
+        if self._batch is not None and not self._open and self._thread == get_ident():
+            self._open_now(self._batch)
 
     def close(self) -> None:
         """Count nothing until the next :meth:`open`. Closing a closed gate changes nothing."""
@@ -77,8 +86,8 @@ class PhaseGate:
     def note_step(self, step: int) -> bool:
         """Count an optimizer step in the middle of a batch, and return whether it closed a window."""
         closed = self.scope.step(step)
-        if not self._open:
-            self._open_if_observed()
+        if self._batch is not None and not self._open and not self.scope.quiet:
+            self._open_now(self._batch)
         return closed
 
     def enter(self, phase: str) -> None:
@@ -106,6 +115,7 @@ class PhaseGate:
 
     def detach(self, *, join: bool) -> None:
         """Remove the hooks from the model, in whatever state the gate is; see :meth:`neuronscope.Scope.detach`."""
+        self.scope.before_phase = None
         self.scope.detach(join=join)
         self._phase_context.close()
         self._pause_context.close()

@@ -61,6 +61,7 @@ class Scope:
         policy: See there.
         act_record: What was done to neurons, and what was counted before.
         acting: Whether every rank calls :meth:`agrees` whenever a step closes a window. Callbacks that revive set it.
+        before_phase: Called when a phase begins, before anything of it runs. Callbacks that pause training set it.
 
     Args:
         model: The model.
@@ -104,6 +105,7 @@ class Scope:
         self._model = weakref.ref(model)
         self.act_record = ActRecord()
         self.acting = False
+        self.before_phase: Callable[[], None] | None = None
         registry = Registry(options.activations)
         if registry.finds_nothing(model, options.functional):
             raise NothingToWatchError(
@@ -236,6 +238,8 @@ class Scope:
         self._require_attached("phase")
         if not isinstance(name, str) or not name:
             raise UsageError(f"Expected argument `name` of a phase to be a non-empty string, but got {name!r}.")
+        if self.before_phase is not None:
+            self.before_phase()
         is_pass = False
         try:
             with self._threads.inside(name) as is_pass:

@@ -143,6 +143,7 @@ class HookManager:
         self._backward_at: int | None = None  # how many modules run around a backward pass that runs inside of them
         self._handles = HookHandles()
         self._off_since = 0  # the step at which they were taken off last
+        self._back_at = -1  # the step at which they were put back last
         self._early_returns = 0  # how often in succession they were put back before that had paid
         self._skipped: list[CodeType] = []  # see `skip_when_hooked`
         self._model = weakref.ref(model)
@@ -260,8 +261,10 @@ class HookManager:
         """
         if not self._handles.off:
             return
-        early = step - self._off_since < _FEWEST_UNOBSERVED
-        self._early_returns = self._early_returns + 1 if early else 0
+        if step != self._back_at:  # several evaluations in a row count as one
+            early = step - self._off_since < _FEWEST_UNOBSERVED
+            self._early_returns = self._early_returns + 1 if early else 0
+            self._back_at = step
         self._handles.put_back()
         if self._compilations != count_compilations():
             self._compiles = True

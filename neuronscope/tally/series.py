@@ -46,7 +46,8 @@ class Series:
             step: The optimizer step. Points at later steps are forgotten: the run was taken up at an earlier one.
             values: Numbers by name. Those that are none of :data:`SERIES` are left out.
         """
-        self._unplaced.append((step, values))
+        # As numbers: a tensor may be changed in place meanwhile, and keeps a graph alive.
+        self._unplaced.append((step, {name: float(values[name]) for name in SERIES if name in values}))
         if len(self._unplaced) > _MOST_UNPLACED:
             self._place()
 
@@ -54,9 +55,8 @@ class Series:
         """Make points of the values that were noted."""
         unplaced, self._unplaced = self._unplaced, []
         for step, values in unplaced:
-            for name in SERIES:
-                if name in values:
-                    self._place_one(name, (step, float(values[name])))
+            for name, value in values.items():
+                self._place_one(name, (step, value))
 
     def _place_one(self, name: str, point: Point) -> None:
         points = self._points.setdefault(name, [])

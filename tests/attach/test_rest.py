@@ -130,6 +130,18 @@ def test_hooks_stay_if_something_has_them_put_back_soon_each_time(apart: int, st
         assert bears_hooks(model) == stay
 
 
+def test_hooks_come_off_between_evaluations_on_many_sets():
+    model = Net()
+    with ns.watch(model, every_n_steps=50) as scope:
+        for number in range(1, 40):
+            step(model, scope)
+            if number % 10 == 0:
+                for name in ("val", "test", "shifted", "small", "large"):
+                    with scope.phase(name):
+                        model(torch.randn(5, 3))
+        assert not bears_hooks(model)
+
+
 def test_hooks_stay_until_the_model_has_run():
     """A model whose first forward is compiled may not have been called yet when the first steps are told."""
     model = Net()

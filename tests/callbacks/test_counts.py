@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from neuronscope.attach.function_mode import ActivationFunctionMode
 from neuronscope.callbacks import DeadNeuronMonitor
-from tests.callbacks.networks import SETUPS, SITES, Setup, assert_counts, batches, counted, network, trainer
+from tests.callbacks.networks import FEATURES, SETUPS, SITES, Setup, assert_counts, batches, counted, network, trainer
 
 
 @pytest.mark.parametrize("setup", SETUPS, ids=lambda setup: setup.name)
@@ -116,6 +116,55 @@ def test_how_gradients_are_set_to_zero_is_not_looked_at(monkeypatch: pytest.Monk
     assert Tensor.grad not in seen
     for site in SITES:
         assert_counts(monitor.census("train")[site], counted(model.notes, site, "train"))
+
+
+@pytest.mark.parametrize("hook", ["on_before_zero_grad", "optimizer_zero_grad"])
+def test_a_model_that_a_hook_runs_before_the_backward_pass_is_counted(hook: str) -> None:
+    model, monitor, depths = network(), DeadNeuronMonitor(every_n_steps=1), []
+    theirs = getattr(model, hook)
+
+    def run(*args: Any) -> None:
+        model.loss((torch.ones(4, FEATURES), torch.zeros(4, dtype=torch.long)))
+        theirs(*args)
+
+    setattr(model, hook, run)
+    model.on_before_backward = lambda _: depths.append(torch._C._len_torch_function_stack())
+    trainer(monitor, max_epochs=1).fit(model, batches(4), batches(1))
+    assert set(monitor.census("train")) == set(SITES)
+    assert {monitor.census("train")[site].positions for site in SITES} == {4 * (8 + 4)}
+    assert depths == [1] * 4
+
+
+@pytest.mark.filterwarnings("ignore:.training_step. returned .None.")
+def test_a_step_without_a_loss_that_runs_again_is_counted() -> None:
+    class RunsTwice(torch.optim.SGD):
+        def step(self, closure: Any = None) -> Any:
+            return closure(), super().step(closure)
+
+    model, monitor = network(), DeadNeuronMonitor(every_n_steps=1)
+    model.configure_optimizers = lambda: RunsTwice(model.parameters(), lr=0.1)
+    loss = model.loss
+    model.training_step = lambda batch, batch_idx: loss(batch) if len(model.notes) % 4 else [loss(batch), None][1]
+    trainer(monitor, max_epochs=1).fit(model, batches(4), batches(1))
+    assert set(monitor.census("train")) == set(SITES)
+    assert {monitor.census("train")[site].positions for site in SITES} == {2 * 4 * 8}
+
+
+def test_a_phase_of_the_users_own_is_counted_in_every_step() -> None:
+    model, monitor = network(), DeadNeuronMonitor(every_n_steps=5)
+    loss = model.loss
+
+    def training_step(batch: Any, batch_idx: int) -> Tensor:
+        assert monitor.scope is not None
+        with monitor.scope.phase("again"):
+            model.logits(batch[0])
+        return loss(batch)
+
+    model.training_step = training_step
+    trainer(monitor, max_epochs=1).fit(model, batches(14), batches(1))
+    for site in SITES:
+        assert monitor.census("again")[site].positions == 14 * 8
+        assert monitor.census("train")[site].positions == 3 * 8
 
 
 @pytest.mark.parametrize("framework", ["pytorch_lightning", "lightning.pytorch"])
