@@ -14,8 +14,6 @@ __all__ = ["SERIES", "Series"]
 SERIES = ("learning_rate", "loss", "gradient_norm")
 #: Maximum number of points of a series.
 MOST_POINTS = 256
-#: Values are placed together, not step by step.
-_MOST_UNPLACED = 64
 
 Point = tuple[int, float]
 
@@ -37,7 +35,6 @@ class Series:
     def __init__(self) -> None:
         self._points: dict[str, list[Point]] = {}
         self._strides = dict.fromkeys(SERIES, 1)
-        self._unplaced: list[tuple[int, Mapping[str, float]]] = []  # by step
 
     def note(self, step: int, values: Mapping[str, float]) -> None:
         """Add values at a step.
@@ -46,28 +43,19 @@ class Series:
             step: The optimizer step. Points at later steps are forgotten: the run was taken up at an earlier one.
             values: Numbers by name. Those that are none of :data:`SERIES` are left out.
         """
-        # As numbers: a tensor may be changed in place meanwhile, and keeps a graph alive.
-        self._unplaced.append((step, {name: float(values[name]) for name in SERIES if name in values}))
-        if len(self._unplaced) > _MOST_UNPLACED:
-            self._place()
-
-    def _place(self) -> None:
-        """Make points of the values that were noted."""
-        unplaced, self._unplaced = self._unplaced, []
-        for step, values in unplaced:
-            for name, value in values.items():
-                self._place_one(name, (step, value))
-
-    def _place_one(self, name: str, point: Point) -> None:
-        points = self._points.setdefault(name, [])
-        while points and points[-1][0] > point[0]:
-            points.pop()
-        self._add(points, point, self._strides[name])
-        if len(points) > MOST_POINTS:
-            self._strides[name] *= 2
-            thinned = self._points[name] = []
-            for each in points:
-                self._add(thinned, each, self._strides[name])
+        for name in SERIES:
+            if name not in values:
+                continue
+            value = float(values[name])  # now: a tensor may be changed in place later, and keeps a graph alive
+            points = self._points.setdefault(name, [])
+            while points and points[-1][0] > step:
+                points.pop()
+            self._add(points, (step, value), self._strides[name])
+            if len(points) > MOST_POINTS:
+                self._strides[name] *= 2
+                thinned = self._points[name] = []
+                for point in points:
+                    self._add(thinned, point, self._strides[name])
 
     @staticmethod
     def _add(points: list[Point], point: Point, stride: int) -> None:
@@ -78,12 +66,11 @@ class Series:
 
     def points(self) -> dict[str, tuple[Point, ...]]:
         """Return the points by name, steps ascending."""
-        self._place()
         return {name: tuple(points) for name, points in self._points.items()}
 
     def state_dict(self) -> dict[str, Any]:
         """Return the points as tensors, float64 ``(P, 2)`` by name."""
-        return {name: torch.tensor(points, dtype=torch.float64) for name, points in self.points().items() if points}
+        return {name: torch.tensor(points, dtype=torch.float64) for name, points in self._points.items() if points}
 
     @classmethod
     def from_state(cls, state: Any) -> Series:
