@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar, NamedTuple
 
@@ -310,8 +311,7 @@ def combine(operands: Sequence[Operand], shape: Sequence[int], *, bent: str = ""
     if origin.units is None:
         lost = (("", bent),) if bent and origin.state == LOST else ()
         alone = origin if len(data) == 1 else _UNKNOWN
-        written_out = origin.state == RAW and any(each.origin.state == WEIGHT and _is_matrix(each) for each in operands)
-        state = LOST if written_out else origin.state  # it may be summed next: a layer in disguise
+        state = LOST if origin.state == RAW and _writes_out_a_layer(operands, data, shape) else origin.state
         return Origin.of(state, upstream, layer=alone.layer, bends=lost, picks=alone.picks)
     if len(chosen.shape) > len(shape):
         return Origin.of(LOST, upstream)
@@ -398,8 +398,13 @@ def _is_step(origin: Origin) -> bool:
     return any(number == 1 for _, _, number, _ in origin.part)
 
 
-def _is_matrix(weight: Operand) -> bool:
-    return sum(size > 1 for size in weight.shape) > 1
+def _writes_out_a_layer(operands: Sequence[Operand], data: Sequence[Operand], shape: Sequence[int]) -> bool:
+    """Whether each row of a weight is applied to each input, which may be summed next: a layer in disguise.
+
+    A position embedding that is added to the input, or a mask that is learned, meets each number of it once.
+    """
+    matrix = any(each.origin.state == WEIGHT and sum(size > 1 for size in each.shape) > 1 for each in operands)
+    return matrix and all(math.prod(each.shape) < math.prod(shape) for each in data)
 
 
 def _is_upstream(origin: Origin, other: Origin) -> bool:

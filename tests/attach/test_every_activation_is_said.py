@@ -211,6 +211,7 @@ PROGRAMS: dict[str, tuple[str, Callable[[Net, Tensor], Tensor]]] = {
     "a parameter": (NO_NEURON, lambda net, x: net.first(x) * F.relu(net.rows_up[0])),
     "one number of a parameter": (NO_NEURON, lambda net, x: net.first(x) * F.relu(net.rows_up[0, 0])),
     "the input": (NO_NEURON, lambda net, x: net.first(F.relu(x))),
+    "a learned change of the input": (NO_NEURON, lambda net, x: net.first(torch.clamp(x + net.rows_up[:BATCH], 0, 1))),
     "units that are lost, of an output": (NO_NEURON, lambda net, x: returned(net, F.relu(net.first(x).roll(1, -1)))),
     "several units of an output": (NO_NEURON, lambda net, x: returned(net, F.relu(net.first(x).cumsum(-1)))),
 }
