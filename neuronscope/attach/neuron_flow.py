@@ -108,7 +108,7 @@ class _Outcome(NamedTuple):
         nameless: Whether an output may turn out to be a weight: see :func:`_stays_weight`.
         rows: Whether data says which experts its rows are of, or which weights it is.
         terms: Sites that a function reads which is no layer and ends their units, and whether it gives one number.
-        acted: Activations of what has no units whose results a layer reads; see :attr:`Origin.acted`.
+        acted: Activations of what has no units any more, whose results a layer reads; see :attr:`Origin.acted`.
     """
 
     origins: tuple[Origin, ...]
@@ -201,7 +201,7 @@ class NeuronFlow:
         self.sources: dict[str, dict[Any, None]] = {}  # of each layer: the sites of which it reads known columns
         self.reader_notes: dict[Any, dict[str, None]] = {}  # of each site: other ways in which it is read
         self.terms: dict[Any, bool] = {}  # of sites whose units a function ends: whether one number is left
-        self.acted: set[tuple[int, str]] = set()  # activations of what has no units, which layers read
+        self.acted: set[tuple[int, str]] = set()  # activations of what has no units any more, which layers read
         self.left = False  # whether units left torch in this forward, so that a new tensor may hold them
         self.activations: dict[Any, dict[Any, None]] = {}  # of each layer and site: the sites that read it
         self.repeated: set[str] = set()  # layers that were called more than once in a forward
@@ -651,7 +651,8 @@ class NeuronFlow:
             self.terms[site] = one_number and self.terms.get(site, True)
         for site, note in outcome.notes:
             self.reader_notes.setdefault(site, {})[note] = None
-        self.acted.update(outcome.acted)
+        if outcome.acted and len(self.acted) < _MOST_OUTCOMES:  # paths that differ from step to step add to it
+            self.acted.update(outcome.acted)
         if outcome.layer is None:
             return
         for site, reader in outcome.readers:

@@ -13,6 +13,7 @@ __all__ = ["PICKED", "Unmeasured", "place_of"]
 #: Begins the reason why an activation of units that data picked is not measured.
 PICKED = "data picked some of its units"
 _SEVERAL = "several units together"
+_MOST_KEYS = 20_000  # of one place, if the layers before it differ from step to step
 
 
 class Unmeasured:
@@ -137,7 +138,9 @@ class Unmeasured:
             )
             return False
         if state == ENDED:
-            self._ended.setdefault(place, set()).add((origin.upstream, function))
+            keys = self._ended.setdefault(place, set())
+            if len(keys) < _MOST_KEYS:
+                keys.add((origin.upstream, function))
             self._no_units.setdefault(place, f"its input was computed from {_SEVERAL}")
             return False
         if state == WEIGHT and not origin.picked:
@@ -207,8 +210,8 @@ class Unmeasured:
         for place in self._places_read():
             not_measured.setdefault(
                 place,
-                f"its input was computed from {_SEVERAL}, and a layer reads what it gives: these may be neurons of a "
-                f"layer that is not known as one. If they are, declare their axis, as in `axes={{{place!r}: 1}}`",
+                f"its input was computed from {_SEVERAL}, and a layer reads the result: these may be the neurons of a "
+                f"layer that was not recognised. If they are, declare their axis, as in `axes={{{place!r}: 1}}`",
             )
         for layer, reason in list(self._switched.items()):
             if measured.isdisjoint(layer.split("+")):

@@ -17,6 +17,7 @@ from hypothesis import HealthCheck, event, given, settings
 from torch import Tensor, nn
 
 import neuronscope as ns
+from neuronscope.attach import neuron_flow, unmeasured
 
 #: Where no activation is counted, a warning says that too.
 pytestmark = [
@@ -342,3 +343,25 @@ def test_of_any_program_something_is_said_of_its_activation(before: list[str], a
     assert found
     if not after and "softmax" not in before:  # the head reads what the activation gives
         assert found in ([COUNTED], [LISTED])
+
+
+def test_what_is_kept_of_a_network_that_goes_another_way_each_time_has_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    most = 20
+    monkeypatch.setattr(neuron_flow, "_MOST_OUTCOMES", most)
+    monkeypatch.setattr(unmeasured, "_MOST_KEYS", most)
+    makers = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(6))
+
+    def program(net: Net, x: Tensor) -> Tensor:
+        made = [maker(x)[:, :, None] for maker in makers]
+        picked = [weights for place, weights in enumerate(made) if way >> place & 1]
+        return F.relu(torch.stack([x[:, None] @ weights for weights in picked]).sum(0))
+
+    net = Net(program)
+    net.makers = makers
+    with ns.watch(net) as scope:
+        for way in range(1, 64):  # noqa: B007  # the program reads it
+            net(torch.randn(BATCH, WIDTH)).sum().backward()
+            scope.step()
+    flow = scope._hooks.recorder.forward.flow
+    assert 1 < len(flow.acted) <= most
+    assert {each.name for each in scope.report().not_measured} >= {"relu()"}
