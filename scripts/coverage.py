@@ -91,7 +91,7 @@ network of which no site is left is not equal. All in float32 on the CPU.
 (`tests/networks/test_compiled_networks.py`). Where there is more than one graph, torch's reason
 stands below. Torch's limit of recompilations is set so high that no run meets it. Behind the limit
 torch runs a function uncompiled, with other last bits, and a watched run may meet it later
-([design.md](design.md#known-limits)).
+([limits.md](limits.md)).
 
 **Of {networks} networks {tried} were tried: {whole} are one graph, of which {equal} are equal; of the
 {parts} others {others} are.**

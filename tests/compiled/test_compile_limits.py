@@ -163,7 +163,7 @@ def test_before_the_limit_of_all_graphs_is_met_the_watch_ends_and_training_goes_
 
 
 def test_windows_and_phases_that_ran_before_compile_nothing_again():
-    """And a phase that did not is compiled then, so that torch raises: see the known limits in `docs/design.md`."""
+    """And a phase that did not is compiled then, so that torch raises: see `docs/limits.md`."""
     model, backend = Variants(), Counter("aot_eager")
     run = torch.compile(model, backend=backend, fullgraph=True)
     policy = ns.Policy(max_rate=0.5, confidence=0.5)

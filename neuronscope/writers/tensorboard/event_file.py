@@ -40,7 +40,7 @@ __all__ = [
 
 #: Folder of the event file, inside the run's folder. TensorBoard shows it as a run of its own, ``<run>/neuronscope``:
 #: its Python loader reads the files of one folder one after the other and never returns to an earlier one, so a
-#: second file in the run's folder would stop the user's own charts (docs/design.md).
+#: second file in the run's folder would stop the user's own charts (docs/mechanisms.md).
 EVENT_FOLDER = "neuronscope"
 #: Bytes that stay free on the disk for what the training itself still writes.
 SPARE_BYTES = 4 << 20
