@@ -190,7 +190,6 @@ def _history(fields: Fields, neurons: int) -> SiteHistory:
         fields.fail("has steps that do not ascend")
     return SiteHistory(
         steps=steps,
-        **{name: fields.integers(name, windows) for name in ("dead", "silent", "dormant", "cut_off")},
         levels=np.array(rows, dtype=np.uint8).reshape(windows, neurons),
         **{name: fields.integers(name, neurons, -1) for name in ("died_step", "revived_step")},
         **{name: fields.integers(name, neurons) for name in ("deaths", "revivals")},

@@ -20,7 +20,7 @@ from neuronscope.arrays import ByteArray, IntArray
 from neuronscope.errors import ReportError
 from neuronscope.judge.verdicts import LABELS, Judgement, is_tau_dormant
 from neuronscope.report.reading import report_from_dict
-from neuronscope.report.report import LEVEL_MAX, LEVEL_UNSEEN, LEVELS, SITE_COUNTS, Report, SiteHistory, SiteReport
+from neuronscope.report.report import LEVEL_MAX, LEVEL_UNSEEN, SITE_COUNTS, Report, SiteHistory, SiteReport
 from neuronscope.writers.formatting import count
 from neuronscope.writers.packing import coarse_levels, fraction_levels, spread_windows
 
@@ -35,7 +35,6 @@ MOST_BYTES = 1 << 30
 _VERSION = 1
 _BEGIN = b"neuronscope report\0"
 
-_COUNTED = ("dead", "silent", "dormant", "cut_off")
 _STEPS = ("died_step", "revived_step", "deaths", "revivals")
 #: What is held of each neuron, with the type in the bytes: levels and labels are single bytes.
 _FIELDS = {"label": "u1", "level": "u1", "mean": "<f4", "last_active_step": "<i8", **dict.fromkeys(_STEPS, "<i8")}
@@ -209,6 +208,5 @@ def _history(steps: list[int], levels: ByteArray, own: dict[str, npt.NDArray[Any
     return {
         "steps": steps,
         "levels": levels.tolist(),
-        **{name: (levels == LEVELS[name.replace("_", " ")]).sum(axis=1).tolist() for name in _COUNTED},
         **{name: own[name].tolist() for name in _STEPS},
     }
