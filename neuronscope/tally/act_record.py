@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -30,7 +29,6 @@ class ActRecord:
 
     def __init__(self) -> None:
         self.acts: list[Act] = []
-        self._revived: Counter[str] = Counter()
         self._before: dict[str, Before] = {}
 
     @property
@@ -40,7 +38,7 @@ class ActRecord:
 
     def revived(self, site: str) -> int:
         """Return how many neurons of a site were revived, each as often as it was."""
-        return self._revived[site]
+        return sum(len(act.neurons) for act in self.acts if act.site == site)
 
     def before(self, site: str, neurons: int) -> Before:
         """Return what was counted of each neuron before its newest revival.
@@ -61,17 +59,13 @@ class ActRecord:
             act: The act.
             counted: All closed windows of the site.
         """
-        self._add(act)
+        self.acts.append(act)
         before = Before(*(each.copy() for each in self.before(act.site, counted.neurons)))
         revived = list(act.neurons)
         before.zero_outputs[revived] = counted.zero_outputs[revived]
         before.positions[revived] = counted.positions
         before.step[revived] = act.step
         self._before[act.site] = before
-
-    def _add(self, act: Act) -> None:
-        self.acts.append(act)
-        self._revived[act.site] += len(act.neurons)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the record as tensors and primitives."""
@@ -99,7 +93,7 @@ class ActRecord:
                 site, rule, neurons = saved["site"], saved["rule"], integers(saved, "neurons")
                 if not isinstance(site, str) or not isinstance(rule, str):
                     raise ValueError("the site or the rule of an act is no text")
-                record._add(Act(site=site, neurons=tuple(neurons), rule=rule, **steps))
+                record.acts.append(Act(site=site, neurons=tuple(neurons), rule=rule, **steps))
             for site, saved in mapping(state, "before").items():
                 shape = (len(saved["step"]),)
                 before = Before(*(array(saved, name, torch.int64, shape) for name in Before._fields))

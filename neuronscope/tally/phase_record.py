@@ -299,7 +299,7 @@ class PhaseRecord:
     def state_dict(self) -> dict[str, Any]:
         """Return the record as tensors and primitives, including the open window, without sites that are left."""
         left, opened = self.left, self.open()
-        shared = [name for name, tally in opened.items() if tally.info.whole > tally.neurons]
+        shared = [name for name, tally in opened.items() if tally.whole > tally.neurons]
         return {
             "open": opened.without(*shared, *left).state_dict(),  # one rank's neurons are not the layer
             "open_steps": list(self._steps),
@@ -381,7 +381,7 @@ def _place(name: str) -> str:
 
 def _layer_of(name: str, tally: Tally) -> str:
     """Return the layer that a site needs to be in the model: none, the root, if the user names the tensor."""
-    return tally.layer or ("" if tally.info.place == NAMED_TENSOR else name)
+    return tally.layer or ("" if tally.place == NAMED_TENSOR else name)
 
 
 def _listed(names: Collection[str], most: int = 3) -> str:
