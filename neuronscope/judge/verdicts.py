@@ -141,16 +141,7 @@ def judge(counts: Tally, policy: Policy) -> Judgement:
     """
     none = np.zeros(counts.zero_outputs.shape, dtype=np.bool_)
     if counts.positions == 0:
-        return Judgement(
-            dead=none,
-            silent=none,
-            dormant=none,
-            cut_off=none,
-            linear=none,
-            not_finite=none,
-            unseen=~none,
-            tau_dormant=none,
-        )
+        return Judgement(**dict.fromkeys(Judgement.__dataclass_fields__, none) | {"unseen": ~none})
     not_finite = counts.not_finite_outputs > 0
     never_fired = (counts.zero_outputs == counts.positions) & ~not_finite
     no_gradient = dead = silent = none

@@ -24,7 +24,7 @@ from neuronscope.linear.affine_functions import ACTIVATION, kind_of_call
 from neuronscope.linear.collapsed_map import CollapsedMap, collapsed_map
 from neuronscope.linear.linear_report import LinearLayers, LinearReport
 from neuronscope.linear.slopes import Slopes
-from neuronscope.running import call_model, evaluated, in_float64, to_device
+from neuronscope.running import call_model, evaluated, in_float64, to_device_of
 from neuronscope.writers.formatting import listed
 
 __all__ = ["LinearLayersOfForward", "check_linear"]
@@ -57,13 +57,12 @@ def check_linear(
     (('0', '1'), 4)
     """
     call = forward or call_model
-    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     slopes: dict[str, Slopes] = {}
     first, examples, reads_out = None, 0, False
     everywhere: set[tuple[str, ...]] | None = None  # the layers of the stretches that each batch has
     with evaluated(model):
         for batch in (data,) if isinstance(data, Tensor) else data:
-            batch = to_device(batch, device)
+            batch = to_device_of(model, batch)
             first = batch if first is None else first
             examples += next((len(tensor) for tensor in all_tensors(batch) if tensor.dim()), 1)
             flow = AffineFlow(model)
