@@ -8,10 +8,9 @@ import numpy as np
 import torch
 
 from neuronscope.arrays import IntArray
-from neuronscope.errors import StateError
 from neuronscope.report.acts import Act
 from neuronscope.tally.census import Tally
-from neuronscope.tally.check_state import array, integer, integers, mapping
+from neuronscope.tally.check_state import array, integer, integers, mapping, reading
 
 __all__ = ["ActRecord", "Before"]
 
@@ -87,7 +86,7 @@ class ActRecord:
         record = cls()
         if state is None:
             return record
-        try:
+        with reading("acts of a scope", state):
             for saved in state["acts"]:
                 steps = {name: integer(saved, name, -1) for name in ("step", "first_step", "last_step")}
                 site, rule, neurons = saved["site"], saved["rule"], integers(saved, "neurons")
@@ -100,8 +99,6 @@ class ActRecord:
                 if (before.zero_outputs > before.positions).any():
                     raise ValueError(f"{site} has more zero outputs than positions")
                 record._before[site] = before
-        except (AttributeError, LookupError, TypeError, ValueError) as error:
-            raise StateError(f"Expected the saved acts of a scope, but got {type(state).__name__}: {error}.") from error
         return record
 
     def __bool__(self) -> bool:

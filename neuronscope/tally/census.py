@@ -20,7 +20,7 @@ from neuronscope.count.counter_tensors import NEVER
 from neuronscope.errors import StateError
 from neuronscope.judge.distinct import DistinctNeurons
 from neuronscope.sites import IncomingRows, ReaderColumns, SiteInfo
-from neuronscope.tally.check_state import MOST, array, integer, mapping
+from neuronscope.tally.check_state import MOST, array, integer, mapping, reading
 
 __all__ = ["Census", "Tally"]
 
@@ -293,17 +293,11 @@ class Census(Mapping[str, Tally]):
         Raises:
             StateError: The state is not that of a census.
         """
-        try:
+        with reading("state of a census", state):
             tallies = {name: Tally.from_state(tally) for name, tally in mapping(state, "tallies").items()}
             last = integer(state, "last_step", -1)
             first = integer(state, "first_step", min(last, 0), last)
             return cls(tallies, first_step=first, last_step=last, steps=integer(state, "steps"))
-        except (LookupError, TypeError, ValueError) as error:
-            if isinstance(error, StateError):
-                raise
-            raise StateError(
-                f"Expected the saved state of a census, but got {type(state).__name__}: {error}."
-            ) from error
 
 
 def _read_info(state: Mapping[str, Any]) -> SiteInfo:

@@ -17,11 +17,10 @@ import torch
 
 from neuronscope.arrays import ByteArray, IntArray
 from neuronscope.count.counter_tensors import NEVER
-from neuronscope.errors import StateError
 from neuronscope.judge.verdicts import Judgement, Policy, judge
 from neuronscope.report.report import LEVEL_MAX, LEVELS, SiteHistory
 from neuronscope.tally.census import Census, Tally
-from neuronscope.tally.check_state import array, integer, integers, mapping
+from neuronscope.tally.check_state import array, integer, integers, mapping, reading
 
 __all__ = ["History"]
 
@@ -203,15 +202,11 @@ class History:
         Raises:
             StateError: The state is not that of a history.
         """
-        try:
+        with reading("state of a history", state):
             windows, stride = integer(state, "windows"), integer(state, "stride", 1)
             trails = {name: _Trail.from_state(trail) for name, trail in mapping(state, "trails").items()}
             if any(trail.indices[-1:] >= [windows] for trail in trails.values()):
                 raise ValueError("a window has a higher number than there are windows")
-        except (AttributeError, LookupError, TypeError, ValueError) as error:
-            raise StateError(
-                f"Expected the saved state of a history, but got {type(state).__name__}: {error}."
-            ) from error
         self._windows, self._stride, self._trails = windows, stride, trails
 
     @property

@@ -22,7 +22,7 @@ from neuronscope.report.fault import Fault
 from neuronscope.sites import NAMED_TENSOR, SiteInfo, SiteKey
 from neuronscope.tally.act_record import ActRecord
 from neuronscope.tally.census import Census, Tally
-from neuronscope.tally.check_state import integer, integers, mapping
+from neuronscope.tally.check_state import integer, integers, mapping, reading
 from neuronscope.tally.collect import observed, read_tallies
 from neuronscope.tally.history import History
 
@@ -322,18 +322,12 @@ class PhaseRecord:
         """
         names = ("open", "closed", "last")
         history = History(self._policy)
-        try:  # read everything before changing anything
+        with reading("state of a phase", state):  # everything before anything is changed
             flushed, closed, last = (Census.from_state(state[name]) for name in names)
             steps, before = (integers(state, name) for name in ("open_steps", "steps_before"))
             looked_at_step = integer(state, "looked_at_step")
             history.load_state_dict(mapping(state, "history"))
             _check_together(flushed, closed, last, history, [*before, *steps])
-        except (LookupError, TypeError, ValueError) as error:
-            if isinstance(error, StateError):
-                raise
-            raise StateError(
-                f"Expected the saved state of a phase, but got {type(state).__name__}: {error}."
-            ) from error
         with self._lock:
             for _, counters in self._counters.values():
                 counters.reset()
@@ -435,11 +429,9 @@ def split_scope_state(
     Raises:
         StateError: The state is not that of a scope, or is from a later version.
     """
-    try:
+    with reading("state of a scope", state):
         version, step, phases = state["version"], integer(state, "step"), dict(mapping(state, "phases"))
         checkpoints = integers(state, "checkpoints") if "checkpoints" in state else []
-    except (LookupError, TypeError, ValueError) as error:
-        raise StateError(f"Expected the saved state of a scope, but got {type(state).__name__}: {error}.") from error
     if is_outdated(state):
         return step, {}, None, [], ActRecord()
     if version != _STATE_VERSION:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from neuronscope.arrays import ByteArray
-from neuronscope.errors import MissingExtraError
+from neuronscope.errors import requiring
 from neuronscope.judge.verdicts import LABELS
 from neuronscope.report.report import Report
 from neuronscope.writers import wording
@@ -123,12 +123,8 @@ def draw_panels(panels: Panels, figure: Any = None) -> Figure:
         panels: What is drawn.
         figure: See :func:`draw`.
     """
-    try:
+    with requiring("matplotlib", "`plot()`", "matplotlib"):
         from matplotlib.figure import Figure
-    except ImportError as error:
-        raise MissingExtraError(
-            "Expected matplotlib for `plot()`, but it is not installed: pip install matplotlib"
-        ) from error
     ill = [bar for bar in panels.layers if any(map(bar.share, panels.labels))]
     bars = (ill if ill and len(panels.layers) > BARS else panels.layers)[:BARS]
     height = 1.2 + 0.26 * max(len(bars), 3)

@@ -6,12 +6,11 @@ Works with the ``SummaryWriter`` of torch and that of tensorboardX, which take t
 from __future__ import annotations
 
 import json
-import warnings
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from neuronscope.errors import MissingExtraError, NeuronscopeWarning, UsageError
+from neuronscope.errors import UsageError, requiring, warn_user
 from neuronscope.report.report import Report, SiteReport
 from neuronscope.writers.report_bytes import to_bytes
 from neuronscope.writers.tensorboard.diagnosis_text import diagnosis
@@ -213,11 +212,7 @@ class Dashboard:
     def _warn(self, error: OSError) -> None:
         if not self._warned:
             self._warned = True
-            warnings.warn(
-                f"Neuronscope could not write to TensorBoard; training goes on. {type(error).__name__}: {error}",
-                NeuronscopeWarning,
-                stacklevel=3,
-            )
+            warn_user(f"Neuronscope could not write to TensorBoard; training goes on. {type(error).__name__}: {error}")
 
     def state_dict(self) -> dict[str, list[int]]:
         """Return the last steps written, by phase, as plain data for a checkpoint."""
@@ -272,13 +267,9 @@ def tab_summary(report: Report) -> Summary:
     Raises:
         MissingExtraError: TensorBoard is not installed.
     """
-    try:
+    with requiring("TensorBoard", "writing its tab's data", "tensorboard"):
         from tensorboard.compat.proto import summary_pb2
         from tensorboard.util.tensor_util import make_tensor_proto
-    except ImportError as error:
-        raise MissingExtraError(
-            "Expected TensorBoard for writing its tab's data, but it is not installed: pip install tensorboard"
-        ) from error
     content = json.dumps({"phase": report.phase}).encode("ascii")
     metadata = summary_pb2.SummaryMetadata(
         plugin_data=summary_pb2.SummaryMetadata.PluginData(plugin_name=PLUGIN_NAME, content=content),
