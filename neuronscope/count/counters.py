@@ -25,9 +25,9 @@ _AT_ONCE = 1 << 17
 class SiteCounters:
     """Count the outputs and gradients of one site in one phase, on the site's device.
 
-    In eager mode the host knows what is added, and counts are kept in ``window``, in 20 bytes a neuron, until it is
-    full. What counts by itself on the device adds to ``tensors``, in 64 bits: nobody knows there how much it adds.
-    Either is made when it is needed. On the CPU counts wait first, in ``outputs``, ``gradients``, ``small_outputs`` and
+    In eager mode the host knows how much is added, and counts are kept in ``window``, in 20 bytes a neuron, until it is
+    full. A graph counts on the device, where nobody knows how much it adds; it adds to ``tensors``, in 64 bits. Both
+    are made when they are needed. On the CPU counts wait first, in ``outputs``, ``gradients``, ``small_outputs`` and
     ``small_gradients``; :meth:`add_waiting` adds them.
 
     Args:
@@ -39,7 +39,7 @@ class SiteCounters:
         open: Whether gradients are still counted; false after the watch has ended.
         in_graph: Whether a compiled graph, or a captured one, holds the tensors.
         clock: Where compiled graphs read the optimizer step, int64 without dimensions; set when there is a graph.
-        shared: Whether the tensors are counted in together with those of other sites: they are views then.
+        shared: Whether the tensors are views of larger ones, in which several sites are counted together.
         unreadable: Whether an output was seen that cannot be counted. Then the gradients do not belong to what is
             counted, and a tally has none.
         incomplete: Whether a call was not counted. Then no census has the site.
@@ -216,10 +216,10 @@ class SiteCounters:
         return self.tensors
 
     def share(self, tensors: CounterTensors) -> None:
-        """Count in other tensors from now on, which are counted in together with those of other sites.
+        """Count from now on in views of larger tensors, in which several sites are counted together.
 
         Args:
-            tensors: Views, which get what was counted so far.
+            tensors: The views; what was counted so far is copied to them.
         """
         with torch.inference_mode(False), torch.no_grad(), torch._C.DisableTorchFunction():
             for mine, view in zip(self.flush(), tensors, strict=True):

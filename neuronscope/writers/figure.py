@@ -83,10 +83,8 @@ def draw(report: Report, figure: Any = None) -> Figure:
         figure: A ``Figure`` or ``SubFigure`` of matplotlib to draw into; a new one by default.
     """
     labels = ("dead", "not finite", "silent", "cut off", "dormant", "unseen")
-    sites = sorted(report.layers, key=wording.severity, reverse=True)
-    sites.sort(key=lambda site: not site.in_headlines)
     bars = []
-    for site in sites:
+    for site in wording.worst_first(report.layers):
         codes = np.bincount(site.judgement.labels(), minlength=len(LABELS))
         counts = {label: int(codes[LABELS.index(label)]) for label in labels}
         bars.append(LayerBar(f"{site.name} {wording.mark(site)}".rstrip(), site.neurons, counts))

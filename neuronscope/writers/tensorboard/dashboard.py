@@ -23,7 +23,7 @@ from neuronscope.writers.tensorboard.event_file import (
 )
 from neuronscope.writers.tensorboard.scalars import scalars
 from neuronscope.writers.tensorboard.tags import PLUGIN_NAME, TAB_TAG, card_name, metric, safe
-from neuronscope.writers.wording import provisional_note, severity
+from neuronscope.writers.wording import provisional_note, worst_first
 
 if TYPE_CHECKING:
     from tensorboard.compat.proto.summary_pb2 import Summary
@@ -236,9 +236,7 @@ def _heatmaps(report: Report) -> list[tuple[str, SiteReport]]:
     """Return the layers that get a heat map, each with the last part of its tag."""
     if len(report.layers) <= MOST_HEATMAPS:
         return [(card_name(site.name), site) for site in report.layers]
-    worst = sorted(report.layers, key=severity, reverse=True)  # stable: ties stay in network order
-    worst.sort(key=lambda site: not site.in_headlines)  # what is not in the totals comes last
-    return [(f"worst-{rank}", site) for rank, site in enumerate(worst[:MOST_HEATMAPS], 1)]
+    return [(f"worst-{rank}", site) for rank, site in enumerate(worst_first(report.layers)[:MOST_HEATMAPS], 1)]
 
 
 def _add_summary(writer: Any, made: Summary, step: int) -> None:
