@@ -70,7 +70,7 @@ def to_bytes(report: Report) -> bytes:
         for name, kind in _FIELDS.items()
     ]
     levels = [levels.T for _, levels in histories]  # neuron by neuron: what stays the same deflates to nothing
-    pieces = [*(plane.view(np.uint8).reshape(plane.size, -1).T for plane in planes), *levels]
+    pieces = [*(plane.view(np.uint8).reshape(plane.size, plane.itemsize).T for plane in planes), *levels]
     raw = b"".join([struct.pack("<I", len(text)), text, *(np.ascontiguousarray(piece).tobytes() for piece in pieces)])
     return _BEGIN + zlib.compress(raw, 6)
 
