@@ -23,6 +23,7 @@ from neuronscope.sites import SiteDescription
 
 __all__ = [
     "COUNTS",
+    "HISTORY_COUNTS",
     "LEVELS",
     "LEVEL_CUT_OFF",
     "LEVEL_DEAD",
@@ -69,6 +70,8 @@ LEVELS = {
 COUNTS = ("dead", "born_dead", "silent", "dormant", "tau_dormant", "cut_off")
 #: … those of each site, …
 SITE_COUNTS = (*COUNTS, "linear", "unseen")
+#: … those of each window of a site's history, …
+HISTORY_COUNTS = ("dead", "silent", "dormant", "cut_off")
 #: … what was observed of a site, …
 POSITIONS = ("positions", "gradient_positions", "examples")
 #: … and the means of each neuron over its positions.
@@ -163,8 +166,7 @@ class SiteHistory:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the history as plain lists."""
-        names = (*self.__dataclass_fields__, "dead", "silent", "dormant", "cut_off")
-        return {name: getattr(self, name).tolist() for name in names}
+        return {name: getattr(self, name).tolist() for name in (*self.__dataclass_fields__, *HISTORY_COUNTS)}
 
 
 @dataclass(frozen=True, kw_only=True)

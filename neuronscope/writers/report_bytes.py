@@ -205,8 +205,4 @@ def _neurons(own: dict[str, npt.NDArray[Any]], tau: float) -> dict[str, Any]:
 
 
 def _history(steps: list[int], levels: ByteArray, own: dict[str, npt.NDArray[Any]]) -> dict[str, Any]:
-    return {
-        "steps": steps,
-        "levels": levels.tolist(),
-        **{name: own[name].tolist() for name in _STEPS},
-    }
+    return SiteHistory(steps=np.asarray(steps), levels=levels, **{name: own[name] for name in _STEPS}).to_dict()
