@@ -179,7 +179,8 @@ def is_tau_dormant(mean_abs_output: FloatArray, not_finite: BoolArray, tau: floa
         tau: The threshold.
     """
     finite = mean_abs_output[~not_finite]
-    score = mean_abs_output / ((finite.mean() if finite.size else 0.0) + 1e-9)
+    with np.errstate(invalid="ignore"):  # a mean may be too large for float64; ∞ ÷ ∞ is not dormant
+        score = mean_abs_output / ((finite.mean() if finite.size else 0.0) + 1e-9)
     dormant: BoolArray = (score <= tau) & ~not_finite
     return dormant
 
