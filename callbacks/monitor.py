@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
-import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import TracebackType
@@ -27,7 +26,7 @@ from neuronscope.callbacks.phase_gate import PhaseGate
 from neuronscope.callbacks.publishing import Publisher, check_published
 from neuronscope.callbacks.runs import Runs
 from neuronscope.callbacks.suppress_errors import SuppressErrors
-from neuronscope.errors import NeuronscopeWarning, NothingToWatchError, UsageError
+from neuronscope.errors import NothingToWatchError, UsageError, warn_user
 from neuronscope.options import Examples, Mask, WatchArguments, WatchOptions, positive_integer
 from neuronscope.report.report import Report
 from neuronscope.scope import Scope
@@ -291,7 +290,7 @@ class Monitor:
             try:
                 yield
             except NothingToWatchError as error:
-                warnings.warn(str(error), NeuronscopeWarning, stacklevel=4)
+                warn_user(str(error))
 
     @_while_attached
     def move_to(self, step: int) -> None:
@@ -363,7 +362,7 @@ class Monitor:
                     report = self._publish("train", step if log_step is None else log_step)
                     alarm = self._threshold.check(report)
         if alarm is not None and self.on_dead == "warn":
-            warnings.warn(alarm, NeuronscopeWarning, stacklevel=2)
+            warn_user(alarm)
         elif alarm is not None and self.on_dead == "stop":
             self.stop_reason = alarm
         return report
@@ -377,7 +376,7 @@ class Monitor:
         new = {site: reason for site, reason in done.left.items() if site not in self._left}
         self._left.update(new)
         for site, reason in new.items():
-            warnings.warn(f"Neurons of {site} are not revived: {reason}.", NeuronscopeWarning, stacklevel=4)
+            warn_user(f"Neurons of {site} are not revived: {reason}.")
 
     @contextlib.contextmanager
     def evaluation(self, phase: str = "val") -> Iterator[None]:

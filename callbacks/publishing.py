@@ -23,10 +23,10 @@ from neuronscope.callbacks.attachments import attach_files
 from neuronscope.callbacks.background import BackgroundDrawer
 from neuronscope.callbacks.logs import Log
 from neuronscope.callbacks.suppress_errors import SuppressErrors
-from neuronscope.errors import StateError, UsageError
+from neuronscope.errors import UsageError
 from neuronscope.output import write_file
 from neuronscope.report.report import Report
-from neuronscope.tally.check_state import integer, mapping
+from neuronscope.tally.check_state import integer, mapping, reading
 from neuronscope.writers.formatting import percent
 from neuronscope.writers.html import render
 from neuronscope.writers.pictures import overview
@@ -280,13 +280,9 @@ def check_published(state: Any) -> Mapping[str, Mapping[str, int]]:
     Raises:
         StateError: It is anything else.
     """
-    try:
+    with reading("steps of a run's logs", state):
         for saved in mapping({"published": state}, "published").values():
             integer(saved, "step")
             integer(saved, "report_step")
-    except (LookupError, TypeError, ValueError) as error:
-        raise StateError(
-            f"Expected the saved steps of a run's logs, but got {type(state).__name__}: {error}."
-        ) from error
     checked: Mapping[str, Mapping[str, int]] = state
     return checked

@@ -35,7 +35,7 @@ class Runs:
     def __init__(self, options: WatchOptions, *, step_is_model: bool = True) -> None:
         self._options = options
         self._step_is_model = step_is_model
-        self._unattached_scope()  # bad options raise here, and not when training starts
+        Scope(nn.ReLU(), options).detach(join=False)  # bad options raise here, and not when training starts
         self.scope: Scope | None = None
         self.gate: PhaseGate | None = None
         self._model_class = ""
@@ -43,11 +43,6 @@ class Runs:
         self._in_training = False
         # The states of training and inference from before the end of a run closed their windows.
         self._open_windows: dict[str, Any] = {}
-
-    def _unattached_scope(self) -> Scope:
-        scope = Scope(nn.ReLU(), self._options)
-        scope.detach(join=False)
-        return scope
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy, or what is sent to another process, has the counts and no hooks; its next run continues them."""

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from types import TracebackType
 
-from neuronscope.errors import NeuronscopeWarning
+from neuronscope.errors import warn_user
 
 __all__ = ["SuppressErrors"]
 
@@ -38,9 +37,5 @@ class SuppressErrors:
             self._on_error(error)
         if not self._warned:
             self._warned = True
-            warnings.warn(
-                f"Neuronscope could not {self._action}; training goes on. {type(error).__name__}: {error}",
-                NeuronscopeWarning,
-                stacklevel=3,
-            )
+            warn_user(f"Neuronscope could not {self._action}; training goes on. {type(error).__name__}: {error}")
         return True

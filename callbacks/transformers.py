@@ -12,12 +12,11 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import warnings
 from collections.abc import MutableMapping
 from pathlib import Path
 from typing import Any
 
-from neuronscope.errors import MissingExtraError
+from neuronscope.errors import MissingExtraError, warn_user
 
 try:
     from transformers.trainer_callback import CallbackHandler, TrainerCallback
@@ -41,7 +40,6 @@ from neuronscope.callbacks.hf_trainer import (
 from neuronscope.callbacks.monitor import Monitor
 from neuronscope.callbacks.publishing import summary, totals
 from neuronscope.callbacks.suppress_errors import SuppressErrors
-from neuronscope.errors import NeuronscopeWarning
 from neuronscope.report.report import Report
 from neuronscope.tally.distributed.sync import world_size
 from neuronscope.writers.formatting import percent
@@ -123,7 +121,7 @@ class DeadNeuronCallback(Monitor, TrainerCallback):
             self.load_state_dict(saved)
 
     def _warn(self, problem: str) -> None:
-        warnings.warn(f"{type(self).__name__} {problem}.", NeuronscopeWarning, stacklevel=3)
+        warn_user(f"{type(self).__name__} {problem}.")
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Detach, if the Trainer has logged no end of the training."""

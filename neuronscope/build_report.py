@@ -163,7 +163,7 @@ def _site(name: str, tally: Tally | None, total: Tally, record: PhaseRecord, pol
         idle_positions=total.idle_positions,
         judgement=judge(tally, policy),
         history=record.history.for_site(name, tally.neurons),
-        **tally.info.description(),
+        **tally.description(),
     )
 
 

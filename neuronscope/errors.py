@@ -5,8 +5,10 @@ Each message says what was expected, what was given, at which site, and what to 
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import warnings
+from collections.abc import Iterator
 from types import FrameType
 
 __all__ = [
@@ -19,6 +21,7 @@ __all__ = [
     "ReportError",
     "StateError",
     "UsageError",
+    "requiring",
     "warn_user",
 ]
 
@@ -57,6 +60,23 @@ class MissingExtraError(NeuronscopeError, ImportError):
 
 class NeuronscopeWarning(UserWarning):
     """Something is wrong with the watching; training continues."""
+
+
+@contextlib.contextmanager
+def requiring(package: str, purpose: str, install: str) -> Iterator[None]:
+    """Raise MissingExtraError if the package that is imported inside is missing.
+
+    Args:
+        package: Its name, for the message.
+        purpose: What it is needed for, for the message.
+        install: What pip installs.
+    """
+    try:
+        yield
+    except ImportError as error:
+        raise MissingExtraError(
+            f"Expected {package} for {purpose}, but it is not installed: pip install {install}"
+        ) from error
 
 
 def warn_user(message: str) -> None:

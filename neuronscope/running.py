@@ -18,7 +18,7 @@ __all__ = [
     "map_tensors",
     "model_state_restored",
     "nothing_fused",
-    "to_device",
+    "to_device_of",
 ]
 
 
@@ -108,13 +108,14 @@ def call_model(model: nn.Module, batch: Any) -> Any:
     return model(batch[0] if isinstance(batch, (tuple, list)) else batch)
 
 
-def to_device(batch: Any, device: torch.device) -> Any:
-    """Return a batch with all tensors in nested tuples, lists and mappings on a device.
+def to_device_of(model: nn.Module, batch: Any) -> Any:
+    """Return a batch with all tensors in nested tuples, lists and mappings on a model's device.
 
     Args:
+        model: The model; the device of its first parameter is taken.
         batch: The batch.
-        device: The device.
     """
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     return map_tensors(lambda tensor: tensor.to(device), batch)
 
 

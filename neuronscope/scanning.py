@@ -13,7 +13,7 @@ from neuronscope.errors import UsageError
 from neuronscope.linear.check import LinearLayersOfForward
 from neuronscope.options import ScanArguments, WatchArguments, WatchOptions
 from neuronscope.report.report import Report
-from neuronscope.running import call_model, model_state_restored, nothing_fused, to_device
+from neuronscope.running import call_model, model_state_restored, nothing_fused, to_device_of
 from neuronscope.scope import Scope, only_counted_by
 
 if TYPE_CHECKING:
@@ -91,14 +91,13 @@ def run_over(
             iterator = iter((data,) if isinstance(data, torch.Tensor) else data)
         except TypeError as error:
             raise UsageError(f"Expected argument `data` to be an iterable of batches, but got {data!r}.") from error
-        device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
         call = forward or call_model
         model.eval()
         with scope.phase("scan"), torch.set_grad_enabled(loss is not None):
             for parameter in model.parameters():  # so that gradients reach every neuron, also in frozen layers
                 parameter.requires_grad_(loss is not None and parameter.is_floating_point())
             for batch in iterator:
-                batch = to_device(batch, device)
+                batch = to_device_of(model, batch)
                 for parameter in model.parameters():
                     parameter.grad = None
                 output = first(call, batch) if first is not None and batches == 0 else call(model, batch)

@@ -24,7 +24,7 @@ from neuronscope.attach.neuron_flow import SHIFTED
 from neuronscope.errors import UsageError
 from neuronscope.options import WatchOptions
 from neuronscope.report.report import Report, SiteReport
-from neuronscope.running import as_float64, call_model, evaluated, in_float64, to_device
+from neuronscope.running import as_float64, call_model, evaluated, in_float64, to_device_of
 from neuronscope.scope import Scope, only_counted_by
 from neuronscope.writers.formatting import count, plural
 
@@ -265,7 +265,7 @@ class _Seen:
         alone = only_counted_by(self._scope, model)
         with evaluated(model), self._scope, alone, self._scope.phase("scan"), self.ranges.measured():
             for batch in batches:
-                batch = to_device(batch, _device(model))
+                batch = to_device_of(model, batch)
                 self.first, seen = self.first if seen else batch, True
                 call(model, batch)
         if not seen:
@@ -302,10 +302,6 @@ class _Seen:
 def _that_block(notes: Iterable[str]) -> list[str]:
     """Return those notes on readers that data does not answer: what a layer reads of a neuron is measured."""
     return [each for each in notes if not each.startswith(SHIFTED)]
-
-
-def _device(model: nn.Module) -> torch.device:
-    return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
 
 
 def _without(model: nn.Module, choice: Choice) -> Shrunk:
@@ -351,7 +347,7 @@ def _checked(shrunk: Shrunk, model: nn.Module, batches: Iterable[Any], call: Cal
     wrong = own if not own.relative <= _ROUNDING * step else None
     exact = None
     if own.largest > 0 and step > torch.finfo(torch.float64).eps:
-        first = [as_float64(to_device(batch, _device(model))) for batch in itertools.islice(batches, 1)]
+        first = [as_float64(to_device_of(model, batch)) for batch in itertools.islice(batches, 1)]
         if in_float64(model, call, first[0]) is not None:
             _, exact = _compare(copy.deepcopy(model).double(), copy.deepcopy(shrunk.model).double(), first, call)
             wrong = exact if not exact.relative <= _ROUNDING_IN_FLOAT64 * step else wrong
@@ -371,7 +367,7 @@ def _compare(
     with evaluated(model), evaluated(small), torch.random.fork_rng():
         for batch in batches:
             number += 1
-            batch = to_device(batch, _device(model))
+            batch = to_device_of(model, batch)
             state = torch.random.get_rng_state()
             outputs = all_tensors(call(model, batch))
             torch.random.set_rng_state(state)  # what a model draws, the other one draws too

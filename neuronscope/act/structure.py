@@ -172,7 +172,7 @@ class Structure:
         paths = [each.layer for each in site.incoming] + [each.layer for each in site.reader_columns]
         layers = {path: self.layer(path) for path in paths}
         reasons = filter(None, dict.fromkeys([site.weights_unknown, *(each.unknown for each in layers.values())]))
-        neurons = len(site.zero_output_fraction) if not isinstance(site, SiteInfo) else 0
+        neurons = site.neurons if isinstance(site, (SiteReport, Tally)) else 0
         return SiteStructure(name, neurons, site.incoming, site.reader_columns, "; ".join(reasons), layers)
 
 

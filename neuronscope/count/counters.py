@@ -25,9 +25,9 @@ _AT_ONCE = 1 << 17
 class SiteCounters:
     """Count the outputs and gradients of one site in one phase, on the site's device.
 
-    In eager mode the host knows what is added, and counts are kept in ``window``, in 20 bytes a neuron, until it is
-    full. What counts by itself on the device adds to ``tensors``, in 64 bits: nobody knows there how much it adds.
-    Either is made when it is needed. On the CPU counts wait first, in ``outputs``, ``gradients``, ``small_outputs`` and
+    In eager mode the host knows how much is added, and counts are kept in ``window``, in 20 bytes a neuron, until it is
+    full. A graph counts on the device, where nobody knows how much it adds; it adds to ``tensors``, in 64 bits. Both
+    are made when they are needed. On the CPU counts wait first, in ``outputs``, ``gradients``, ``small_outputs`` and
     ``small_gradients``; :meth:`add_waiting` adds them.
 
     Args:
@@ -39,7 +39,7 @@ class SiteCounters:
         open: Whether gradients are still counted; false after the watch has ended.
         in_graph: Whether a compiled graph, or a captured one, holds the tensors.
         clock: Where compiled graphs read the optimizer step, int64 without dimensions; set when there is a graph.
-        shared: Whether the tensors are counted in together with those of other sites: they are views then.
+        shared: Whether the tensors are views of larger ones, in which several sites are counted together.
         unreadable: Whether an output was seen that cannot be counted. Then the gradients do not belong to what is
             counted, and a tally has none.
         incomplete: Whether a call was not counted. Then no census has the site.
@@ -60,7 +60,6 @@ class SiteCounters:
         self.in_graph = False
         self.shared = False
         self.window: WindowCounts | None = None
-        self._wide: CounterTensors | None = None
         self.unreadable = False
         self.incomplete = False
         self.gate: SiteCounters | None = None
@@ -87,18 +86,13 @@ class SiteCounters:
     @functools.cached_property
     def tensors(self) -> CounterTensors:
         """Counts in 64 bits, which keep their identity over resets from the first use on: a graph may hold them."""
-        return self._in_64_bits()
+        with torch.inference_mode(False), torch.no_grad(), torch._C.DisableTorchFunction():
+            return wide_tensors(self.neurons, self.traced, self.traced_gradients)
 
     @property
     def wide(self) -> CounterTensors | None:
         """Counts in 64 bits as far as there are any; with those of ``window`` they are all."""
-        return self._wide
-
-    def _in_64_bits(self) -> CounterTensors:
-        if self._wide is None:
-            with torch.inference_mode(False), torch.no_grad(), torch._C.DisableTorchFunction():
-                self._wide = wide_tensors(self.neurons, self.traced, self.traced_gradients)
-        return self._wide
+        return vars(self).get("tensors")
 
     @property
     def of_outputs(self) -> tuple[Tensor, ...]:
@@ -108,7 +102,7 @@ class SiteCounters:
     def enter_graph(self) -> None:
         """Note that a graph holds the tensors from now on. They are there before they are traced."""
         self.in_graph = True
-        self.tensors = self._in_64_bits()
+        _ = self.tensors
 
     def room_for(self, positions: int, first: int, last: int) -> tuple[CounterTensors, WindowCounts | None]:
         """Return the tensors to which outputs are to be added, and the window that these belong to, if to any.
@@ -122,7 +116,7 @@ class SiteCounters:
         if window is None or not window.take(positions, first, last):
             window = self._new_window()
             if not window.take(positions, first, last):
-                return self._in_64_bits(), None
+                return self.tensors, None
         return window.tensors, window
 
     def room_for_gradients(self, positions: int) -> CounterTensors:
@@ -135,14 +129,14 @@ class SiteCounters:
         if window is None or not window.take_gradients(positions):
             window = self._new_window()
             if not window.take_gradients(positions):
-                return self._in_64_bits()
+                return self.tensors
         return window.tensors
 
     def _new_window(self) -> WindowCounts:
         """Begin a new window; the counts of the one before it, if any, go on in 64 bits."""
         if self.window is not None:
             with torch.inference_mode(False), torch.no_grad(), torch._C.DisableTorchFunction():
-                self.window.carry_to(self._in_64_bits())
+                self.window.carry_to(self.tensors)
         with torch.inference_mode(False):
             self.window = WindowCounts(self.neurons, self.traced, self.traced_gradients)
         return self.window
@@ -222,15 +216,15 @@ class SiteCounters:
         return self.tensors
 
     def share(self, tensors: CounterTensors) -> None:
-        """Count in other tensors from now on, which are counted in together with those of other sites.
+        """Count from now on in views of larger tensors, in which several sites are counted together.
 
         Args:
-            tensors: Views, which get what was counted so far.
+            tensors: The views; what was counted so far is copied to them.
         """
         with torch.inference_mode(False), torch.no_grad(), torch._C.DisableTorchFunction():
             for mine, view in zip(self.flush(), tensors, strict=True):
                 view.copy_(mine)
-        self.tensors = self._wide = tensors
+        self.tensors = tensors
         self.shared = True
         self.traced, self.traced_gradients = tensors.traced, tensors.traced_gradients
 
@@ -297,7 +291,7 @@ class SiteCounters:
 
     def add_plain(self, what: TensorToCount) -> None:
         """Count one output or gradient on the CPU by the plain formula."""
-        Pieces().count(self._in_64_bits(), what)
+        Pieces().count(self.tensors, what)
 
     @property
     def counts_on_device(self) -> bool:
@@ -321,18 +315,17 @@ class SiteCounters:
         return self.positions + traced[0], self.gradient_positions + traced[2], self.examples + traced[1]
 
     def reset(self) -> None:
-        """Set every count to its start: in the same tensors if anybody holds them, and without any otherwise."""
+        """Set every count to its start, those in 64 bits in the same tensors."""
         for waiting in (self.outputs, self.gradients, self.small_outputs, self.small_gradients):
             waiting.clear()
         self.window = None
-        if "tensors" not in vars(self):
-            self._wide = None
+        wide = self.wide
         with torch.inference_mode(False), torch.no_grad():
-            for counter in self._wide or (self.traced, self.traced_gradients):
+            for counter in wide or (self.traced, self.traced_gradients):
                 counter.zero_()
-            if self._wide is not None:
-                self._wide.last_active.fill_(-1)
-                self._wide.first_active.fill_(NEVER)
+            if wide is not None:
+                wide.last_active.fill_(-1)
+                wide.first_active.fill_(NEVER)
         self.positions = self.gradient_positions = self.examples = 0
         self._by_step.clear()
 

@@ -7,7 +7,9 @@ block. For a small tensor the number of torch calls is what costs; there zeros a
 beside the magnitudes, and one sum adds up both.
 
 A *plan* says how tensors of one shape and one order in memory are cut into blocks, and holds the views of the buffers
-that this needs. It is made once.
+that this needs. It is made once. Its method ``fill`` takes such a tensor, the tolerance up to which ``|x|`` counts as
+zero, and ``out``, float32 ``(quantities, N)``, which it overwrites: with zeros and, if there is a second row, with
+magnitudes. A magnitude is not finite if an element is not. The methods of blocks do the same for parts of a tensor.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["Plan", "ScratchBuffers", "compare", "fits_float32", "magnitudes"]
+__all__ = ["ScratchBuffers", "compare", "fits_float32", "magnitudes"]
 
 #: Number of elements in a block: 1 MB as bytes.
 _BLOCK = 1 << 20
@@ -51,29 +53,14 @@ _PLANS = 256
 Shape = tuple[int, int, int]
 
 
-class Plan:
-    """Says how tensors of one shape and one order in memory are reduced to counts of their neurons."""
-
-    def fill(self, tensor: Tensor, tolerance: float, out: Tensor) -> None:
-        """Count zeros, and add up magnitudes if the plan was made for two quantities.
-
-        Args:
-            tensor: A tensor of the plan's shape and order in memory.
-            tolerance: ``|x| <= tolerance`` counts as zero.
-            out: float32 ``(quantities, N)``, is overwritten; a magnitude is not finite if an element is not.
-        """
-        raise NotImplementedError
-
-
 class ScratchBuffers(threading.local):
     """Buffers and plans, one set for each thread. Counting a tensor of a known shape allocates nothing."""
 
     def __init__(self) -> None:
-        self._plans: dict[tuple[torch.Size, tuple[int, ...], int, int], Plan] = {}
+        self._plans: dict[tuple[torch.Size, tuple[int, ...], int, int], _Small | _Large] = {}
         with torch.inference_mode(False):
-            self.zero = torch.zeros(
-                (), dtype=torch.float32, device="cpu"
-            )  # comparing with a tensor is quicker than with a number
+            # Comparing with a tensor is quicker than with a number.
+            self.zero = torch.zeros((), dtype=torch.float32, device="cpu")
             self.buffer = torch.empty(0, dtype=torch.float32, device="cpu")
             self._row = torch.empty(0, dtype=torch.float32, device="cpu")
             self.words = torch.empty(0, dtype=torch.int64, device="cpu")
@@ -98,7 +85,7 @@ class ScratchBuffers(threading.local):
         plan.fill(tensor, tolerance, out)
         return True
 
-    def _plan(self, tensor: Tensor, axis: int, quantities: int) -> Plan | None:
+    def _plan(self, tensor: Tensor, axis: int, quantities: int) -> _Small | _Large | None:
         """Return the plan for a tensor; ``None`` if the plain formula must be used."""
         if type(tensor) is not Tensor or not tensor.is_cpu or tensor.layout is not torch.strided:
             return None
@@ -136,7 +123,7 @@ class ScratchBuffers(threading.local):
                 self._row = torch.empty(size, dtype=torch.float32, device="cpu")
         return self._row[:size].view(quantities, neurons)
 
-    def _make(self, tensor: Tensor, axis: int, quantities: int) -> Plan:
+    def _make(self, tensor: Tensor, axis: int, quantities: int) -> _Small | _Large:
         small = tensor.numel() <= _SMALL
         buffer = self.numbers(quantities * tensor.numel() if small else _BLOCK)
         if small:
@@ -147,28 +134,27 @@ class ScratchBuffers(threading.local):
         return _Large(tensor, axis, self)
 
 
-class _Order:
-    """The dimensions of a tensor in the order of memory, and its shape as ``(outer, N, inner)``."""
-
-    def __init__(self, tensor: Tensor, axis: int) -> None:
-        strides = tensor.stride()
-        self.order = sorted(range(tensor.dim()), key=lambda dimension: (-strides[dimension], dimension))
-        self.sizes = [tensor.shape[dimension] for dimension in self.order]
-        place = self.order.index(axis)
-        self.shape: Shape = (math.prod(self.sizes[:place]), self.sizes[place], math.prod(self.sizes[place + 1 :]))
+def _in_memory_order(tensor: Tensor, axis: int) -> tuple[list[int], list[int], Shape]:
+    """Return a tensor's dimensions in the order of memory, their sizes, and its shape as ``(outer, N, inner)``."""
+    strides = tensor.stride()
+    order = sorted(range(tensor.dim()), key=lambda dimension: (-strides[dimension], dimension))
+    sizes = [tensor.shape[dimension] for dimension in order]
+    place = order.index(axis)
+    return order, sizes, (math.prod(sizes[:place]), sizes[place], math.prod(sizes[place + 1 :]))
 
 
-class _Small(Plan):
+class _Small:
     """A plan for small tensors: writes zeros and magnitudes into the buffer, in the tensor's own shape."""
 
     def __init__(self, tensor: Tensor, axis: int, buffer: Tensor, quantities: int, zero: Tensor) -> None:
-        order, elements = _Order(tensor, axis), tensor.numel()
+        order, sizes, shape = _in_memory_order(tensor, axis)
+        elements = tensor.numel()
         used = buffer[: quantities * elements]
         self._zero = zero
-        self._order = order.order if order.order != sorted(order.order) else None
-        self._parts = [part.view(order.sizes) for part in used.view(quantities, elements)]
-        outer, _, inner = order.shape
-        self._work = used.view(quantities, *order.shape)
+        self._order = order if order != sorted(order) else None
+        self._parts = [part.view(sizes) for part in used.view(quantities, elements)]
+        outer, _, inner = shape
+        self._work = used.view(quantities, *shape)
         self._dims: tuple[int, ...] = (1, 3)
         self._in_two = elements > _AT_ONCE  # two plain sums are quicker then
         if inner == 1:
@@ -188,12 +174,11 @@ class _Small(Plan):
             torch.sum(self._work, self._dims, out=out)
 
 
-class _Large(Plan):
+class _Large:
     """A plan for large tensors: cuts a tensor of shape ``(outer, N, inner)`` along all three dimensions into blocks."""
 
     def __init__(self, tensor: Tensor, axis: int, scratch: ScratchBuffers) -> None:
-        order = _Order(tensor, axis)
-        self._order, self._shape = order.order, order.shape
+        self._order, _, self._shape = _in_memory_order(tensor, axis)
         self._scratch = scratch
         self._blocks = {self._shape: _block(self._shape, scratch)} if tensor.numel() <= _BLOCK else {}
 
@@ -258,25 +243,12 @@ class _Block:
         self._signed = False  # whether a tensor had other magnitudes than its numbers; then none is asked again
 
     def fill(self, part: Tensor, tolerance: float, out: Tensor) -> None:
-        """Count zeros, and add up magnitudes if ``out`` has two rows.
-
-        Args:
-            part: A block of the tensor, ``(outer, n, inner)``.
-            tolerance: ``|x| <= tolerance`` counts as zero.
-            out: float32 ``(quantities, n)``, is overwritten.
-        """
         self._zeros(part, tolerance, out[0])
         if len(out) > 1:
             self._magnitudes(part, out[1])
 
     def _zeros(self, part: Tensor, tolerance: float, out: Tensor) -> None:
-        """Count the zeros of each neuron.
-
-        Args:
-            part: A block of the tensor, ``(outer, n, inner)``.
-            tolerance: ``|x| <= tolerance`` counts as zero.
-            out: float32 ``(n,)``, is overwritten.
-        """
+        """Count the zeros of each neuron into ``out``, float32 ``(n,)``."""
         if self._word_layout is None or tolerance != 0:
             compare(part, tolerance, self._zero, self._numbers)
         if self._word_layout is None:
@@ -292,12 +264,7 @@ class _Block:
             torch.sub(self._positions, out, out=out)
 
     def _magnitudes(self, part: Tensor, out: Tensor) -> None:
-        """Add up the magnitudes of each neuron: in place if they are the numbers, otherwise piece by piece.
-
-        Args:
-            part: A block of the tensor, ``(outer, n, inner)``.
-            out: float32 ``(n,)``, is overwritten.
-        """
+        """Add up the magnitudes of each neuron: in place if they are the numbers, otherwise piece by piece."""
         self._signed = self._signed or _may_be_signed(part)
         if not self._signed:
             _add_up(part, out)
@@ -338,13 +305,6 @@ class _Rows:
         self._signed = False  # as in `_Block`
 
     def fill(self, part: Tensor, tolerance: float, out: Tensor) -> None:
-        """Count zeros, and add up magnitudes if ``out`` has two rows, as :meth:`_Block.fill` does.
-
-        Args:
-            part: A block of the tensor, ``(outer, n, 1)``.
-            tolerance: ``|x| <= tolerance`` counts as zero.
-            out: float32 ``(quantities, n)``, is overwritten.
-        """
         rows = part.squeeze(2)
         both = len(out) > 1
         self._signed = self._signed or (both and _may_be_signed(rows))

@@ -202,7 +202,7 @@ def add_expert_outputs_in_graph(
     """
     counts, pace = CounterTensors(*tensors[: len(CounterTensors._fields)]), tensors[len(CounterTensors._fields) :]
     same = not first if forward is None else forward
-    rows, owners = leave_out_rows(*_with_owners(y.detach(), dims, owners, mask), len(counts.traced) - 1)
+    rows, owners = _kept_rows(y.detach(), dims, owners, mask, len(counts.traced) - 1)
     _add_outputs(rows, ((rows, owners),), owners, examples, same, step, tolerance, counts, pace)
 
 
@@ -217,18 +217,9 @@ def _add_outputs(
     tensors: CounterTensors,
     pace: Sequence[Tensor],
 ) -> None:
-    """Count one output; see :func:`add_expert_outputs`. ``forward`` may say whether it is the same forward as before.
+    """Count one output; see :func:`add_expert_outputs`. The pieces of it are looked at one by one.
 
-    Args:
-        rows: The output ``(R, P, N)``.
-        pieces: The parts of it that are looked at one by one, each with the owners of its rows.
-        owners: The number of each row's expert.
-        examples: Number of examples of the forward.
-        forward: Number of the forward; or ``True`` if it is that of the last call, and ``False`` if another one begins.
-        step: Optimizer step.
-        tolerance: See :class:`neuronscope.judge.verdicts.Policy`.
-        tensors: The counts.
-        pace: What :attr:`ExpertCounters.pace` has.
+    ``forward`` is its number; or ``True`` if it is that of the last call, and ``False`` if another one begins.
     """
     zeros, bad = torch.zeros_like(tensors.zero_outputs), torch.zeros_like(tensors.not_finite)
     real = tensors.abs_sum.dtype
@@ -304,7 +295,7 @@ def register_expert_gradient_hook(
 
     def count(gradient: Tensor) -> None:
         half = gate_half(gradient, glu_dim).detach()
-        rows, own = leave_out_rows(*_with_owners(half, dims, owners, mask), len(positions) - 1)
+        rows, own = _kept_rows(half, dims, owners, mask, len(positions) - 1)
         _add_gradients(rows, ((rows, own),), own, zero_gradients, positions)
 
     x.register_hook(count)
@@ -318,11 +309,9 @@ def _add_gradients(
     positions[:, 0].add_(_positions(rows, owners, len(positions)))
 
 
-def _with_owners(
-    tensor: Tensor, dims: Dims, owners: Tensor, mask: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor | None]:
+def _kept_rows(tensor: Tensor, dims: Dims, owners: Tensor, mask: Tensor | None, experts: int) -> tuple[Tensor, Tensor]:
     rows, kept = rows_kept(tensor, dims, mask)
-    return rows, owners, kept
+    return leave_out_rows(rows, owners, kept, experts)
 
 
 def leave_out_rows(rows: Tensor, owners: Tensor, kept: Tensor | None, experts: int) -> tuple[Tensor, Tensor]:

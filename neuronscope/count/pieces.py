@@ -1,9 +1,9 @@
 """Count by the plain formula, on any device, in pieces, so that what is made for them stays small.
 
 The formula ``(y == 0).sum(dims)`` and its like make whole tensors in between: two and a half times the activation. Here
-a piece of at most 2**22 elements is looked at, in buffers that all pieces share: 20 MB whatever the activation. ``|y|``
-is computed once, and everything is counted from it. Only operations are used that every device has: float64 only where
-the device has it.
+a piece of at most 2**22 elements, or one position, is looked at, in buffers that all pieces share: 20 MB whatever the
+activation. ``|y|`` is computed once, and everything is counted from it. Only operations are used that every device has:
+float64 only where the device has it.
 """
 
 from __future__ import annotations
@@ -24,8 +24,6 @@ __all__ = ["Pieces", "TensorToCount"]
 
 #: Most bytes of the magnitudes of a piece: 2**22 numbers of float32.
 _BYTES = 1 << 24
-#: Positions of a piece for which adding up to rows of neurons pays, if the tensor has so many.
-_POSITIONS = 64
 
 
 class TensorToCount(NamedTuple):
@@ -92,83 +90,58 @@ class Pieces:
         """
         work = _Work(what)
         if what.tolerance is None:
-            for part in work.neurons():
-                part.of(counters.zero_gradients).add_(part.count_zeros())
+            counters.zero_gradients.add_(work.count_zeros())
             work.add_positions(counters.traced_gradients[0])
             return
+        zeros, finite, sums = work.count(what.limit, counters.abs_sum.dtype)
+        fired = zeros < finite  # neither zero nor broken: a zero is finite
         step: int | Tensor = what.step if what.clock is None else what.clock
-        limit = what.limit
-        for part in work.neurons():
-            zeros, finite, sums = part.count(limit, counters.abs_sum.dtype)
-            bad = work.kept - finite
-            fired = zeros < finite  # neither zero nor broken: a zero is finite
-            part.of(counters.zero_outputs).add_(zeros)
-            part.of(counters.not_finite).add_(bad)
-            part.of(counters.abs_sum).add_(sums)
-            last, first = part.of(counters.last_active), part.of(counters.first_active)
-            torch.maximum(last, torch.where(fired, step, -1), out=last)
-            torch.minimum(first, torch.where(fired, step, NEVER), out=first)
+        counters.zero_outputs.add_(zeros)
+        counters.not_finite.add_(work.kept - finite)
+        counters.abs_sum.add_(sums)
+        last, first = counters.last_active, counters.first_active
+        torch.maximum(last, torch.where(fired, step, -1), out=last)
+        torch.minimum(first, torch.where(fired, step, NEVER), out=first)
         work.add_positions(counters.traced[0])
         if what.examples:
             counters.traced[1].add_(what.examples)
 
 
 class _Work:
-    """A tensor that is counted: cut into parts of its neurons, and these into pieces of positions.
+    """A tensor that is counted: cut along its positions into pieces, each of which has all neurons.
 
     Attributes:
         kept: Number of positions that are counted of each neuron; on the device if a mask says which.
     """
 
     def __init__(self, what: TensorToCount) -> None:
-        tensor = what.tensor
-        view, count = neuron_dims_first(tensor, what.layout)
-        self.keep, self._added = what.kept(), what.positions
+        view, count = neuron_dims_first(what.tensor, what.layout)
         if view.dim() == count:  # one position
             view = view.unsqueeze(-1)
-        self.view, self.count = view, count
-        self.positions = math.prod(view.shape[count:])
-        self.kept: int | Tensor = self.positions if self.keep is None else self.keep.sum()
-        wide = torch.float64 if tensor.dtype in (torch.float64, torch.complex128) else torch.float32
-        self.cuts = _cuts(view, count, _BYTES // wide.itemsize)
-        most = math.prod(self.cuts)
-        self.numbers = torch.empty(most, dtype=wide, device=tensor.device)
-        self.flags = torch.empty(most, dtype=torch.bool, device=tensor.device)
-
-    def neurons(self) -> Iterator[_SomeNeurons]:
-        """Yield the parts of the neurons."""
-        if self.view.numel():
-            for place in _places(self.view.shape[: self.count], self.cuts[: self.count]):
-                yield _SomeNeurons(self, place)
+        self._view, self._count = view, count
+        self._keep, self._added = what.kept(), what.positions
+        self._positions = math.prod(view.shape[count:])
+        self.kept: int | Tensor = self._positions if self._keep is None else self._keep.sum()
+        wide = torch.float64 if view.dtype in (torch.float64, torch.complex128) else torch.float32
+        neurons = math.prod(view.shape[:count])
+        self._cuts = _cuts(view.shape[count:], view.stride()[count:], _BYTES // wide.itemsize // max(neurons, 1))
+        most = neurons * math.prod(self._cuts)
+        self._numbers = torch.empty(most, dtype=wide, device=view.device)
+        self._flags = torch.empty(most, dtype=torch.bool, device=view.device)
 
     def add_positions(self, counted: Tensor) -> None:
         """Add to the positions that are counted on the device, int64 without dimensions; take off what is left out."""
-        if self.keep is not None:
-            counted.add_(self.kept - (self.positions - self._added))
+        if self._keep is not None:
+            counted.add_(self.kept - (self._positions - self._added))
         elif self._added:
             counted.add_(self._added)
 
-
-class _SomeNeurons:
-    """Some of the neurons of a tensor, at all positions."""
-
-    def __init__(self, work: _Work, place: tuple[slice, ...]) -> None:
-        self._work, self._place = work, place
-        self._shape = work.view[place].shape[: work.count]
-        self._dims = list(range(work.count, work.view.dim()))
-
-    def of(self, counter: Tensor) -> Tensor:
-        """Return the view of a counter ``(N,)`` of these neurons."""
-        return counter.view(self._work.view.shape[: self._work.count])[self._place]
-
     def count(self, tolerance: float, wide: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the zeros, the finite values and the sums of the magnitudes of the neurons.
+        """Return the zeros up to a tolerance, the finite values and, in a wide type, the sums of the magnitudes.
 
-        Args:
-            tolerance: ``|y| <= tolerance`` counts as zero.
-            wide: The type in which magnitudes are added up.
+        Each is of all neurons, ``(N,)``.
         """
-        zeros, finite, sums = self._row(torch.int64), self._row(torch.int64), self._row(wide)
+        zeros, finite, sums = self._sums(torch.int64), self._sums(torch.int64), self._sums(wide)
         for piece, keep, numbers, flags in self._pieces():
             if piece.dtype is numbers.dtype or piece.is_complex():
                 torch.abs(piece, out=numbers)
@@ -180,44 +153,39 @@ class _SomeNeurons:
             finite.add(flags if keep is None else flags.logical_and_(keep))
             numbers.nan_to_num_(nan=0.0, posinf=0.0)
             sums.add(numbers if keep is None else numbers.mul_(keep))
-        return zeros.total, finite.total, sums.total
+        return zeros.total.flatten(), finite.total.flatten(), sums.total.flatten()
 
     def count_zeros(self) -> Tensor:
-        """Return the zeros of the neurons, exact ones."""
-        zeros = self._row(torch.int64)
+        """Return the exact zeros of all neurons, ``(N,)``."""
+        zeros = self._sums(torch.int64)
         for piece, keep, _, flags in self._pieces():
             torch.eq(piece, 0, out=flags)
             zeros.add(flags if keep is None else flags.logical_and_(keep))
-        return zeros.total
+        return zeros.total.flatten()
 
     def _pieces(self) -> Iterator[tuple[Tensor, Tensor | None, Tensor, Tensor]]:
         """Yield pieces, which of their positions are counted, and a buffer of numbers and one of flags for each."""
-        work = self._work
-        view = work.view[self._place]
-        for place in _places(view.shape[work.count :], work.cuts[work.count :]):
-            piece = view[(slice(None),) * work.count + place]
+        sizes = self._view.shape[self._count :]
+        slices = [
+            [slice(start, start + cut) for start in range(0, size, max(cut, 1))]
+            for size, cut in zip(sizes, self._cuts, strict=True)
+        ]
+        for place in itertools.product(*slices):
+            piece = self._view[(slice(None),) * self._count + place]
             size, shape = piece.numel(), piece.shape
-            keep = None if work.keep is None else work.keep[place]
-            yield piece, keep, work.numbers[:size].view(shape), work.flags[:size].view(shape)
+            keep = None if self._keep is None else self._keep[place]
+            yield piece, keep, self._numbers[:size].view(shape), self._flags[:size].view(shape)
 
-    def _row(self, dtype: torch.dtype) -> _NeuronSums:
-        work = self._work
-        several = work.cuts[work.count :] != tuple(work.view.shape[work.count :])
-        return _NeuronSums(self._shape, self._dims, dtype, work.view.device, several=several)
+    def _sums(self, dtype: torch.dtype) -> _NeuronSums:
+        return _NeuronSums(self._view, self._count, dtype, several=self._cuts != self._view.shape[self._count :])
 
 
 class _NeuronSums:
-    """A sum for each neuron of a part, over all pieces.
+    """A sum for each neuron of a view, over all pieces: ``total`` has the view's dimensions of neurons."""
 
-    Attributes:
-        total: The sums so far.
-    """
-
-    def __init__(
-        self, shape: torch.Size, dims: list[int], dtype: torch.dtype, device: torch.device, *, several: bool
-    ) -> None:
-        self._dims = dims
-        self.total = torch.zeros(shape, dtype=dtype, device=device)
+    def __init__(self, view: Tensor, count: int, dtype: torch.dtype, *, several: bool) -> None:
+        self._dims = list(range(count, view.dim()))
+        self.total = torch.zeros(view.shape[:count], dtype=dtype, device=view.device)
         self._one = torch.empty_like(self.total) if several else self.total
 
     def add(self, piece: Tensor) -> None:
@@ -227,33 +195,11 @@ class _NeuronSums:
             self.total.add_(self._one)
 
 
-def _cuts(view: Tensor, count: int, most: int) -> tuple[int, ...]:
-    """Return how long a piece is along each dimension of a view; the outermost in memory are cut first.
-
-    Args:
-        view: The first ``count`` dimensions index neurons.
-        count: Their number.
-        most: Most elements of a piece.
-    """
-    cuts = list(view.shape)
-    outermost = sorted(range(view.dim()), key=lambda dim: -view.stride()[dim])
-    for least in (_POSITIONS, 1):
-        for dim in outermost:
-            size = math.prod(cuts)
-            if size > most:
-                fits = max(1, most * cuts[dim] // size)
-                if dim >= count:
-                    others = math.prod(cuts[count:]) // cuts[dim]
-                    fits = max(fits, min(cuts[dim], -(-least // others)))
-                cuts[dim] = fits
+def _cuts(shape: Sequence[int], strides: Sequence[int], most: int) -> tuple[int, ...]:
+    """Return how long a piece of so many positions at most is along each dimension; the outermost are cut first."""
+    cuts = list(shape)
+    for dim in sorted(range(len(cuts)), key=lambda dim: -strides[dim]):
+        positions = math.prod(cuts)
+        if positions > most:
+            cuts[dim] = max(1, most * cuts[dim] // positions)
     return tuple(cuts)
-
-
-def _places(shape: Sequence[int], cuts: Sequence[int]) -> Iterator[tuple[slice, ...]]:
-    """Yield the slices of all pieces."""
-    yield from itertools.product(
-        *(
-            [slice(start, start + cut) for start in range(0, size, max(cut, 1))]
-            for size, cut in zip(shape, cuts, strict=True)
-        )
-    )

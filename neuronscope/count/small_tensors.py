@@ -91,13 +91,7 @@ class SmallTensors:
         return True
 
     def _make_room(self, tensor: Tensor, axis: int, tolerance: float) -> bool:
-        """Make the buffer anew, for tensors like this one, if it is empty; return whether it was made.
-
-        Args:
-            tensor: As of :meth:`try_add`, and so are the last two.
-            axis: Dimension of the neurons.
-            tolerance: The tolerance.
-        """
+        """Make the buffer anew, for tensors like this one, if it is empty; return whether it was made."""
         if self.steps or not tensor.is_floating_point() or not 0 < tensor.numel() <= SMALL:
             return False
         with torch.inference_mode(False):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from neuronscope.arrays import IntArray
-from neuronscope.errors import MissingExtraError
+from neuronscope.errors import requiring
 
 __all__ = ["Digits", "load_digits"]
 
@@ -36,12 +36,8 @@ def load_digits() -> Digits:
     Raises:
         MissingExtraError: scikit-learn is not installed.
     """
-    try:
+    with requiring("scikit-learn", "the demo's digits", "'neuronscope[demo]'"):
         from sklearn.datasets import load_digits as load
-    except ImportError as error:
-        raise MissingExtraError(
-            "Expected scikit-learn for the demo's digits, but it is not installed: pip install 'neuronscope[demo]'"
-        ) from error
     pixels, labels = load(return_X_y=True)
     order = np.random.default_rng(_SPLIT_SEED).permutation(len(labels))
     train, test = np.split(order, [int(_TRAIN_SHARE * len(labels))])

@@ -12,7 +12,7 @@ import numpy as np
 
 from neuronscope.demo.conclusions import headline
 from neuronscope.demo.results import Comparison
-from neuronscope.errors import MissingExtraError
+from neuronscope.errors import requiring
 from neuronscope.writers.formatting import percent
 from neuronscope.writers.pictures import colours
 from neuronscope.writers.pictures.axis import spread
@@ -74,13 +74,9 @@ def import_matplotlib() -> None:
     Raises:
         MissingExtraError: matplotlib is not installed.
     """
-    try:
+    with requiring("matplotlib", "the demo's picture", "'neuronscope[demo]'"):
         importlib.import_module("matplotlib.figure")
         importlib.import_module("matplotlib.style")
-    except ImportError as error:
-        raise MissingExtraError(
-            "Expected matplotlib for the demo's picture, but it is not installed: pip install 'neuronscope[demo]'"
-        ) from error
 
 
 @contextmanager

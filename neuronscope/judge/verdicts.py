@@ -141,16 +141,7 @@ def judge(counts: Tally, policy: Policy) -> Judgement:
     """
     none = np.zeros(counts.zero_outputs.shape, dtype=np.bool_)
     if counts.positions == 0:
-        return Judgement(
-            dead=none,
-            silent=none,
-            dormant=none,
-            cut_off=none,
-            linear=none,
-            not_finite=none,
-            unseen=~none,
-            tau_dormant=none,
-        )
+        return Judgement(**dict.fromkeys(Judgement.__dataclass_fields__, none) | {"unseen": ~none})
     not_finite = counts.not_finite_outputs > 0
     never_fired = (counts.zero_outputs == counts.positions) & ~not_finite
     no_gradient = dead = silent = none
@@ -188,7 +179,8 @@ def is_tau_dormant(mean_abs_output: FloatArray, not_finite: BoolArray, tau: floa
         tau: The threshold.
     """
     finite = mean_abs_output[~not_finite]
-    score = mean_abs_output / ((finite.mean() if finite.size else 0.0) + 1e-9)
+    with np.errstate(invalid="ignore"):  # a mean may be too large for float64; ∞ ÷ ∞ is not dormant
+        score = mean_abs_output / ((finite.mean() if finite.size else 0.0) + 1e-9)
     dormant: BoolArray = (score <= tau) & ~not_finite
     return dormant
 

@@ -19,8 +19,7 @@ from neuronscope.attach.neuron_flow import NeuronFlow
 from neuronscope.attach.origins import CONSTANT, WEIGHT
 from neuronscope.attach.read_outs import reads_out
 from neuronscope.attach.tensor_map import TensorMap, nested_tensors
-from neuronscope.linear import affine_functions as kinds
-from neuronscope.linear.affine_functions import Function, is_norm, kind_of_call
+from neuronscope.linear.affine_functions import Function, Kind, attention_arguments, is_norm, kind_of_call
 
 __all__ = ["CONVOLUTION", "EACH_POSITION", "WHOLE", "Affine", "AffineFlow", "Made", "Passed", "Stretch"]
 
@@ -94,7 +93,7 @@ class _FunctionCall(NamedTuple):
     function: Function
     args: _Args
     kwargs: _Kwargs
-    kind: str  # in which way it is affine; see :mod:`neuronscope.linear.affine_functions`
+    kind: Kind
     tensors: Sequence[Tensor]  # all tensors among its arguments
     data: Sequence[Affine]  # what those of them are that depend on the input
     passes: Passed  # the layer or the activation that the call is
@@ -203,7 +202,7 @@ class AffineFlow:
         found = self._affine(call) if numbers else None
         self._close([affine for affine in data if found is None or affine.source != found.source])
         name = passes.name or f"`{function.__name__}`"
-        if call.kind == kinds.MOVING:
+        if call.kind == Kind.MOVING:
             name = self._sources.get(data[0].source, name)
         for number, tensor in enumerate(outputs):
             if found is None:
@@ -216,27 +215,27 @@ class AffineFlow:
     def _affine(self, call: _FunctionCall) -> Affine | None:
         """Return of what the result of a call is an affine function; ``None`` if it is a source."""
         kind, first = call.kind, self._lookup(call.tensors[0])
-        if kind == kinds.ACTIVATION:
+        if kind == Kind.ACTIVATION:
             linear = first is not None and call.passes.name in self._acting_linear
             return first._replace(passed=(*first.passed, call.passes)) if first is not None and linear else None
-        if kind in (kinds.SUM, kinds.JOIN):
-            return self._sum(call.data, joined=kind == kinds.JOIN)
-        if kind == kinds.MATRIX_PRODUCT and len(call.data) > 1:
+        if kind in (Kind.SUM, Kind.JOIN):
+            return self._sum(call.data, joined=kind == Kind.JOIN)
+        if kind == Kind.MATRIX_PRODUCT and len(call.data) > 1:
             return self._mixed(call)
-        if kind == kinds.FUSED_ATTENTION:
+        if kind == Kind.FUSED_ATTENTION:
             return self._fused_attention(call)
-        if len(call.data) > 1 or (first is None and kind not in (kinds.PRODUCT, kinds.MATRIX_PRODUCT)):
+        if len(call.data) > 1 or (first is None and kind not in (Kind.PRODUCT, Kind.MATRIX_PRODUCT)):
             return None
         (only,) = call.data
-        if kind in (kinds.PRODUCT, kinds.QUOTIENT):
+        if kind in (Kind.PRODUCT, Kind.QUOTIENT):
             factors = [each for each in call.tensors if self._lookup(each) is None]
             alike = all(_is_alike(each, call.output.dim(), only.places) for each in factors)
             return only if alike or not only.passed else only._replace(places=WHOLE)
-        if kind == kinds.IN_PLACE_ORDER:
+        if kind == Kind.IN_PLACE_ORDER:
             return only
-        if kind == kinds.MOVING:
+        if kind == Kind.MOVING:
             return only._replace(moved=True) if only.passed else None
-        if kind == kinds.LAYER or (kind == kinds.MATRIX_PRODUCT and call.passes.name):
+        if kind == Kind.LAYER or (kind == Kind.MATRIX_PRODUCT and call.passes.name):
             return self._through_layer(only, call)
         return None
 
@@ -297,7 +296,7 @@ class AffineFlow:
 
     def _fused_attention(self, call: _FunctionCall) -> Affine | None:
         """Return what attention with its projections gives: the value and the output projection lie in it."""
-        given = kinds.attention_arguments(call.args, call.kwargs)
+        given = attention_arguments(call.args, call.kwargs)
         affine = self._lookup(given["value"])
         weight = given.get("v_proj_weight") if given.get("use_separate_proj_weight") else given["in_proj_weight"]
         if affine is None or weight is None or affine.mixing >= 0:

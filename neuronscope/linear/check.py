@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -18,13 +17,13 @@ from neuronscope.attach.examples import all_tensors
 from neuronscope.attach.layer_names import LayerNames
 from neuronscope.attach.module_paths import model_name, walk
 from neuronscope.attach.tensor_map import nested_tensors
-from neuronscope.errors import NeuronscopeWarning, UsageError
+from neuronscope.errors import UsageError, warn_user
 from neuronscope.linear.affine_flow import AffineFlow, Stretch
-from neuronscope.linear.affine_functions import ACTIVATION, kind_of_call
+from neuronscope.linear.affine_functions import Kind, kind_of_call
 from neuronscope.linear.collapsed_map import CollapsedMap, collapsed_map
 from neuronscope.linear.linear_report import LinearLayers, LinearReport
 from neuronscope.linear.slopes import Slopes
-from neuronscope.running import call_model, evaluated, in_float64, to_device
+from neuronscope.running import call_model, evaluated, in_float64, to_device_of
 from neuronscope.writers.formatting import listed
 
 __all__ = ["LinearLayersOfForward", "check_linear"]
@@ -57,13 +56,12 @@ def check_linear(
     (('0', '1'), 4)
     """
     call = forward or call_model
-    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     slopes: dict[str, Slopes] = {}
     first, examples, reads_out = None, 0, False
     everywhere: set[tuple[str, ...]] | None = None  # the layers of the stretches that each batch has
     with evaluated(model):
         for batch in (data,) if isinstance(data, Tensor) else data:
-            batch = to_device(batch, device)
+            batch = to_device_of(model, batch)
             first = batch if first is None else first
             examples += next((len(tensor) for tensor in all_tensors(batch) if tensor.dim()), 1)
             flow = AffineFlow(model)
@@ -147,8 +145,7 @@ class _Following(TorchFunctionMode):
             if not self._keep_going:
                 raise
             if not self.failed:
-                message = f"Layers between which no nonlinearity lies were not looked for: {error!r}."
-                warnings.warn(message, NeuronscopeWarning, stacklevel=2)
+                warn_user(f"Layers between which no nonlinearity lies were not looked for: {error!r}.")
             self.failed = True
 
     def __torch_function__(
@@ -172,7 +169,7 @@ class _Following(TorchFunctionMode):
 
     def _site(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
         """Return the name of the activation that a call is; ``""`` if it is none."""
-        if kind_of_call(func, args, kwargs) != ACTIVATION:
+        if kind_of_call(func, args, kwargs) != Kind.ACTIVATION:
             return ""
         given = next(iter(nested_tensors((args, dict(kwargs)))))
         return self._flow.name_of(func, given) if self._flow.depends_on_input(given) else ""

@@ -27,6 +27,7 @@ from neuronscope.report.json_fields import (
     read_json,
 )
 from neuronscope.report.report import (
+    HISTORY_COUNTS,
     POSITIONS,
     SCHEMA_VERSION,
     SITE_COUNTS,
@@ -188,13 +189,16 @@ def _history(fields: Fields, neurons: int) -> SiteHistory:
         fields.fail(f"has levels that are not {windows} rows of {neurons} bytes")
     if (np.diff(steps) < 0).any():
         fields.fail("has steps that do not ascend")
-    return SiteHistory(
+    history = SiteHistory(
         steps=steps,
-        **{name: fields.integers(name, windows) for name in ("dead", "silent", "dormant", "cut_off")},
         levels=np.array(rows, dtype=np.uint8).reshape(windows, neurons),
         **{name: fields.integers(name, neurons, -1) for name in ("died_step", "revived_step")},
         **{name: fields.integers(name, neurons) for name in ("deaths", "revivals")},
     )
+    for name in HISTORY_COUNTS:
+        if not np.array_equal(fields.integers(name, windows), getattr(history, name)):
+            fields.fail(f"has other numbers as {name} than its levels give")
+    return history
 
 
 def _run(fields: Fields, run: Any) -> tuple[str, int, int, int]:

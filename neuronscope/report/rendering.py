@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, TypeVar
 
-from neuronscope.errors import MissingExtraError, UsageError
+from neuronscope.errors import UsageError, requiring
 from neuronscope.output import write_if_named
 
 if TYPE_CHECKING:
@@ -136,12 +136,8 @@ class Renderable(Shown):
         """
         if rows not in ("layer", "neuron"):
             raise UsageError(f"Expected argument `rows` to be 'layer' or 'neuron', but got {rows!r}.")
-        try:
+        with requiring("pandas", "`to_pandas()`", "pandas"):
             import pandas
-        except ImportError as error:
-            raise MissingExtraError(
-                "Expected pandas for `to_pandas()`, but it is not installed: pip install pandas"
-            ) from error
         return pandas.DataFrame(getattr(self._writer("table"), f"{rows}_columns")(self))
 
     def plot(self, figure: Any = None) -> Figure:

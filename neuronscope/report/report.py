@@ -23,6 +23,7 @@ from neuronscope.sites import SiteDescription
 
 __all__ = [
     "COUNTS",
+    "HISTORY_COUNTS",
     "LEVELS",
     "LEVEL_CUT_OFF",
     "LEVEL_DEAD",
@@ -69,6 +70,8 @@ LEVELS = {
 COUNTS = ("dead", "born_dead", "silent", "dormant", "tau_dormant", "cut_off")
 #: … those of each site, …
 SITE_COUNTS = (*COUNTS, "linear", "unseen")
+#: … those of each window of a site's history, …
+HISTORY_COUNTS = ("dead", "silent", "dormant", "cut_off")
 #: … what was observed of a site, …
 POSITIONS = ("positions", "gradient_positions", "examples")
 #: … and the means of each neuron over its positions.
@@ -112,10 +115,6 @@ class SiteHistory:
 
     Attributes:
         steps: Last optimizer step of each window, int64 ``(W,)``, ascending.
-        dead: Dead neurons in each window, int64 ``(W,)``; 0 for a window in which the site did not run.
-        silent: Silent neurons in each window, int64 ``(W,)``.
-        dormant: Dormant neurons in each window, int64 ``(W,)``.
-        cut_off: Cut-off neurons in each window, int64 ``(W,)``.
         levels: One byte per window and neuron, uint8 ``(W, N)``: values below ``LEVEL_MAX`` are the zero-output
             fraction, the others are the ``LEVEL_*`` verdicts.
         died_step: Step of each neuron's latest death: the first step at which it was observed not to fire. −1 = it did
@@ -127,15 +126,35 @@ class SiteHistory:
     """
 
     steps: IntArray
-    dead: IntArray
-    silent: IntArray
-    dormant: IntArray
-    cut_off: IntArray
     levels: ByteArray
     died_step: IntArray
     revived_step: IntArray
     deaths: IntArray
     revivals: IntArray
+
+    @cached_property
+    def dead(self) -> IntArray:
+        """Dead neurons in each window, int64 ``(W,)``; 0 for a window in which the site did not run."""
+        return self._number_at(LEVEL_DEAD)
+
+    @cached_property
+    def silent(self) -> IntArray:
+        """Silent neurons in each window, int64 ``(W,)``."""
+        return self._number_at(LEVEL_SILENT)
+
+    @cached_property
+    def dormant(self) -> IntArray:
+        """Dormant neurons in each window, int64 ``(W,)``."""
+        return self._number_at(LEVEL_DORMANT)
+
+    @cached_property
+    def cut_off(self) -> IntArray:
+        """Cut-off neurons in each window, int64 ``(W,)``."""
+        return self._number_at(LEVEL_CUT_OFF)
+
+    def _number_at(self, level: int) -> IntArray:
+        number: IntArray = (self.levels == level).sum(axis=1)
+        return number
 
     def labels(self, window: int) -> ByteArray:
         """Return the labels in one window, as indices into :data:`neuronscope.judge.verdicts.LABELS`, uint8 ``(N,)``.
@@ -147,7 +166,7 @@ class SiteHistory:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the history as plain lists."""
-        return {name: getattr(self, name).tolist() for name in self.__dataclass_fields__}
+        return {name: getattr(self, name).tolist() for name in (*self.__dataclass_fields__, *HISTORY_COUNTS)}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from neuronscope.arrays import IntArray
-from neuronscope.errors import StateError
 from neuronscope.report.acts import Act
 from neuronscope.tally.census import Tally
-from neuronscope.tally.check_state import array, integer, integers, mapping
+from neuronscope.tally.check_state import array, integer, integers, mapping, reading
 
 __all__ = ["ActRecord", "Before"]
 
@@ -30,7 +28,6 @@ class ActRecord:
 
     def __init__(self) -> None:
         self.acts: list[Act] = []
-        self._revived: Counter[str] = Counter()
         self._before: dict[str, Before] = {}
 
     @property
@@ -40,7 +37,7 @@ class ActRecord:
 
     def revived(self, site: str) -> int:
         """Return how many neurons of a site were revived, each as often as it was."""
-        return self._revived[site]
+        return sum(len(act.neurons) for act in self.acts if act.site == site)
 
     def before(self, site: str, neurons: int) -> Before:
         """Return what was counted of each neuron before its newest revival.
@@ -61,17 +58,13 @@ class ActRecord:
             act: The act.
             counted: All closed windows of the site.
         """
-        self._add(act)
+        self.acts.append(act)
         before = Before(*(each.copy() for each in self.before(act.site, counted.neurons)))
         revived = list(act.neurons)
         before.zero_outputs[revived] = counted.zero_outputs[revived]
         before.positions[revived] = counted.positions
         before.step[revived] = act.step
         self._before[act.site] = before
-
-    def _add(self, act: Act) -> None:
-        self.acts.append(act)
-        self._revived[act.site] += len(act.neurons)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the record as tensors and primitives."""
@@ -93,21 +86,19 @@ class ActRecord:
         record = cls()
         if state is None:
             return record
-        try:
+        with reading("acts of a scope", state):
             for saved in state["acts"]:
                 steps = {name: integer(saved, name, -1) for name in ("step", "first_step", "last_step")}
                 site, rule, neurons = saved["site"], saved["rule"], integers(saved, "neurons")
                 if not isinstance(site, str) or not isinstance(rule, str):
                     raise ValueError("the site or the rule of an act is no text")
-                record._add(Act(site=site, neurons=tuple(neurons), rule=rule, **steps))
+                record.acts.append(Act(site=site, neurons=tuple(neurons), rule=rule, **steps))
             for site, saved in mapping(state, "before").items():
                 shape = (len(saved["step"]),)
                 before = Before(*(array(saved, name, torch.int64, shape) for name in Before._fields))
                 if (before.zero_outputs > before.positions).any():
                     raise ValueError(f"{site} has more zero outputs than positions")
                 record._before[site] = before
-        except (AttributeError, LookupError, TypeError, ValueError) as error:
-            raise StateError(f"Expected the saved acts of a scope, but got {type(state).__name__}: {error}.") from error
         return record
 
     def __bool__(self) -> bool:

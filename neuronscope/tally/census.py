@@ -20,17 +20,16 @@ from neuronscope.count.counter_tensors import NEVER
 from neuronscope.errors import StateError
 from neuronscope.judge.distinct import DistinctNeurons
 from neuronscope.sites import IncomingRows, ReaderColumns, SiteInfo
-from neuronscope.tally.check_state import MOST, array, integer, mapping
+from neuronscope.tally.check_state import MOST, array, integer, mapping, reading
 
 __all__ = ["Census", "Tally"]
 
 
-@dataclass(frozen=True, eq=False)
-class Tally:
-    """Hold the exact counts of one site, for each of its ``N`` neurons.
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Tally(SiteInfo):
+    """Describe one site as :class:`~neuronscope.sites.SiteInfo` does, and hold the exact counts of its ``N`` neurons.
 
     Attributes:
-        info: Description of the site.
         zero_outputs: Positions with zero output, int64 ``(N,)``.
         zero_gradients: Positions with zero gradient at the pre-activation, int64 ``(N,)``.
         not_finite_outputs: Positions with NaN or infinite output, int64 ``(N,)``.
@@ -45,7 +44,6 @@ class Tally:
         step_positions: Of running counts: each step, with the positions up to its end.
     """
 
-    info: SiteInfo
     zero_outputs: IntArray
     zero_gradients: IntArray
     not_finite_outputs: IntArray
@@ -58,6 +56,8 @@ class Tally:
     idle_positions: IntArray | None = None
     step_positions: tuple[tuple[int, int], ...] = ()
 
+    __eq__, __hash__ = object.__eq__, object.__hash__  # those of the description do not look at counts
+
     @classmethod
     def empty(cls, info: SiteInfo, neurons: int) -> Tally:
         """Return the counts of a site that was not observed.
@@ -67,7 +67,7 @@ class Tally:
             neurons: ``N``.
         """
         return cls(
-            info=info,
+            **vars(info),
             zero_outputs=np.zeros(neurons, dtype=np.int64),
             zero_gradients=np.zeros(neurons, dtype=np.int64),
             not_finite_outputs=np.zeros(neurons, dtype=np.int64),
@@ -86,74 +86,9 @@ class Tally:
         return len(self.zero_outputs)
 
     @property
-    def activation(self) -> str:
-        """Name of the activation function."""
-        return self.info.activation
-
-    @property
-    def kind(self) -> str:
-        """The activation's kind: ``relu-like``, ``smooth``, ``leaky``, ``saturating``, ``gated`` or ``sparse``."""
-        return self.info.kind
-
-    @property
-    def linear_when_on(self) -> bool:
-        """Whether the activation is the identity wherever its output is not zero (ReLU)."""
-        return self.info.linear_when_on
-
-    @property
-    def axis(self) -> int:
-        """The dimension of the activation tensor that indexes the neurons."""
-        return self.info.axis
-
-    @property
-    def axis_source(self) -> str:
-        """How the axis was found: ``layer (fc)``, ``declared`` or ``assumed (rank)``."""
-        return self.info.axis_source
-
-    @property
-    def layer(self) -> str:
-        """Path of the layer whose units the neurons are; ``""`` if no layer is known."""
-        return self.info.layer
-
-    @property
-    def units(self) -> tuple[tuple[str, int, int, int], ...]:
-        """The units that the neurons are, in their order: (layer, start, stop, step) of each run of units."""
-        return self.info.units
-
-    @property
-    def readers(self) -> tuple[str, ...]:
-        """Paths of the layers that read the site's output; all of them if there are no :attr:`reader_notes`."""
-        return self.info.readers
-
-    @property
-    def reader_columns(self) -> tuple[ReaderColumns, ...]:
-        """Which columns of these layers read which neurons; everything if there are no :attr:`reader_notes`."""
-        return self.info.reader_columns
-
-    @property
-    def reader_notes(self) -> tuple[str, ...]:
-        """Other ways in which the site's output is read, as ``added in`` (a residual sum)."""
-        return self.info.reader_notes
-
-    @property
-    def incoming(self) -> tuple[IncomingRows, ...]:
-        """Which rows of which layers lead into which neurons; exactly these if there are no :attr:`incoming_notes`."""
-        return self.info.incoming
-
-    @property
-    def incoming_notes(self) -> tuple[str, ...]:
-        """Why the rows are not all that leads into the neurons, or lead elsewhere too."""
-        return self.info.incoming_notes
-
-    @property
-    def weights_unknown(self) -> str:
-        """Why it is not known exactly which weights lead into the neurons and which read them; ``""`` if it is."""
-        return self.info.weights_unknown
-
-    @property
-    def in_headlines(self) -> bool:
-        """Whether totals include the site: its units are known, and are not outputs."""
-        return self.info.in_headlines
+    def info(self) -> SiteInfo:
+        """The description of the site, without counts."""
+        return SiteInfo(**{each.name: getattr(self, each.name) for each in fields(SiteInfo)})
 
     @property
     def not_finite(self) -> int:
@@ -213,7 +148,7 @@ class Tally:
             raise StateError(f"Expected tallies of {self.neurons} neurons to merge, but got {other.neurons}.")
         return replace(
             self,
-            info=other.info,
+            **vars(other.info),
             zero_outputs=self.zero_outputs + other.zero_outputs,
             zero_gradients=self.zero_gradients + other.zero_gradients,
             not_finite_outputs=self.not_finite_outputs + other.not_finite_outputs,
@@ -229,17 +164,11 @@ class Tally:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the tally as tensors and primitives."""
-        units, readers = [list(run) for run in self.info.units], list(self.info.readers)
-        notes, columns = list(self.info.reader_notes), [list(each) for each in self.info.reader_columns]
-        listed = {"units": units, "readers": readers, "reader_columns": columns, "reader_notes": notes}
-        listed["incoming"] = [list(each) for each in self.info.incoming]
-        listed["incoming_notes"] = list(self.info.incoming_notes)
-        state: dict[str, Any] = {"info": {**vars(self.info), **listed}}
-        for field in fields(self)[1:]:
-            value = getattr(self, field.name)
-            if field.name == "step_positions" or value is None:
-                continue
-            state[field.name] = torch.from_numpy(value.copy()) if isinstance(value, np.ndarray) else value
+        state: dict[str, Any] = {"info": {name: _with_lists(value) for name, value in vars(self.info).items()}}
+        for name in _SAVED:
+            value = getattr(self, name)
+            if value is not None:
+                state[name] = torch.from_numpy(value.copy()) if isinstance(value, np.ndarray) else value
         return state
 
     @classmethod
@@ -250,7 +179,7 @@ class Tally:
             StateError: A part of the state is missing, unknown or of a wrong type or shape.
         """
         try:
-            unknown = sorted(set(state) - {field.name for field in fields(cls)[:-1]}, key=str)
+            unknown = sorted(set(state) - {"info", *_SAVED}, key=str)
             if unknown:
                 raise ValueError(f"it has {unknown[0]!r}, which is unknown")
             neurons = len(state["zero_outputs"])
@@ -266,7 +195,7 @@ class Tally:
             if not np.array_equal(first == NEVER, last < 0) or (first > last)[last >= 0].any():
                 raise ValueError("first_active_step does not fit last_active_step")
             return cls(
-                info=_read_info(mapping(state, "info")),
+                **vars(_read_info(mapping(state, "info"))),
                 zero_outputs=counts("zero_outputs", 0, positions),
                 zero_gradients=counts("zero_gradients", 0, gradients),
                 not_finite_outputs=counts("not_finite_outputs", 0, positions),
@@ -281,6 +210,10 @@ class Tally:
         except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
             given = sorted(state, key=str) if isinstance(state, Mapping) else type(state).__name__
             raise StateError(f"Expected the saved state of a tally, but got {given}: {error}.") from error
+
+
+#: The counts of a saved tally, beside its description.
+_SAVED = [each.name for each in fields(Tally)[len(fields(SiteInfo)) :] if each.name != "step_positions"]
 
 
 class Census(Mapping[str, Tally]):
@@ -360,17 +293,11 @@ class Census(Mapping[str, Tally]):
         Raises:
             StateError: The state is not that of a census.
         """
-        try:
+        with reading("state of a census", state):
             tallies = {name: Tally.from_state(tally) for name, tally in mapping(state, "tallies").items()}
             last = integer(state, "last_step", -1)
             first = integer(state, "first_step", min(last, 0), last)
             return cls(tallies, first_step=first, last_step=last, steps=integer(state, "steps"))
-        except (LookupError, TypeError, ValueError) as error:
-            if isinstance(error, StateError):
-                raise
-            raise StateError(
-                f"Expected the saved state of a census, but got {type(state).__name__}: {error}."
-            ) from error
 
 
 def _read_info(state: Mapping[str, Any]) -> SiteInfo:
@@ -394,6 +321,11 @@ def _read_info(state: Mapping[str, Any]) -> SiteInfo:
         elif not isinstance(value, types.get(str(field.type), tuple)):
             raise ValueError(f"{field.name} is {type(value).__name__}")
     return info
+
+
+def _with_lists(value: Any) -> Any:
+    """Return a value with lists in the place of tuples, also inside of others."""
+    return [_with_lists(each) for each in value] if isinstance(value, tuple) else value
 
 
 def _fraction(part: npt.NDArray[Any], whole: int) -> FloatArray:

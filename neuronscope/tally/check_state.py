@@ -1,20 +1,40 @@
 """Check the parts of a saved state: a file may be damaged, and what is wrong must not come out later as a count.
 
-Each function raises ValueError if the part is anything else than what it returns.
+Each function raises ValueError if the part is anything else than what it returns, and :func:`reading` makes a
+StateError of it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy.typing as npt
 import torch
 
-__all__ = ["MOST", "array", "integer", "integers", "mapping"]
+from neuronscope.errors import StateError
+
+__all__ = ["MOST", "array", "integer", "integers", "mapping", "reading"]
 
 #: No run counts so many. What is below can be added up without an overflow.
 MOST = 2**60
+
+
+@contextlib.contextmanager
+def reading(what: str, state: Any) -> Iterator[None]:
+    """Raise StateError if a part of a state that is read inside is missing, or is not what it can be.
+
+    Args:
+        what: What was saved, for the message: ``state of a census``.
+        state: The state.
+    """
+    try:
+        yield
+    except StateError:
+        raise
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise StateError(f"Expected the saved {what}, but got {type(state).__name__}: {error}.") from error
 
 
 def integer(state: Mapping[str, Any], name: str, low: int = 0, high: int = MOST) -> int:

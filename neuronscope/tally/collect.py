@@ -104,7 +104,7 @@ def _tally(info: SiteInfo, counters: SiteCounters, counted: Mapping[int, dict[st
         gate["zero_gradients"], gradient_positions = np.zeros_like(gate["zero_gradients"]), 0
     sparse = info.kind == "sparse"
     return Tally(
-        info=info,
+        **vars(info),
         step_positions=counters.positions_by_step() if sparse else (),
         idle_positions=np.zeros(counters.neurons, dtype=np.int64) if sparse else None,
         zero_outputs=own["zero_outputs"],

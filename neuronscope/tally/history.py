@@ -17,11 +17,10 @@ import torch
 
 from neuronscope.arrays import ByteArray, IntArray
 from neuronscope.count.counter_tensors import NEVER
-from neuronscope.errors import StateError
 from neuronscope.judge.verdicts import Judgement, Policy, judge
 from neuronscope.report.report import LEVEL_MAX, LEVELS, SiteHistory
 from neuronscope.tally.census import Census, Tally
-from neuronscope.tally.check_state import MOST, array, integer, integers, mapping
+from neuronscope.tally.check_state import array, integer, integers, mapping, reading
 
 __all__ = ["History"]
 
@@ -48,55 +47,16 @@ def levels(tally: Tally, judgement: Judgement) -> ByteArray:
     return codes
 
 
-class _LevelRows:
-    """Store one row of bytes per window in an array that grows.
-
-    Reports get a view of the array, without a copy. The rows of a view never change: new rows are written behind them,
-    and if an existing row must change, the rows move to a new array first.
-    """
-
-    def __init__(self, neurons: int) -> None:
-        self._array = np.zeros((0, neurons), dtype=np.uint8)
-        self._count = 0
-        self._viewed = 0
-
-    def append(self, row: ByteArray) -> None:
-        """Add a row, ``(N,)``."""
-        if self._count == len(self._array) or self._count < self._viewed:
-            larger = np.zeros((max(2 * self._count, _MIN_WINDOWS), self._array.shape[1]), dtype=np.uint8)
-            larger[: self._count] = self._array[: self._count]
-            self._array, self._viewed = larger, 0
-        self._array[self._count] = row
-        self._count += 1
-
-    def keep(self, places: Sequence[int]) -> None:
-        """Keep only the rows at some places, ascending."""
-        if list(places) != [*range(len(places))]:
-            self._array, self._viewed = self._array[places], 0
-        self._count = len(places)
-
-    def snapshot(self) -> ByteArray:
-        """Return a read-only view of all rows, uint8 ``(W, N)``."""
-        self._viewed = max(self._viewed, self._count)
-        view = self._array[: self._count]
-        view.flags.writeable = False
-        return view
-
-
 class _Trail:
     """Record the history of one site with ``N`` neurons."""
 
-    _LISTS = ("steps", "dead", "silent", "dormant", "cut_off")
+    _OF_WINDOWS = ("indices", "steps", "levels")
     _STEPS = ("died_step", "revived_step", "deaths", "revivals")
 
     def __init__(self, neurons: int) -> None:
         self.indices: list[int] = []
         self.steps: list[int] = []
-        self.dead: list[int] = []
-        self.silent: list[int] = []
-        self.dormant: list[int] = []
-        self.cut_off: list[int] = []
-        self._levels = _LevelRows(neurons)
+        self.levels: list[ByteArray] = []
         self.died_step = np.full(neurons, -1, dtype=np.int64)
         self.revived_step = np.full(neurons, -1, dtype=np.int64)
         self.deaths = np.zeros(neurons, dtype=np.int64)
@@ -123,7 +83,7 @@ class _Trail:
         self.is_dead = (self.is_dead & ~revived) | judgement.dead
 
     def add_window(self, index: int, stride: int, step: int, tally: Tally, judgement: Judgement) -> None:
-        """Store the levels and totals of a closed window, of which ``index`` were closed before.
+        """Store the levels of a closed window, of which ``index`` were closed before.
 
         The previous window was stored as the newest; it is dropped now unless its index is a multiple of the stride.
         """
@@ -131,11 +91,7 @@ class _Trail:
             self._keep([*range(len(self.indices) - 1)])
         self.indices.append(index)
         self.steps.append(step)
-        self.dead.append(int(judgement.dead.sum()))
-        self.silent.append(int(judgement.silent.sum()))
-        self.dormant.append(int(judgement.dormant.sum()))
-        self.cut_off.append(int(judgement.cut_off.sum()))
-        self._levels.append(levels(tally, judgement))
+        self.levels.append(levels(tally, judgement))
 
     def thin(self, stride: int) -> None:
         """Drop the windows whose index is not a multiple of the stride, except the newest one."""
@@ -143,23 +99,22 @@ class _Trail:
         self._keep([place for place, index in enumerate(self.indices) if index % stride == 0 or place == newest])
 
     def _keep(self, places: Sequence[int]) -> None:
-        for name in ("indices", *self._LISTS):
+        for name in self._OF_WINDOWS:
             kept = getattr(self, name)
             setattr(self, name, [kept[place] for place in places])
-        self._levels.keep(places)
 
     def snapshot(self) -> SiteHistory:
         """Return the history as plain arrays."""
         return SiteHistory(
-            **{name: np.asarray(getattr(self, name), dtype=np.int64) for name in self._LISTS},
-            levels=self._levels.snapshot(),
+            steps=np.array(self.steps, dtype=np.int64),
+            levels=np.array(self.levels, dtype=np.uint8).reshape(len(self.steps), len(self.died_step)),
             **{name: getattr(self, name).copy() for name in self._STEPS},
         )
 
     def state_dict(self) -> dict[str, Any]:
         """Return the history as tensors and primitives."""
         snapshot = self.snapshot()
-        state = {name: torch.from_numpy(getattr(snapshot, name).copy()) for name in snapshot.__dataclass_fields__}
+        state = {name: torch.from_numpy(getattr(snapshot, name)) for name in snapshot.__dataclass_fields__}
         indices = torch.tensor(self.indices, dtype=torch.int64)
         return {**state, "indices": indices, "is_dead": torch.from_numpy(self.is_dead.copy())}
 
@@ -171,16 +126,13 @@ class _Trail:
         trail.indices = integers(state, "indices")
         if any(one >= later for one, later in itertools.pairwise(trail.indices)):
             raise ValueError("indices do not ascend")
-        for name in cls._LISTS:
-            values = integers(state, name, high=MOST if name == "steps" else neurons)
-            if len(values) != len(trail.indices):
-                raise ValueError(f"{name} has {len(values)} windows and not {len(trail.indices)}")
-            setattr(trail, name, values)
+        trail.steps = integers(state, "steps")
+        if len(trail.steps) != len(trail.indices):
+            raise ValueError(f"steps has {len(trail.steps)} windows and not {len(trail.indices)}")
         for name in cls._STEPS:
             setattr(trail, name, array(state, name, torch.int64, (neurons,), -1 if name.endswith("_step") else 0))
         trail.is_dead = array(state, "is_dead", torch.bool, (neurons,))
-        for row in array(state, "levels", torch.uint8, (len(trail.indices), neurons)):
-            trail._levels.append(row)
+        trail.levels = [*array(state, "levels", torch.uint8, (len(trail.indices), neurons))]
         return trail
 
 
@@ -250,15 +202,11 @@ class History:
         Raises:
             StateError: The state is not that of a history.
         """
-        try:
+        with reading("state of a history", state):
             windows, stride = integer(state, "windows"), integer(state, "stride", 1)
             trails = {name: _Trail.from_state(trail) for name, trail in mapping(state, "trails").items()}
             if any(trail.indices[-1:] >= [windows] for trail in trails.values()):
                 raise ValueError("a window has a higher number than there are windows")
-        except (AttributeError, LookupError, TypeError, ValueError) as error:
-            raise StateError(
-                f"Expected the saved state of a history, but got {type(state).__name__}: {error}."
-            ) from error
         self._windows, self._stride, self._trails = windows, stride, trails
 
     @property

@@ -22,7 +22,7 @@ from neuronscope.report.fault import Fault
 from neuronscope.sites import NAMED_TENSOR, SiteInfo, SiteKey
 from neuronscope.tally.act_record import ActRecord
 from neuronscope.tally.census import Census, Tally
-from neuronscope.tally.check_state import integer, integers, mapping
+from neuronscope.tally.check_state import integer, integers, mapping, reading
 from neuronscope.tally.collect import observed, read_tallies
 from neuronscope.tally.history import History
 
@@ -299,7 +299,7 @@ class PhaseRecord:
     def state_dict(self) -> dict[str, Any]:
         """Return the record as tensors and primitives, including the open window, without sites that are left."""
         left, opened = self.left, self.open()
-        shared = [name for name, tally in opened.items() if tally.info.whole > tally.neurons]
+        shared = [name for name, tally in opened.items() if tally.whole > tally.neurons]
         return {
             "open": opened.without(*shared, *left).state_dict(),  # one rank's neurons are not the layer
             "open_steps": list(self._steps),
@@ -322,18 +322,12 @@ class PhaseRecord:
         """
         names = ("open", "closed", "last")
         history = History(self._policy)
-        try:  # read everything before changing anything
+        with reading("state of a phase", state):  # everything before anything is changed
             flushed, closed, last = (Census.from_state(state[name]) for name in names)
             steps, before = (integers(state, name) for name in ("open_steps", "steps_before"))
             looked_at_step = integer(state, "looked_at_step")
             history.load_state_dict(mapping(state, "history"))
             _check_together(flushed, closed, last, history, [*before, *steps])
-        except (LookupError, TypeError, ValueError) as error:
-            if isinstance(error, StateError):
-                raise
-            raise StateError(
-                f"Expected the saved state of a phase, but got {type(state).__name__}: {error}."
-            ) from error
         with self._lock:
             for _, counters in self._counters.values():
                 counters.reset()
@@ -381,7 +375,7 @@ def _place(name: str) -> str:
 
 def _layer_of(name: str, tally: Tally) -> str:
     """Return the layer that a site needs to be in the model: none, the root, if the user names the tensor."""
-    return tally.layer or ("" if tally.info.place == NAMED_TENSOR else name)
+    return tally.layer or ("" if tally.place == NAMED_TENSOR else name)
 
 
 def _listed(names: Collection[str], most: int = 3) -> str:
@@ -435,11 +429,9 @@ def split_scope_state(
     Raises:
         StateError: The state is not that of a scope, or is from a later version.
     """
-    try:
+    with reading("state of a scope", state):
         version, step, phases = state["version"], integer(state, "step"), dict(mapping(state, "phases"))
         checkpoints = integers(state, "checkpoints") if "checkpoints" in state else []
-    except (LookupError, TypeError, ValueError) as error:
-        raise StateError(f"Expected the saved state of a scope, but got {type(state).__name__}: {error}.") from error
     if is_outdated(state):
         return step, {}, None, [], ActRecord()
     if version != _STATE_VERSION:

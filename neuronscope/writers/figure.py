@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from neuronscope.arrays import ByteArray
-from neuronscope.errors import MissingExtraError
+from neuronscope.errors import requiring
 from neuronscope.judge.verdicts import LABELS
 from neuronscope.report.report import Report
 from neuronscope.writers import wording
@@ -83,10 +83,8 @@ def draw(report: Report, figure: Any = None) -> Figure:
         figure: A ``Figure`` or ``SubFigure`` of matplotlib to draw into; a new one by default.
     """
     labels = ("dead", "not finite", "silent", "cut off", "dormant", "unseen")
-    sites = sorted(report.layers, key=wording.severity, reverse=True)
-    sites.sort(key=lambda site: not site.in_headlines)
     bars = []
-    for site in sites:
+    for site in wording.worst_first(report.layers):
         codes = np.bincount(site.judgement.labels(), minlength=len(LABELS))
         counts = {label: int(codes[LABELS.index(label)]) for label in labels}
         bars.append(LayerBar(f"{site.name} {wording.mark(site)}".rstrip(), site.neurons, counts))
@@ -123,12 +121,8 @@ def draw_panels(panels: Panels, figure: Any = None) -> Figure:
         panels: What is drawn.
         figure: See :func:`draw`.
     """
-    try:
+    with requiring("matplotlib", "`plot()`", "matplotlib"):
         from matplotlib.figure import Figure
-    except ImportError as error:
-        raise MissingExtraError(
-            "Expected matplotlib for `plot()`, but it is not installed: pip install matplotlib"
-        ) from error
     ill = [bar for bar in panels.layers if any(map(bar.share, panels.labels))]
     bars = (ill if ill and len(panels.layers) > BARS else panels.layers)[:BARS]
     height = 1.2 + 0.26 * max(len(bars), 3)

@@ -19,7 +19,7 @@ import jinja2
 from markupsafe import Markup, escape
 
 from neuronscope.judge.diagnosis import Diagnosis
-from neuronscope.report import report
+from neuronscope.report.report import LEVEL_MAX, LEVELS
 from neuronscope.writers.formatting import NONE, UNKNOWN, count, plural, visible
 from neuronscope.writers.packing import NetworkMap
 
@@ -87,8 +87,7 @@ def layer_data(
 
 def levels() -> dict[str, int]:
     """Return the codes of a map's levels by name, as the script knows them, such as ``dead`` and ``unseen``."""
-    names = [name for name in report.__all__ if name.startswith("LEVEL_")]
-    return {name.removeprefix("LEVEL_").lower(): getattr(report, name) for name in names}
+    return {"max": LEVEL_MAX, **{label.replace(" ", "_"): level for label, level in LEVELS.items()}}
 
 
 def overview_data(overview: NetworkMap | None, places: list[int]) -> dict[str, Any] | None:

@@ -20,7 +20,7 @@ from neuronscope.arrays import ByteArray, IntArray
 from neuronscope.errors import ReportError
 from neuronscope.judge.verdicts import LABELS, Judgement, is_tau_dormant
 from neuronscope.report.reading import report_from_dict
-from neuronscope.report.report import LEVEL_MAX, LEVEL_UNSEEN, LEVELS, SITE_COUNTS, Report, SiteHistory, SiteReport
+from neuronscope.report.report import LEVEL_MAX, LEVEL_UNSEEN, SITE_COUNTS, Report, SiteHistory, SiteReport
 from neuronscope.writers.formatting import count
 from neuronscope.writers.packing import coarse_levels, fraction_levels, spread_windows
 
@@ -35,7 +35,6 @@ MOST_BYTES = 1 << 30
 _VERSION = 1
 _BEGIN = b"neuronscope report\0"
 
-_COUNTED = ("dead", "silent", "dormant", "cut_off")
 _STEPS = ("died_step", "revived_step", "deaths", "revivals")
 #: What is held of each neuron, with the type in the bytes: levels and labels are single bytes.
 _FIELDS = {"label": "u1", "level": "u1", "mean": "<f4", "last_active_step": "<i8", **dict.fromkeys(_STEPS, "<i8")}
@@ -71,7 +70,7 @@ def to_bytes(report: Report) -> bytes:
         for name, kind in _FIELDS.items()
     ]
     levels = [levels.T for _, levels in histories]  # neuron by neuron: what stays the same deflates to nothing
-    pieces = [*(plane.view(np.uint8).reshape(plane.size, -1).T for plane in planes), *levels]
+    pieces = [*(plane.view(np.uint8).reshape(plane.size, plane.itemsize).T for plane in planes), *levels]
     raw = b"".join([struct.pack("<I", len(text)), text, *(np.ascontiguousarray(piece).tobytes() for piece in pieces)])
     return _BEGIN + zlib.compress(raw, 6)
 
@@ -206,9 +205,4 @@ def _neurons(own: dict[str, npt.NDArray[Any]], tau: float) -> dict[str, Any]:
 
 
 def _history(steps: list[int], levels: ByteArray, own: dict[str, npt.NDArray[Any]]) -> dict[str, Any]:
-    return {
-        "steps": steps,
-        "levels": levels.tolist(),
-        **{name: (levels == LEVELS[name.replace("_", " ")]).sum(axis=1).tolist() for name in _COUNTED},
-        **{name: own[name].tolist() for name in _STEPS},
-    }
+    return SiteHistory(steps=np.asarray(steps), levels=levels, **{name: own[name] for name in _STEPS}).to_dict()

@@ -51,6 +51,7 @@ __all__ = [
     "weights",
     "weights_of",
     "worst_experts",
+    "worst_first",
 ]
 
 
@@ -379,6 +380,11 @@ def severity(site: SiteReport) -> tuple[float, float]:
     """Return how bad a layer is: its share of dead and not finite neurons, then of other unhealthy ones."""
     seen = max(site.observed_neurons, 1)
     return (site.dead + site.not_finite_neurons) / seen, (site.silent + site.dormant + site.cut_off) / seen
+
+
+def worst_first(sites: Iterable[SiteReport]) -> list[SiteReport]:
+    """Return layers, the worst first and those that are not in the totals last; the order of equal ones stays."""
+    return sorted(sorted(sites, key=severity, reverse=True), key=lambda site: not site.in_headlines)
 
 
 @dataclass(frozen=True)

@@ -33,9 +33,8 @@ def test_random_tensors_are_counted_as_by_the_slow_twin(first: int) -> None:
 
 @pytest.mark.parametrize("bytes_of_a_piece", [4, 40, 1000])
 def test_any_number_of_pieces_gives_the_same(bytes_of_a_piece: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pieces of one, ten and 250 numbers: neurons and positions are cut, in one dimension or in all."""
+    """Pieces of one, ten and 250 numbers, or of one position: positions are cut, in one dimension or in all."""
     monkeypatch.setattr(pieces, "_BYTES", bytes_of_a_piece)
-    monkeypatch.setattr(pieces, "_POSITIONS", 3)
     numbers = [number for number in range(3 * len(KINDS)) if case(number).tensor.numel() < 500 * bytes_of_a_piece]
     assert len(numbers) > 5
     for number in numbers:

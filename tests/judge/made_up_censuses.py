@@ -51,7 +51,7 @@ def tally(about: SiteInfo, fates: Sequence[str], step: int, *, gradients: bool =
     sums = {"dead": 0.0, "silent": 0.0, "dormant": 1e-6, "not finite": 0.0}
     blocked = {"dead": whole, "cut off": whole}
     return Tally(
-        info=about,
+        **vars(about),
         zero_outputs=np.array([zeros.get(fate, half) for fate in fates], dtype=np.int64),
         zero_gradients=np.array([blocked.get(fate, 0) if gradients else 0 for fate in fates], dtype=np.int64),
         not_finite_outputs=np.array([int(fate == "not finite") for fate in fates], dtype=np.int64),

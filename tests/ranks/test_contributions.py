@@ -17,7 +17,7 @@ from tests.ranks.meeting import on_each_rank
 
 INFO = SiteInfo(activation="relu", kind="relu-like", linear_when_on=True, axis=1, axis_source="layer (fc)")
 LAYER = Tally(
-    info=INFO,
+    **vars(INFO),
     zero_outputs=np.array([5, 0, 3, 1, 2]),
     zero_gradients=np.array([4, 1, 3, 0, 2]),
     not_finite_outputs=np.array([0, 0, 1, 0, 0]),
@@ -34,14 +34,13 @@ ARRAYS = [name for name, value in vars(LAYER).items() if isinstance(value, np.nd
 def part(first: int, neurons: int) -> Tally:
     """What a rank counts that holds some of the layer's neurons."""
     arrays = {name: getattr(LAYER, name)[first : first + neurons] for name in ARRAYS}
-    return replace(LAYER, info=replace(INFO, first=first, whole=LAYER.neurons), **arrays)
+    return replace(LAYER, first=first, whole=LAYER.neurons, **arrays)
 
 
 def assert_same(found: Tally, wanted: Tally) -> None:
-    assert (found.info.first, found.info.whole) == (0, 0)
+    assert (found.first, found.whole) == (0, 0)
     for name, value in vars(wanted).items():
-        if name != "info":
-            np.testing.assert_array_equal(getattr(found, name), value, err_msg=name)
+        np.testing.assert_array_equal(getattr(found, name), value, err_msg=name)
 
 
 def joined(*given: tuple[Tally, bool]) -> Tally:
@@ -74,7 +73,7 @@ def test_two_shards_of_a_layer_are_joined_to_the_whole_layer(cut: int) -> None:
     ],
 )
 def test_a_replicated_layer_is_counted_once(info: SiteInfo, duplicate: bool, counts: bool) -> None:
-    copies = [(LAYER, False), (replace(LAYER, info=info), duplicate)]
+    copies = [(LAYER, False), (replace(LAYER, **vars(info)), duplicate)]
     assert_same(joined(*copies), LAYER.merge(LAYER) if counts else LAYER)
 
 

@@ -46,7 +46,7 @@ def tally(neurons: int, first: int, last: int, drawn: np.random.Generator) -> Ta
     steps = np.sort(drawn.integers(first, last, (2, neurons), endpoint=True), axis=0)
     never = drawn.random(neurons) < 0.5
     return Tally(
-        info=INFO,
+        **vars(INFO),
         **arrays,
         not_finite_outputs=drawn.integers(0, 3, neurons),
         abs_sum=drawn.integers(0, 2**40, neurons).astype(np.float64),  # whole: exact in any order
@@ -92,7 +92,7 @@ def together(runs: list[list[Event]]) -> tuple[list[Given], list[tuple[str, Cens
 def counts(censuses: list[Census]) -> dict[str, Any]:
     """Of the sites of which anything was counted, and the steps of all."""
     whole = reduce(Census.merge, censuses, Census())
-    fields = [name for name in Tally.__dataclass_fields__ if name != "info"]
+    fields = Tally.__dataclass_fields__.keys() - SiteInfo.__dataclass_fields__.keys()
     seen = {name: {field: getattr(each, field) for field in fields} for name, each in whole.items() if each.positions}
     return {**seen, "steps": {"first": whole.first_step, "last": whole.last_step}}
 

@@ -43,7 +43,7 @@ def tallies(draw, neurons: int = 3) -> Tally:
     positions, gradient_positions = draw(COUNTS), draw(COUNTS)
     last = counts(st.integers(-1, 2**40))
     return Tally(
-        info=INFO,
+        **vars(INFO),
         zero_outputs=counts(st.integers(0, positions)),
         zero_gradients=counts(st.integers(0, gradient_positions)),
         not_finite_outputs=counts(st.integers(0, positions)),
@@ -128,29 +128,12 @@ def test_a_saved_state_is_not_changed_by_later_counting(tally):
 
 
 def test_tallies_of_different_widths_are_not_merged():
-    make = lambda neurons: Tally(  # noqa: E731
-        INFO,
-        *(np.zeros(neurons, np.int64) for _ in range(3)),
-        np.zeros(neurons),
-        *(np.zeros(neurons, np.int64) for _ in range(2)),
-        1,
-        1,
-        1,
-    )
     with pytest.raises(StateError, match="3 neurons to merge, but got 4"):
-        make(3).merge(make(4))
+        Tally.empty(INFO, 3).merge(Tally.empty(INFO, 4))
 
 
 def test_fractions_of_an_unseen_site_are_not_zero():
-    tally = Tally(
-        INFO,
-        *(np.zeros(2, np.int64) for _ in range(3)),
-        np.zeros(2),
-        *(np.zeros(2, np.int64) for _ in range(2)),
-        0,
-        0,
-        0,
-    )
+    tally = Tally.empty(INFO, 2)
     assert np.isnan(tally.zero_output_fraction).all()
     assert np.isnan(tally.zero_gradient_fraction).all()
     assert np.isnan(tally.mean_abs_output).all()
@@ -236,16 +219,7 @@ BAD_TALLIES = {
 
 @pytest.mark.parametrize("spoil", BAD_TALLIES.values(), ids=BAD_TALLIES)
 def test_an_invalid_tally_state_raises_a_clear_error(spoil):
-    tally = Tally(
-        INFO,
-        *(np.zeros(3, np.int64) for _ in range(3)),
-        np.zeros(3),
-        *(np.zeros(3, np.int64) for _ in range(2)),
-        1,
-        1,
-        1,
-    )
-    state = tally.state_dict()
+    state = replace(Tally.empty(INFO, 3), positions=1, gradient_positions=1, examples=1).state_dict()
     spoil(state)
     with pytest.raises(StateError, match="saved state of a tally"):
         Tally.from_state(state)

@@ -135,10 +135,6 @@ def site(
         judgement=judgement,
         history=SiteHistory(
             steps=steps,
-            dead=(levels == LEVEL_DEAD).sum(1),
-            silent=(levels == LEVEL_SILENT).sum(1),
-            dormant=(levels == LEVEL_DORMANT).sum(1),
-            cut_off=(levels == LEVEL_CUT_OFF).sum(1),
             levels=levels,
             died_step=died_step,
             revived_step=revived_step,

@@ -101,6 +101,11 @@ def test_the_one_shade_of_a_neuron_is_its_mean_over_the_windows_in_which_it_work
     ]
 
 
+def test_a_report_without_neurons_is_packed_too() -> None:
+    report = replace(unwatched(), layers=())
+    assert from_bytes(to_bytes(report)) == report
+
+
 def test_a_neuron_that_is_never_or_always_zero_is_told_from_one_that_nearly_is() -> None:
     site = samples.site_of("act", np.full((1, 5), 100, np.uint8), samples.windows(1))
     fractions = np.array([0.0, 1e-9, 1 - 1e-9, 1.0, np.nan])

@@ -120,10 +120,6 @@ def site_of(
         ),
         history=SiteHistory(
             steps=steps,
-            dead=dead.sum(axis=1),
-            silent=(levels == LEVEL_SILENT).sum(axis=1),
-            dormant=(levels == LEVEL_DORMANT).sum(axis=1),
-            cut_off=(levels == LEVEL_CUT_OFF).sum(axis=1),
             levels=levels,
             died_step=_last_where(fell, steps[1:]),
             revived_step=_last_where(rose, steps[1:]),

@@ -21,10 +21,11 @@ from neuronscope.errors import UsageError
 from neuronscope.report.report import LEVEL_DEAD, LEVEL_NOT_FINITE, LEVEL_SILENT, LEVEL_UNSEEN, NotMeasured
 from neuronscope.sites import IncomingRows
 from neuronscope.writers.formatting import visible
+from neuronscope.writers.grouping import group_sites
 from neuronscope.writers.markdown_text import plain
 from neuronscope.writers.report_bytes import from_bytes
 from neuronscope.writers.tensorboard import Dashboard, diagnosis, scalars, write
-from neuronscope.writers.tensorboard.tags import MOST_CHARTS, card_name, group_tag, groups, safe
+from neuronscope.writers.tensorboard.tags import MOST_CHARTS, card_name, group_tag, safe
 
 from . import samples
 
@@ -181,7 +182,7 @@ def test_tags_stay_few_and_the_same_in_a_network_of_hundreds_of_sites(tmp_path: 
 def test_charts_of_groups_pool_their_neurons() -> None:
     report = samples.many_sites()
     found = scalars(report)
-    group = groups(tuple(site.name for site in report.layers))[-1]
+    group = group_sites([site.name for site in report.layers], MOST_CHARTS)[-1]
     sites = [report[name] for name in group.sites]
     assert len(sites) > 1
     expected = 100 * sum(site.dead for site in sites) / sum(site.neurons for site in sites)

@@ -85,22 +85,22 @@ class ReduceLayout:
         steps[:2] = census.last_step, -census.first_step if census.first_step >= 0 else -NEVER
         for number, (name, layer) in enumerate(self._slices.items()):
             tally = census.get(name)
-            if tally is None or tally.info.first < 0 or (duplicate and not tally.info.whole):
+            if tally is None or tally.first < 0 or (duplicate and not tally.whole):
                 continue
-            own = slice(layer.start + tally.info.first, layer.start + tally.info.first + tally.neurons)
+            own = slice(layer.start + tally.first, layer.start + tally.first + tally.neurons)
             counts[:, own] = [getattr(tally, field) for field in _COUNTS]
             abs_sum[own] = tally.abs_sum
             last[own] = tally.last_active_step
             first[own] = -tally.first_active_step
-            if tally.info.first == 0:  # the positions are the same for all parts of a layer: one rank counts them
+            if tally.first == 0:  # the positions are the same for all parts of a layer: one rank counts them
                 totals[number] = [getattr(tally, field) for field in _TOTALS]
         collectives.max(steps)
         np.maximum(last, -1, out=last)
         np.negative(first, out=first)
         for name, layer in self._idle.items():  # how long ago a neuron fired depends on when it did on any rank
             tally = census.get(name)
-            if tally is not None and tally.info.first >= 0 and not (duplicate and not tally.info.whole):
-                own = slice(tally.info.first, tally.info.first + tally.neurons)
+            if tally is not None and tally.first >= 0 and not (duplicate and not tally.whole):
+                own = slice(tally.first, tally.first + tally.neurons)
                 idle[layer][own] = tally.idle_since(last[self._slices[name]][own])
         collectives.sum(integers)
         collectives.sum(abs_sum)
@@ -110,11 +110,11 @@ class ReduceLayout:
             if name in self._idle:
                 values.update(idle_positions=idle[self._idle[name]])
             values.update(abs_sum=abs_sum[layer], last_active_step=last[layer], first_active_step=first[layer])
-            tallies[name] = Tally(info=self.sites[name][0], **values)
+            tallies[name] = Tally(**vars(self.sites[name][0]), **values)
         last_step, first_step = steps[0].item(), -steps[1].item()
         return Census(tallies, first_step=first_step if first_step < NEVER else -1, last_step=last_step)
 
 
 def whole_site(tally: Tally) -> tuple[SiteInfo, int]:
     """Return what the layer is of which a rank counted all neurons or a part, and how many neurons it has."""
-    return replace(tally.info, first=0, whole=0), tally.info.whole or tally.neurons
+    return replace(tally.info, first=0, whole=0), tally.whole or tally.neurons

@@ -9,7 +9,6 @@ the first time, which network they hold. What ranks of another network count has
 from __future__ import annotations
 
 import time
-import warnings
 import weakref
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -18,7 +17,7 @@ import numpy as np
 import torch.distributed as dist
 
 from neuronscope.count.counter_tensors import NEVER
-from neuronscope.errors import NeuronscopeWarning
+from neuronscope.errors import warn_user
 from neuronscope.options import ProcessGroup
 from neuronscope.sites import SiteInfo
 from neuronscope.tally.census import Census
@@ -154,11 +153,9 @@ class RankSync:
         """Count for this rank alone from now on: another rank is gone, or does not answer."""
         self._together, self.all_done, self.more = False, True, False
         self._error = f"{type(error).__name__}: {' '.join(str(error).split())}"[:_MAX_LENGTH]
-        warnings.warn(
+        warn_user(
             "Neuronscope could not join the counts of the ranks; from now on each counts for itself, and training goes "
-            f"on. {self._error}",
-            NeuronscopeWarning,
-            stacklevel=2,
+            f"on. {self._error}"
         )
 
     def join(self, census: Census, *, phase: str, done: bool = False, more: bool = False) -> Census:
@@ -259,11 +256,9 @@ class RankSync:
             if network == self._own:
                 joined[phase] = census
         for name, widths in refused.items():
-            warnings.warn(
+            warn_user(
                 f"Expected every rank to have as many neurons at site {name}, but got {widths}: it is not counted. "
-                "Exclude it with `exclude=`, or watch with `join_ranks=False`.",
-                NeuronscopeWarning,
-                stacklevel=2,
+                "Exclude it with `exclude=`, or watch with `join_ranks=False`."
             )
         return joined
 

@@ -7,18 +7,14 @@ from collections.abc import Sequence
 import numpy as np
 
 from neuronscope.arrays import ByteArray
-from neuronscope.errors import MissingExtraError
+from neuronscope.errors import requiring
 from neuronscope.writers.formatting import count
 from neuronscope.writers.pictures.axis import StepAxis
 from neuronscope.writers.pictures.colours import FRAME, INK, MUTED, PAPER, UNSEEN, UNSEEN_STRIPE, Colour, mix
 
-try:
+with requiring("Pillow", "drawing pictures", "pillow"):
     from PIL import Image, ImageDraw, ImageFont
     from PIL import __version__ as _pillow
-except ImportError as error:
-    raise MissingExtraError(
-        "Expected Pillow for drawing pictures, but it is not installed: pip install pillow"
-    ) from error
 
 __all__ = ["Canvas", "draw_steps", "printable", "stripes"]
 

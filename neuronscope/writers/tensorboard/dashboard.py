@@ -6,12 +6,11 @@ Works with the ``SummaryWriter`` of torch and that of tensorboardX, which take t
 from __future__ import annotations
 
 import json
-import warnings
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from neuronscope.errors import MissingExtraError, NeuronscopeWarning, UsageError
+from neuronscope.errors import UsageError, requiring, warn_user
 from neuronscope.report.report import Report, SiteReport
 from neuronscope.writers.report_bytes import to_bytes
 from neuronscope.writers.tensorboard.diagnosis_text import diagnosis
@@ -24,7 +23,7 @@ from neuronscope.writers.tensorboard.event_file import (
 )
 from neuronscope.writers.tensorboard.scalars import scalars
 from neuronscope.writers.tensorboard.tags import PLUGIN_NAME, TAB_TAG, card_name, metric, safe
-from neuronscope.writers.wording import provisional_note, severity
+from neuronscope.writers.wording import provisional_note, worst_first
 
 if TYPE_CHECKING:
     from tensorboard.compat.proto.summary_pb2 import Summary
@@ -213,11 +212,7 @@ class Dashboard:
     def _warn(self, error: OSError) -> None:
         if not self._warned:
             self._warned = True
-            warnings.warn(
-                f"Neuronscope could not write to TensorBoard; training goes on. {type(error).__name__}: {error}",
-                NeuronscopeWarning,
-                stacklevel=3,
-            )
+            warn_user(f"Neuronscope could not write to TensorBoard; training goes on. {type(error).__name__}: {error}")
 
     def state_dict(self) -> dict[str, list[int]]:
         """Return the last steps written, by phase, as plain data for a checkpoint."""
@@ -241,9 +236,7 @@ def _heatmaps(report: Report) -> list[tuple[str, SiteReport]]:
     """Return the layers that get a heat map, each with the last part of its tag."""
     if len(report.layers) <= MOST_HEATMAPS:
         return [(card_name(site.name), site) for site in report.layers]
-    worst = sorted(report.layers, key=severity, reverse=True)  # stable: ties stay in network order
-    worst.sort(key=lambda site: not site.in_headlines)  # what is not in the totals comes last
-    return [(f"worst-{rank}", site) for rank, site in enumerate(worst[:MOST_HEATMAPS], 1)]
+    return [(f"worst-{rank}", site) for rank, site in enumerate(worst_first(report.layers)[:MOST_HEATMAPS], 1)]
 
 
 def _add_summary(writer: Any, made: Summary, step: int) -> None:
@@ -272,13 +265,9 @@ def tab_summary(report: Report) -> Summary:
     Raises:
         MissingExtraError: TensorBoard is not installed.
     """
-    try:
+    with requiring("TensorBoard", "writing its tab's data", "tensorboard"):
         from tensorboard.compat.proto import summary_pb2
         from tensorboard.util.tensor_util import make_tensor_proto
-    except ImportError as error:
-        raise MissingExtraError(
-            "Expected TensorBoard for writing its tab's data, but it is not installed: pip install tensorboard"
-        ) from error
     content = json.dumps({"phase": report.phase}).encode("ascii")
     metadata = summary_pb2.SummaryMetadata(
         plugin_data=summary_pb2.SummaryMetadata.PluginData(plugin_name=PLUGIN_NAME, content=content),

@@ -42,8 +42,7 @@ def diagnosis(report: Report) -> str:
 
 def _layers(report: Report) -> list[str]:
     """Return the table of the layers that have something to report, worst first; those not in the totals come last."""
-    ill = sorted((site for site in report.layers if any(wording.severity(site))), key=wording.severity, reverse=True)
-    ill.sort(key=lambda site: not site.in_headlines)
+    ill = wording.worst_first(site for site in report.layers if any(wording.severity(site)))
     if not ill:
         none = "No layer has dead, silent, dormant, cut-off or non-finite neurons."
         return [none] if report.observed_neurons else []

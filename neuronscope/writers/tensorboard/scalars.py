@@ -15,7 +15,8 @@ from neuronscope.judge.verdicts import LABELS
 from neuronscope.report.expert_layers import expert_layers
 from neuronscope.report.report import Report, SiteReport
 from neuronscope.report.totals import Totals
-from neuronscope.writers.tensorboard.tags import group_tag, groups, metric, network_tag
+from neuronscope.writers.grouping import group_sites
+from neuronscope.writers.tensorboard.tags import MOST_CHARTS, group_tag, metric, network_tag
 
 __all__ = ["scalars"]
 
@@ -81,7 +82,7 @@ def _by_layer(report: Report) -> dict[str, float]:
     """Return the shares of each layer, or of each group of layers."""
     places = {site.name: at for at, site in enumerate(report.layers) if site.in_headlines}
     values: dict[str, float] = {}
-    for group in groups(tuple(places)):
+    for group in group_sites(list(places), MOST_CHARTS):
         found = [places[name] for name in group.sites]
         if report.totals.shared:  # a neuron that two layers share stands at one place in the network's totals
             labels = Totals([report.layers[at] for at in found]).label_counts()

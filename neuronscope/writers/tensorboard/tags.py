@@ -6,13 +6,12 @@ the text before the first ``/``, and hundreds of groups with one chart each are 
 
 from __future__ import annotations
 
-import functools
 import re
 import zlib
 
-from neuronscope.writers.grouping import Group, group_sites
+from neuronscope.writers.grouping import Group
 
-__all__ = ["MOST_CHARTS", "PLUGIN_NAME", "TAB_TAG", "card_name", "group_tag", "groups", "metric", "network_tag", "safe"]
+__all__ = ["MOST_CHARTS", "PLUGIN_NAME", "TAB_TAG", "card_name", "group_tag", "metric", "network_tag", "safe"]
 
 PLUGIN_NAME = "neuronscope"
 #: Last part of the tags of the tab's reports, after a phase that is not training.
@@ -89,12 +88,6 @@ def network_tag(name: str, phase: str) -> str:
     ('neuronscope/val_dead_pct', 'neuronscope.more/not_finite_pct')
     """
     return f"neuronscope{'' if name in _FIRST else '.more'}/{metric(name, phase)}"
-
-
-@functools.lru_cache(maxsize=8)  # a run asks for the same names at every window
-def groups(names: tuple[str, ...]) -> tuple[Group, ...]:
-    """Return what gets a chart of its own: every layer, or groups if there are more than :data:`MOST_CHARTS`."""
-    return tuple(group_sites(names, MOST_CHARTS))
 
 
 def group_tag(group: Group) -> str:
