@@ -241,16 +241,26 @@ SYMPTOMS = (
     Symptom(
         "dead since the beginning",
         "Born dead: the initialisation or the scale of the input made these neurons dead before the first step.",
-        (Remedy("Use He initialisation with small positive biases, and standardise the input."), _NORMALISE),
+        (
+            Remedy(
+                "Use He initialisation with small positive biases, and standardise the input.",
+                kinds=("relu-like", "leaky", "smooth", "gated", "sparse", "unknown"),
+            ),
+            Remedy("Use Xavier initialisation{where}, and standardise the input.", kinds=("saturating",)),
+            _NORMALISE,
+        ),
         "Lu et al. 2019, Dying ReLU and Initialization",
         symptoms.born_plain,
     ),
     Symptom(
         "held below zero",
-        "The bias has become so negative that no input brings the pre-activation above zero.",
+        "Their incoming weights and biases keep the pre-activation below zero for every input that the proof covers.",
         (
-            Remedy("Reset these biases."),
-            Remedy("Or give the activation{where} a slope below zero (LeakyReLU, ELU, GELU).", kinds=("relu-like",)),
+            Remedy("Reset their incoming weights and biases."),
+            Remedy(
+                "Or replace the activation{where} by one with a slope below zero (LeakyReLU, ELU, GELU).",
+                kinds=("relu-like",),
+            ),
             _SLOPE,
         ),
         "",

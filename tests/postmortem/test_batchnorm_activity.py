@@ -53,6 +53,29 @@ def test_a_neuron_behind_a_positive_shift_fires_in_each_training_batch() -> None
     assert set(said) == {("1/relu6", "alive", "inferred")}
 
 
+@pytest.mark.parametrize(("pool", "covers"), [(2, True), ((3, 2), True), (4, False)], ids=str)
+def test_a_batch_norm_before_a_max_pool_tells_of_the_activation_behind_it(pool, covers) -> None:
+    """Shares that fire are at most what is said; a pool that leaves a border out proves no life."""
+    torch.manual_seed(0)
+    kernel, stride = pool if isinstance(pool, tuple) else (pool, pool)
+    between = nn.MaxPool2d(kernel, stride, padding=int(kernel == 3))
+    model = nn.Sequential(nn.Conv2d(3, WIDTH, 3, padding=1), nn.BatchNorm2d(WIDTH), between, nn.ReLU())
+    model[1].bias.data = torch.linspace(-30, 4, WIDTH)
+    fired = train(model, 30)["3"]
+    found = examine_model(model.eval(), example=torch.zeros(1, 3, 6, 6)).evidence
+    assert {one.site for one in found} == {"1/relu"}
+    said = {one.claim: one for one in found if one.source.startswith("batch norm")}
+    assert set(said) == ({"quiet", "dead", "alive"} if covers else {"quiet", "dead"})
+    shares = said["quiet"].numbers
+    assert (fired[:, said["quiet"].neurons].mean(0) <= shares).all()
+    assert (shares <= 0.1).all()
+    assert said["dead"].basis == "suspected"
+    assert said["dead"].neurons.tolist() == np.flatnonzero(model[1].bias.detach().numpy() <= -4).tolist()
+    if covers:
+        assert said["alive"].neurons.tolist() == np.flatnonzero(model[1].bias.detach().numpy() > 0).tolist()
+        assert (fired[:, said["alive"].neurons] > 0).all()
+
+
 def test_nothing_is_said_of_an_activation_that_is_zero_above_a_positive_shift() -> None:
     model = nn.Sequential(nn.Conv2d(3, WIDTH, 3), nn.BatchNorm2d(WIDTH), nn.Threshold(0.5, 0.0))
     model[1].bias.data.fill_(0.25)

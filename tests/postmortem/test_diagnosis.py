@@ -131,6 +131,19 @@ def test_normalisation_is_not_advised_where_there_is_one(sign: str, since: list[
     assert "Norm" not in remedy(sign, layer(since=since, normalised=True))
 
 
+def test_advice_is_possible_whatever_the_activation_and_the_cause() -> None:
+    """Hardswish has no option for a slope, a bound below zero need not come from the bias, sigmoids take no He."""
+    (one,) = diagnose(RunFacts((layer(drifted=3, kind="relu-like"),), step=10_000))
+    assert "Or replace the activation by one with a slope" in one.remedy
+    assert "weights and biases" in one.cause
+    assert "weights and biases" in one.remedy
+    born = {
+        kind: remedy("dead since the beginning", layer(since=[-1], kind=kind)) for kind in ("relu-like", "saturating")
+    }
+    assert ["He init" in born["relu-like"], "Xavier" in born["relu-like"]] == [True, False]
+    assert ["He init" in born["saturating"], "Xavier" in born["saturating"]] == [False, True]
+
+
 def test_advice_for_an_unknown_activation_is_conditional() -> None:
     assert "If the activation is zero for all negative inputs" in remedy(SIGN_OF_COLLAPSE, layer(since=[50] * 64))
 

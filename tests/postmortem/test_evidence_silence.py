@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -248,6 +249,31 @@ def test_silent_rows_of_sgd_with_weight_decay_are_those_whose_buffer_is_a_multip
     assert of(found, "alive")[0].neurons.tolist() == [0, 4]
 
 
+@pytest.mark.parametrize("decay", [0.0, 5e-4])
+def test_a_slow_momentum_gives_no_dates_and_calls_no_silent_row_alive(decay):
+    """At a momentum of .99 the buffers of living rows differ by as much as 230 steps of silence make."""
+    steps, last = 1500, (1500, 150, 900, 1200, 1410)
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), 1e-2, momentum=0.99, weight_decay=decay)
+    found, said = examine_file(as_checkpoint(*run(model, optimizer, last, steps), step=steps))
+    assert [piece.neurons.tolist() for piece in of(found, "alive")] == [[0, 4]]  # 90 steps are a pause
+    assert {(piece.basis, piece.since) for piece in of(found, "no gradient")} == {("suspected", None)}
+    assert sorted(n for piece in of(found, "no gradient") for n in piece.neurons.tolist()) == [1, 2]
+    assert {piece.basis for piece in of(found, "alive")} == {"suspected"}
+    assert "forgets so slowly" in said[0].reason
+    assert "accurate to some hundreds of steps" in of(found, "no gradient")[0].text
+
+
+def test_a_decay_as_fast_as_the_momentum_buffer_leaves_no_clock():
+    """Weights and buffers swing together then: rows that stopped 1,350 steps ago looked as if 926 had passed."""
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), 1e-2, momentum=0.99, weight_decay=1e-2)
+    found, said = examine_file(as_checkpoint(*run(model, optimizer), step=STEPS))
+    assert found == []
+    assert {piece.layer for piece in said} == {"0", "2"}
+    assert all("decay moves weights as fast" in piece.reason for piece in said)
+
+
 def test_sgd_with_weight_decay_says_nothing_of_rows_with_a_single_weight():
     """A single number is a multiple of any other."""
     model = nn.Sequential(nn.Linear(1, 5, bias=False), nn.ReLU(), nn.Linear(5, 2, bias=False))
@@ -300,7 +326,16 @@ def test_rows_that_were_trained_before_the_run_are_not_called_never_trained(make
 
 
 @pytest.mark.parametrize("first", [nn.Linear(64, 5), nn.Conv2d(3, 5, 3), nn.Conv1d(4, 5, 6)], ids=str)
-@pytest.mark.parametrize("make", [torch.optim.Adam, lambda p: torch.optim.SGD(p, 1e-2, momentum=0.9)])
+@pytest.mark.parametrize(
+    "make",
+    [
+        torch.optim.Adam,
+        lambda p: torch.optim.SGD(p, 1e-2, momentum=0.9),
+        torch.optim.AdamW,
+        lambda p: torch.optim.AdamW(list(p), weight_decay=0.1, fused=True),
+    ],
+    ids=["Adam", "SGD", "AdamW", "fused AdamW"],
+)
 def test_rows_that_an_earlier_optimizer_hardly_moved_are_not_called_never_trained(first, make):
     """Row 1 is as torch drew it; row 2 moved by a thousandth of its range, so that no statistic tells it from row 1."""
     torch.manual_seed(0)
@@ -312,6 +347,53 @@ def test_rows_that_an_earlier_optimizer_hardly_moved_are_not_called_never_traine
     found, _ = examine_file(as_checkpoint(model, optimizer, step=STEPS))
     assert [piece.neurons.tolist() for piece in of(found, "never trained")] == [[1]]
     assert [piece.neurons.tolist() for piece in of(found, "no gradient")] == [[2]]
+
+
+def drawn_on_cuda(shape: tuple[int, ...], bound: float, seed: int = 0) -> torch.Tensor:
+    """Return ±bound drawn as on a GPU: 32 random bits become a float32 in (0, 1], and then a number of the range."""
+    bits = np.random.default_rng(seed).integers(0, 2**32, size=shape, dtype=np.uint32)
+    share = bits.astype(np.float32) * np.float32(2.0**-32) + np.float32(2.0**-33)
+    low = np.float32(bound)
+    return torch.from_numpy(share * (low + low) - low)
+
+
+@pytest.mark.parametrize("make", [torch.optim.Adam, torch.optim.AdamW], ids=["Adam", "AdamW"])
+def test_rows_that_were_drawn_on_a_gpu_are_found_to_be_never_trained(make):
+    """Rows 1 and 2 get no gradient; row 2 was moved a little by an earlier optimizer."""
+    model = nn.Sequential(nn.Linear(64, 5), nn.ReLU())
+    with torch.no_grad():
+        model[0].weight.copy_(drawn_on_cuda((5, 64), 1 / 8))
+        model[0].weight[2] += 1e-5 * torch.randn(64, generator=torch.Generator().manual_seed(2))
+    optimizer = make(model.parameters())
+    run(model, optimizer, last=(STEPS, 0, 0, STEPS, STEPS))
+    found, _ = examine_file(as_checkpoint(model, optimizer, step=STEPS))
+    assert [piece.neurons.tolist() for piece in of(found, "never trained")] == [[1]]
+    assert [piece.neurons.tolist() for piece in of(found, "no gradient")] == [[2]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_rows_of_other_types_are_not_taken_for_initial_ones_by_their_spread(dtype):
+    """The same statistics hold after a small step of an earlier optimizer, and no grid of numbers tells them apart."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 5), nn.ReLU()).to(dtype)
+    run(model, torch.optim.SGD(model.parameters(), 1e-3), last=(20,) * 5, steps=20)
+    optimizer = torch.optim.Adam(model.parameters())
+    run(model, optimizer, last=(STEPS, 0, STEPS, STEPS, STEPS))
+    found, _ = examine_file(as_checkpoint(model, optimizer, step=STEPS))
+    assert of(found, "never trained") == []
+    assert [piece.neurons.tolist() for piece in of(found, "no gradient")] == [[1]]
+
+
+def test_a_schedule_of_the_learning_rate_under_weight_decay_hides_what_was_drawn():
+    """What decay did is not known then, so that nothing is said of initialisation."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 5), nn.ReLU())
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-2, weight_decay=0.1)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 2 * STEPS)
+    run(model, optimizer, last=(STEPS, 0, STEPS, STEPS, STEPS), each=lambda step: schedule.step())
+    found, _ = examine_file(as_checkpoint(model, optimizer, step=STEPS))
+    assert of(found, "never trained") == []
+    assert [(piece.neurons.tolist(), piece.basis) for piece in of(found, "no gradient")] == [([1], "inferred")]
 
 
 @pytest.mark.parametrize("steps", [60, 150, 250])

@@ -6,12 +6,13 @@ import math
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial, reduce
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from neuronscope.checkpoints.checkpoint import Checkpoint
+from neuronscope.checkpoints.file.initial_weights import Shrinkage, as_initialised
 from neuronscope.checkpoints.file.layers import NEURON_KINDS, Layer
 from neuronscope.checkpoints.file.optimizer_clocks import (
     SILENT_FOLDS,
@@ -22,9 +23,13 @@ from neuronscope.checkpoints.file.optimizer_clocks import (
     SGDClock,
     by_chunks,
 )
-from neuronscope.checkpoints.file.optimizer_rules import OptimizerRule, recognize_optimizer, steps_taken
+from neuronscope.checkpoints.file.optimizer_rules import (
+    OptimizerRule,
+    finite_settings,
+    recognize_optimizer,
+    steps_taken,
+)
 from neuronscope.checkpoints.file.parameter_matching import ParameterState
-from neuronscope.checkpoints.file.weights import as_initialised
 from neuronscope.checkpoints.verdict.evidence import Abstention
 
 __all__ = ["ClockReader", "LayerClock", "NoClock"]
@@ -33,6 +38,8 @@ __all__ = ["ClockReader", "LayerClock", "NoClock"]
 _TOGETHER = 1 << 16
 
 
+#: Largest learning rate · decay, as a share of (1 − momentum)², at which a buffer with decay is read.
+_MOST_PULL = 0.15
 _AVERAGED = (
     "weight decay is part of its momentum buffer, which must be compared with the weights; but the file's weights are "
     "averages of those that the optimizer trained"
@@ -45,6 +52,7 @@ class NoClock:
 
     unknown_reason: ClassVar[str] = "only a row that never got a gradient can be told from its state"
     silent_steps: ClassVar[float] = math.inf
+    alive_steps: ClassVar[float] = -math.inf
     sure_steps: ClassVar[float] = math.inf
 
     def read(self, *kept: Tensor) -> ClockReading:
@@ -198,7 +206,9 @@ class ClockReader:
         """Return why weight decay hides missing gradients in a parameter's state; ``None`` if it does not."""
         hides = rule.hides_zero_gradients
         if not rule.is_adam:  # a momentum buffer with decay is compared with the weights; exact zeros are zeros
-            return _AVERAGED if rule.is_momentum and hides and self._checkpoint.is_averaged else None
+            if not (rule.is_momentum and hides):
+                return None
+            return _AVERAGED if self._checkpoint.is_averaged else _why_decay_is_too_fast(state.group, rule)
         if hides is False or (hides is None and self._is_decoupled(state.optimizer)):
             return None
         amount = f"weight decay of {rule.decay:g}"
@@ -301,8 +311,14 @@ class ClockReader:
             )
 
     def _as_initialised(self, layer: Layer, rules: Mapping[str, OptimizerRule], rows: Tensor) -> Tensor:
-        decays = any(rule.is_decoupled and rule.decay for rule in rules.values())
-        return as_initialised(layer, self._checkpoint.tensors, rows, decays=decays)
+        """Return which of some rows look as they were initialised, bool ``(N,)``."""
+        rule, weight = rules[layer.weight], self._states[layer.weight]
+        shrinkage = None
+        if rule.is_decoupled and rule.decay:
+            shrinkage = Shrinkage(
+                rule.rate * rule.decay, steps_taken(weight.slots, weight.group) or self._checkpoint.step
+            )
+        return as_initialised(layer, self._checkpoint.tensors, rows, shrinkage)
 
     def _read_together(self, layers: Sequence[_RuledLayer]) -> list[ClockReading]:
         """Read the clocks of the tensors of several layers, layer by layer: those that are alike as one."""
@@ -335,6 +351,22 @@ class ClockReader:
         if step < newest or (batches > 1 and step % newest < batches):
             return None, None, step < newest
         return step, step - newest, step == newest
+
+
+def _why_decay_is_too_fast(group: Mapping[str, Any], rule: OptimizerRule) -> str | None:
+    """Return why decay leaves no multiple of the weights in a momentum buffer; ``None`` if it does.
+
+    Without a gradient, a weight and its buffer have two modes: one falls by about μ a step, the other by about
+    ``1 − ηλ/(1 − μ)``. They are told apart only if the second is far slower: ``ηλ`` is far below ``(1 − μ)²``.
+    """
+    rate = max(finite_settings(group, "lr", "initial_lr", "max_lr"), default=math.nan)
+    pull = rate * rule.decay * (1.0 - rule.dampening)
+    if not pull > _MOST_PULL * (1.0 - rule.betas[0]) ** 2:
+        return None
+    return (
+        f"at a momentum of {rule.betas[0]:g}, a learning rate of {rate:g} and a weight decay of {rule.decay:g}, decay "
+        "moves weights as fast as the momentum buffer forgets, so that the two cannot be told apart"
+    )
 
 
 def _without_bias(layer: Layer, rules: Mapping[str, OptimizerRule]) -> dict[str, OptimizerRule]:

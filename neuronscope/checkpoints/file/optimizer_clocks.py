@@ -83,6 +83,8 @@ _CHUNK = 1 << 20
 #: A row counts as without gradient if it is this many e-foldings below its layer's largest, and for 80 steps. Adam's
 #: rows must be farther below the supremum, since living rows are far below it themselves.
 SILENT_FOLDS_BELOW_LARGEST = 5.0
+#: Steps up to which SGD's estimate is no more than a pause; and the factor by which living rows of a layer may differ.
+_PAUSE, _LIVING_RANGE = 100.0, 10.0
 #: Roundings of a decayed buffer per step that it averages. Of 629 rows that were silent for 200 steps and more, all had
 #: less than 1, and .6 % of 6,741 living ones less than 1.5.
 _ROUNDINGS = 1.5
@@ -161,6 +163,11 @@ class Clock:
     def silent_steps(self) -> float:
         """The steps since the last gradient above which a row counts as without gradient."""
         return max(self.silent_folds, SILENT_STEPS * self.rate) / self.rate
+
+    @property
+    def alive_steps(self) -> float:
+        """The steps since the last gradient up to which a row counts as alive."""
+        return self.silent_steps
 
     @property
     def sure_steps(self) -> float:
@@ -345,6 +352,16 @@ class SGDClock(Clock):
     def fastest_rate(self) -> float:
         """The same, at most."""
         return -math.log(self.least)
+
+    @property
+    def alive_steps(self) -> float:
+        """The steps up to which a row counts as alive: fewer than make it silent, if the buffer forgets slowly."""
+        return min(self.silent_steps, _PAUSE)
+
+    @property
+    def is_slow(self) -> bool:
+        """Whether a row's estimate may be wrong by more than a pause, since living rows differ by a factor of ten."""
+        return math.log(_LIVING_RANGE) / self.rate > _PAUSE
 
     def read_layer(self, layer: BufferPeaks, largest: float) -> ClockReading:
         """Read the clock of one layer.

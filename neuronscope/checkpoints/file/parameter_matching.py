@@ -8,8 +8,9 @@ only if every such subsequence matches it to the same one.
 A safetensors file sorts its tensors by name. The model's order can then still be found in part: a module's own
 parameters come before those of its submodules, and all parameters of a module stand next to each other. Submodules that
 are numbered (``0``, ``1``; ``fc1``, ``fc2``) come in that order, and a weight comes before its bias. Every order that
-this allows and that gives the shapes of the entries is taken into account: a parameter is matched only if it has the
-same place in all of them.
+this allows and that gives the shapes of the entries is taken into account: an entry is matched only if it has the same
+parameter in all of them. If there are fewer entries than parameters, some were frozen and not given to the optimizer:
+any of them may be missing.
 """
 
 from __future__ import annotations
@@ -212,12 +213,12 @@ def _match_unordered(
         fitting = free
         if others:
             fitting = {name: shape for name, shape in free.items() if shape in run.shapes and shape not in others}
-        places = _possible_places(fitting, run.shapes)
-        certain = {next(iter(at)): name for name, at in places.items() if len(at) == 1}
+        candidates = _possible_names(fitting, run.shapes)
+        certain = {place: next(iter(names)) for place, names in enumerate(candidates) if len(names) == 1}
         states |= {name: run.states[place] for place, name in certain.items()}
         unsure = len(run.states) - len(certain)
         if unsure:
-            abstentions.append(Abstention(_SOURCE, "", _why(unsure, run, bool(places), False)))
+            abstentions.append(Abstention(_SOURCE, "", _why(unsure, run, bool(candidates), False)))
     return abstentions
 
 
@@ -265,90 +266,99 @@ class _Module:
     name: str = ""  # full name of a parameter; ``""`` for a module
     shape: Shape = ()  # shape of a parameter
     children: dict[str, _Module] = field(default_factory=dict)  # the parameters and submodules of a module by name
-    size: int = 0  # number of parameters in it
 
 
-def _possible_places(shapes: Mapping[str, Shape], wanted: Sequence[Shape | None]) -> dict[str, set[int]]:
-    """Return the places that each parameter has in all possible orders; none if no order fits, or there are too many.
+def _possible_names(shapes: Mapping[str, Shape], wanted: Sequence[Shape | None]) -> list[set[str]]:
+    """Return the parameters that each entry may have in any possible order; none if nothing fits or too much does.
 
-    >>> sorted(_possible_places({"0.bias": (2,), "0.weight": (2, 3), "b.bias": (2,)}, [(2, 3), (2,), (2,)]).items())
-    [('0.bias', {1}), ('0.weight', {0}), ('b.bias', {2})]
-    >>> sorted(_possible_places({"k.weight": (2, 2), "q.weight": (2, 2)}, [(2, 2), (2, 2)]).items())
-    [('k.weight', {0, 1}), ('q.weight', {0, 1})]
+    If there are more parameters than entries, the optimizer was given only some of them: any may be left out.
+
+    >>> shapes = {"0.bias": (2,), "0.weight": (2, 3), "b.bias": (2,)}
+    >>> [sorted(names) for names in _possible_names(shapes, [(2, 3), (2,)])]
+    [['0.weight'], ['0.bias', 'b.bias']]
+    >>> [sorted(names) for names in _possible_names({"k.weight": (2, 2), "q.weight": (2, 2)}, [(2, 2), (2, 2)])]
+    [['k.weight', 'q.weight'], ['k.weight', 'q.weight']]
     """
     root = _Module()
     for name, shape in shapes.items():
         module = root
-        module.size += 1
         for part in name.split("."):
             module = module.children.setdefault(part, _Module())
-            module.size += 1
         module.name, module.shape = name, shape
-    if root.size != len(wanted):
-        return {}
+    if len(shapes) < len(wanted):
+        return []
     try:
-        return _OrderSearch(wanted).places(root, 0) or {}
+        pairs = _OrderSearch(wanted, some_left_out=len(shapes) > len(wanted)).ways(root, 0).get(len(wanted), set())
     except (_TooManyError, RecursionError):
-        return {}
+        return []
+    names: list[set[str]] = [set() for _ in wanted] if pairs else []
+    for name, place in pairs:
+        names[place].add(name)
+    return names
 
 
 class _TooManyError(Exception):
     """Raised when there are too many orders."""
 
 
+#: Parameters with a place that they have in some order.
+_Pairs = set[tuple[str, int]]
+#: The children of a module that come first, and the number of entries that they have.
+_Begun = tuple[frozenset[str], int]
+
+
 class _OrderSearch:
     """Looks for all orders of modules that give the wanted shapes."""
 
-    def __init__(self, wanted: Sequence[Shape | None]) -> None:
-        self._wanted = wanted
-        self._known: dict[tuple[_Module, int], dict[str, set[int]] | None] = {}
+    def __init__(self, wanted: Sequence[Shape | None], *, some_left_out: bool) -> None:
+        self._wanted, self._some_left_out = wanted, some_left_out
+        self._known: dict[tuple[_Module, int], dict[int, _Pairs]] = {}
         self._states = 0
 
-    def places(self, module: _Module, start: int) -> dict[str, set[int]] | None:
-        """Return the possible places of a module's parameters; ``None`` if none fits."""
+    def ways(self, module: _Module, start: int) -> dict[int, _Pairs]:
+        """Return the places of a module's parameters, in all orders of them, by the place at which the module ends."""
         if module.name:
-            fits = self._wanted[start] in (None, module.shape)
-            return {module.name: {start}} if fits else None
+            found: dict[int, _Pairs] = {start: set()} if self._some_left_out else {}
+            if start < len(self._wanted) and self._wanted[start] in (None, module.shape):
+                found[start + 1] = {(module.name, start)}
+            return found
         key = module, start
         if key not in self._known:
             self._known[key] = self._in_module(module, start)
         return self._known[key]
 
-    def _in_module(self, module: _Module, start: int) -> dict[str, set[int]] | None:
+    def _in_module(self, module: _Module, start: int) -> dict[int, _Pairs]:
         names = list(module.children)
         before = {
             name: frozenset(other for other in names if _comes_before(module.children, other, name)) for name in names
         }
         everything = frozenset(names)
-        # From each set of children that may come first, whether the rest can follow.
-        completes: dict[frozenset[str], bool] = {everything: True}
 
-        def steps(done: frozenset[str]) -> Iterator[tuple[str, dict[str, set[int]], frozenset[str]]]:
-            place = start + sum(module.children[name].size for name in done)
+        def steps(begun: _Begun) -> Iterator[tuple[_Pairs, _Begun]]:
+            done, place = begun
             for name in names:
                 if name not in done and before[name] <= done:
-                    found = self.places(module.children[name], place)
-                    if found is not None:
-                        yield name, found, done | {name}
+                    for end, pairs in self.ways(module.children[name], place).items():
+                        yield pairs, (done | {name}, end)
 
-        def can_complete(done: frozenset[str]) -> bool:
-            if done not in completes:
+        ends: dict[_Begun, frozenset[int]] = {}  # where the module may end
+
+        def ends_of(begun: _Begun) -> frozenset[int]:
+            if begun not in ends:
                 self._states += 1
                 if self._states > _MAX_STATES:
                     raise _TooManyError
-                ways = [can_complete(after) for _, _, after in steps(done)]
-                completes[done] = any(ways)
-            return completes[done]
+                here = [begun[1]] if begun[0] == everything else []
+                ends[begun] = frozenset(here).union(*(ends_of(after) for _, after in steps(begun)))
+            return ends[begun]
 
-        if not can_complete(frozenset()):
-            return None
-        places: dict[str, set[int]] = {}
-        for done in [done for done, possible in completes.items() if possible]:
-            for _, found, after in steps(done):
-                if completes[after]:
-                    for name, at in found.items():
-                        places.setdefault(name, set()).update(at)
-        return places
+        found: dict[int, _Pairs] = {end: set() for end in ends_of((frozenset(), start))}
+        for begun, possible in list(ends.items()):
+            if possible:
+                for pairs, after in steps(begun):
+                    for end in ends[after]:
+                        found[end] |= pairs
+        return found
 
 
 def _comes_before(children: Mapping[str, _Module], first: str, second: str) -> bool:

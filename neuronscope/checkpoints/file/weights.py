@@ -1,4 +1,4 @@
-"""Examine the weights alone: rows of zeros or not finite, neurons that nothing reads, rows that look as initialised.
+"""Examine the weights alone: rows of zeros or not finite, neurons that nothing reads.
 
 Where the file holds neither an optimizer's state nor a record, weights are searched for hints of dead neurons too.
 Weights do not show whether a neuron fires, so all of these are only *suspected*. ``scripts/weight_hints.py`` counts on
@@ -8,7 +8,6 @@ trained networks how many of the dead each hint finds and how many of the living
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,18 +21,9 @@ from neuronscope.checkpoints.checkpoint import Checkpoint, StoredTensor
 from neuronscope.checkpoints.file.layers import NEURON_KINDS, Layer, find_projections, normalised_layers
 from neuronscope.checkpoints.verdict.evidence import Evidence, evidence_where
 
-__all__ = ["HINTS", "Hint", "as_initialised", "examine_weights", "hint_evidence", "hint_scores", "sequential_readers"]
+__all__ = ["HINTS", "Hint", "examine_weights", "hint_evidence", "hint_scores", "sequential_readers"]
 
 _SOURCE = "weights"
-#: The range's rounding: the largest weight may exceed the bound by this fraction.
-_ROUNDING = 1e-6
-#: With fewer weights than this a trained row may lie in the range by chance. Weight decay may have shrunk an initial
-#: row to this fraction of the range.
-_MANY, _SHRUNK = 16, 0.5
-#: So many numbers can torch's generator draw evenly from a range in float32.
-_DRAWS = 2.0**24
-#: The mean square of ``F`` uniform numbers in (−1, 1) is 1/3 with a standard deviation of .298 / √F.
-_MEAN_SQUARE, _DEVIATION, _DEVIATIONS = 1.0 / 3.0, 0.298, 4.0
 
 
 def examine_weights(tensors: Mapping[str, StoredTensor], layers: Sequence[Layer]) -> Iterator[Evidence]:
@@ -160,68 +150,6 @@ def sequential_readers(layers: Sequence[Layer]) -> list[tuple[Layer, Layer]]:
             pairs.append((earlier, layer))
         before[parent] = number, layer
     return pairs
-
-
-def as_initialised(layer: Layer, tensors: Mapping[str, StoredTensor], rows: Tensor, *, decays: bool) -> Tensor:
-    """Return which of some rows look as they were initialised, bool ``(N,)``.
-
-    An optimizer's state of zero shows that a row got no gradient since that optimizer began; another one may have
-    trained it before. A row looks initial if it has a bias of exactly zero and weights that are not; or if its weights
-    (16 or more) and its bias lie in torch's default range for linear and convolutional layers, ±1/√fan-in, and are
-    spread over it evenly. The numbers of a row that nothing has changed are then among the 2²⁴ that torch's generator
-    gives on a CPU; another optimizer's steps, however small, move them away from these.
-
-    Args:
-        layer: The layer.
-        tensors: The checkpoint's tensors; they are read only if there are such rows.
-        rows: The rows in question, bool ``(N,)``.
-        decays: Whether weight decay changes rows without a gradient, so that the last sign is not there.
-    """
-    if not rows.any():
-        return rows
-    stored = layer.rows(tensors[layer.weight].read())[rows]
-    exact = stored.dtype is torch.float32 and not decays
-    weight = stored.double()
-    largest = weight.abs().amax(dim=1)
-    bias = torch.full_like(largest, torch.nan)
-    if layer.bias is not None:
-        bias = layer.rows(tensors[layer.bias].read())[rows, 0].double()
-    default = _in_default_range(weight, largest, bias.nan_to_num(0.0))
-    if exact and default.any():
-        default &= _drawn_by_default(weight)
-    found = torch.zeros_like(rows)
-    found[rows] = ((bias == 0) & (largest > 0)) | default
-    return found
-
-
-def _in_default_range(weight: Tensor, largest: Tensor, bias: Tensor) -> Tensor:
-    """Return which rows torch's default initialisation may have given, bool ``(K,)``, by weights ``(K, F)``."""
-    count = weight.shape[1]
-    if count < _MANY:
-        return torch.zeros_like(largest, dtype=torch.bool)
-    bound = 1.0 / math.sqrt(count)
-    inside = torch.maximum(largest, bias.abs()) <= bound * (1.0 + _ROUNDING)
-    even = (weight / largest.clamp(min=1e-300)[:, None]).square().mean(dim=1)
-    slack = _DEVIATION * _DEVIATIONS / math.sqrt(count) + 2.0 / count
-    return inside & (largest >= _SHRUNK * bound) & ((even - _MEAN_SQUARE).abs() <= slack)
-
-
-def _drawn_by_default(weight: Tensor) -> Tensor:
-    """Return which rows hold only numbers that torch's default initialisation can draw on a CPU, bool ``(K,)``.
-
-    It draws ``u * 2b - b`` in float32, with ``u`` one of 2²⁴ numbers in [0, 1); some processors round once, some twice.
-    Of other numbers in the range about a half are among these. The rows are float64 ``(K, F)``.
-    """
-    # As torch computes the bound: `nn.init.kaiming_uniform_(weight, a=√5)`.
-    bound = torch.tensor(math.sqrt(3.0) * (math.sqrt(2.0 / (1 + math.sqrt(5) ** 2)) / math.sqrt(weight.shape[1])))
-    low = bound.double()
-    nearest = ((weight + low) / (2 * low) * _DRAWS).round()
-    drawn = torch.zeros_like(weight, dtype=torch.bool)
-    for draw in (nearest - 1, nearest, nearest + 1):
-        share = draw / _DRAWS
-        drawn |= (share.float() * (2 * bound) - bound).double() == weight
-        drawn |= (share * (2 * low) - low).float().double() == weight
-    return drawn.all(dim=1)
 
 
 #: A layer is examined if it has this many rows, and each row this many weights: fewer show nothing by their spread.

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from neuronscope.checkpoints.file.layer_clocks import LayerClock
 from neuronscope.checkpoints.file.layers import NEURON_KINDS, Layer
-from neuronscope.checkpoints.file.optimizer_clocks import SILENT_STEPS, ClockReading
+from neuronscope.checkpoints.file.optimizer_clocks import SILENT_STEPS, ClockReading, SGDClock
 from neuronscope.checkpoints.verdict.evidence import Abstention, Evidence, evidence_where
 
 __all__ = ["LayerGradients", "find_no_gradient_causes"]
@@ -49,6 +49,11 @@ class LayerGradients:
         measure = "steps since the last gradient, " + ("at most" if read.is_bound else "about")
         self._measured: dict[str, Any] = {"numbers": read.reading.steps, "measure": measure}
 
+    @property
+    def _is_slow(self) -> bool:
+        """Whether the clock is an estimate that may be wrong by hundreds of steps."""
+        return isinstance(self._read.clock, SGDClock) and self._read.clock.is_slow
+
     def evidence(self) -> Iterator[Evidence | Abstention]:
         """Yield what the clock shows, and what it does not."""
         read, reading = self._read, self._read.reading
@@ -56,7 +61,8 @@ class LayerGradients:
         is_short = read.taken is not None and read.taken - 1 <= limit
         never = reading.never & reading.readable
         stopped = reading.readable & ~never & (reading.steps > limit)
-        alive = reading.readable & ~never & ~stopped
+        alive = reading.readable & ~never & (reading.steps <= read.clock.alive_steps)
+        unsure = reading.readable & ~never & ~stopped & ~alive
         if not no_clock and not is_short and bool(alive.all()):
             yield from self._alive(alive)
             return
@@ -71,6 +77,11 @@ class LayerGradients:
             yield self._abstain(f"There is {no_clock}; {read.unknown_reason}.")
         elif unknown.any():
             yield self._abstain(f"Nothing is known of {int(unknown.sum())} neurons: {read.unknown_reason}.")
+        if unsure.any():
+            yield self._abstain(
+                f"Nothing is known of {int(unsure.sum())} neurons: a momentum of {read.rule.betas[0]:g} forgets so "
+                "slowly that a small gradient and one that ended hundreds of steps ago leave the same buffer."
+            )
         if is_short and not no_clock:
             yield self._abstain(
                 f"The layer was updated {read.taken} times; the clock needs more than {limit:.0f} steps to tell a "
@@ -110,7 +121,8 @@ class LayerGradients:
         """Yield evidence on rows that got a gradient lately."""
         how = f"{_ANY_GRADIENTS}." if self._read.is_bound else "by comparison with the layer's largest."
         text = f"The optimizer's running means show a gradient within this many steps, {how}"
-        return self._evidence(mask, False, claim="alive", basis="inferred", text=text, **self._measured)
+        basis = "suspected" if self._is_slow else "inferred"
+        return self._evidence(mask, False, claim="alive", basis=basis, text=text, **self._measured)
 
     def _never(self, mask: Tensor) -> Iterator[Evidence]:
         """Yield evidence on rows of exact zeros; another optimizer may have trained them before this one began."""
@@ -162,14 +174,15 @@ class LayerGradients:
         else:
             text = (
                 "The momentum buffer is smaller than the layer's largest by as much as this many steps without "
-                "gradient make it: an estimate, accurate to some tens of steps."
+                f"gradient make it: an estimate, accurate to some {'hundreds' if self._is_slow else 'tens'} of steps."
             )
         if as_whole:
             text += self._why("it was frozen, or cut off by a later layer, or its gradients became far smaller")
         since = None
         # Only a bound dates a whole layer: SGD's estimate compares with the largest layer, which may have stopped
-        # since. Nor does an estimate date rows whose momentum a schedule cycles, since it would have to know it.
-        if read.step is not None and not read.lag and (read.is_bound or not (as_whole or cycled)):
+        # since. Nor does an estimate date rows whose momentum a schedule cycles, since it would have to know it; nor
+        # rows whose buffer forgets slowly, since it is wrong by hundreds of steps.
+        if read.step is not None and not read.lag and (read.is_bound or not (as_whole or cycled or self._is_slow)):
             since = (read.step - read.reading.steps.nan_to_num(posinf=0.0)).clamp(min=0.0).long()
         return self._evidence(
             mask, as_whole, claim="no gradient", basis=basis, text=text, since=since, **self._measured

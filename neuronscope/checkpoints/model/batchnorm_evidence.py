@@ -4,7 +4,8 @@ r"""Conclude from batch norms how often the neurons before and behind them fire,
 ``Σz² ≤ n`` over its ``n`` values (ε only makes it smaller). With ``c = −β/|γ| > 0`` the neuron fires where ``z > c``
 (or ``z < −c``). By Cantelli's inequality, at most ``1/(1 + c²)`` of the values do. None of ``n`` values is larger than
 ``√(n − 1)``, so none fires if ``β + |γ|√(n − 1) ≤ 0`` (Samuelson 1968). For normally distributed values the share is
-``Φ(−c)``.
+``Φ(−c)``. A max pool before the activation gives a maximum above zero where one of its values is: each value is in a
+few windows, and a pooled position stands for several values. The shares are multiplied by both numbers.
 
 **Running statistics.** A batch norm in training keeps running means of the mean and of the variance of its input. What
 does not vary over a whole batch multiplies the running variance by ``1 − momentum``, and what is zero multiplies both.
@@ -34,7 +35,7 @@ import inspect
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -42,6 +43,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from neuronscope.arrays import BoolArray, FloatArray
+from neuronscope.attach.torch_functions import spellings
 from neuronscope.checkpoints.model.bounds.interval import Interval
 from neuronscope.checkpoints.model.bounds.propagate import SiteBounds, is_positive_from, is_zero_below_zero
 from neuronscope.checkpoints.model.function_rules import step_kind
@@ -60,6 +62,7 @@ __all__ = [
 HALF_NORMAL = 0.47
 
 _CONVOLUTIONS = (F.conv1d, F.conv2d, F.conv3d)
+_MAX_POOLS = {function: n for n in (1, 2, 3) for function in spellings(f"max_pool{n}d")}
 _SIGNATURE = inspect.signature(F.batch_norm)
 _STATISTICS = ("running_mean", "running_var")
 _CLOCK = "batch norm statistics"
@@ -76,6 +79,8 @@ _SOURCE = "batch norm"
 #: A neuron after a batch norm that fires only above this many standard deviations is quiet; above the second, it is
 #: suspected to be dead.
 _QUIET, _MAYBE_DEAD = 3.0, 4.0
+#: The share of values that may fire at that number of deviations: 1 in 10.
+_QUIET_SHARE = 1.0 / (1.0 + _QUIET**2)
 #: A channel whose output is at most this fraction of its layer's usual scale is negligible, for batches of at most so
 #: many values per channel.
 _NEGLIGIBLE, _MANY_VALUES = 1e-3, 1_000_000
@@ -114,6 +119,42 @@ def _step_before_copies(graph: Graph, number: int) -> Step | None:
     while step is not None and step_kind(step) == "same" and step.reads:
         step = graph.producers.get(step.reads[0])
     return step
+
+
+class _Pooling(NamedTuple):
+    """What lies between a batch norm and an activation: a max pool, or nothing."""
+
+    #: The share of pooled positions that fire is at most so many times the share of values that do.
+    spread: float = 1.0
+    covers: bool = True  # whether each value is in some window
+
+
+def _batch_norm_before(graph: Graph, number: int) -> tuple[Step | None, _Pooling]:
+    """Return the step before a tensor, and before one max pool if there is one: a maximum is above zero if a value is.
+
+    Args:
+        graph: The traced forward.
+        number: The tensor's number.
+    """
+    step = _step_before_copies(graph, number)
+    if step is None or step.function not in _MAX_POOLS or not step.reads:
+        return step, _Pooling()
+    source, pooled = (graph.values[at].shape for at in (step.reads[0], step.outputs[0]))
+    names = ("kernel_size", "stride", "padding", "dilation")
+    kernel, stride, padding, dilation = (step.argument(place, name) for place, name in enumerate(names, start=1))
+    axes = _MAX_POOLS[step.function]
+    sizes = [_each(kernel, axes), _each(stride or kernel, axes), _each(padding or 0, axes), _each(dilation or 1, axes)]
+    overlap, covers = 1, True
+    for before, after, size, hop, pad, gap in zip(source[-axes:], pooled[-axes:], *sizes, strict=True):
+        overlap *= -(-size // hop) if gap == 1 else size
+        covers &= gap == 1 and hop <= size and (after - 1) * hop + size - pad >= before
+    return _step_before_copies(graph, step.reads[0]), _Pooling(overlap * math.prod(source) / math.prod(pooled), covers)
+
+
+def _each(value: Any, axes: int) -> tuple[int, ...]:
+    """Return a setting of each axis: one number stands for all."""
+    found = tuple(value) if isinstance(value, (tuple, list)) else (value,)
+    return found * axes if len(found) == 1 else found
 
 
 def _read_batch_norm(graph: Graph, step: Step | None) -> _BatchNormStep | None:
@@ -270,12 +311,13 @@ def _gain(weight: Tensor) -> Tensor:
 def _activity(graph: Graph, intervals: Sequence[Interval | None]) -> Iterator[Evidence]:
     """Yield which neurons fire, and which are constant."""
     for site, *others in graph.calls.values():
-        step = _step_before_copies(graph, site.before)
+        step, pooling = _batch_norm_before(graph, site.before)
         norm = _read_batch_norm(graph, step)
         if step is None or norm is None or norm.shift is None or others or site.layout.axis != 1:
             continue
         if norm.shift.shape == (site.neurons,):
-            yield from _behind(graph, site, norm.shift, _constant_steps(norm, _weighted_step(graph, step.reads[0])))
+            constant = _constant_steps(norm, _weighted_step(graph, step.reads[0]))
+            yield from _behind(graph, site, norm.shift, constant, fires_above=pooling.covers)
     for found in _norms_behind_sites(graph):
         site, norm = found.site, found.norm
         if len(graph.calls[site.name]) > 1 or not norm.is_trained:
@@ -301,11 +343,21 @@ def _constant_steps(norm: _BatchNormStep, layer: _WeightedStep | None) -> FloatA
     return norm.steps_of_decay(usual / per_weight.clamp(min=_TINY)).floor().numpy()
 
 
-def _behind(graph: Graph, site: Site, shift: Tensor, constant: FloatArray | None) -> Iterator[Evidence]:
-    """Yield evidence on a site whose pre-activation is the output of a batch norm."""
+def _behind(
+    graph: Graph, site: Site, shift: Tensor, constant: FloatArray | None, *, fires_above: bool
+) -> Iterator[Evidence]:
+    """Yield evidence on a site whose pre-activation is the output of a batch norm, or the maxima of it.
+
+    Args:
+        graph: The traced forward.
+        site: The site.
+        shift: The norm's shift, ``(N,)``.
+        constant: For about how many steps each channel has been constant, ``(N,)``; ``None`` = not known.
+        fires_above: Whether a value above zero reaches the activation: not if a max pool leaves values out.
+    """
     above = shift > 0
     evidence = partial(evidence_on_site, site.name, source=_ACTIVITY)
-    if bool(above.any()) and is_positive_from(graph, site, float(shift[above].min())):
+    if fires_above and bool(above.any()) and is_positive_from(graph, site, float(shift[above].min())):
         yield from evidence(
             above,
             shift.double(),
@@ -376,15 +428,18 @@ def batch_norm_parameters(graph: Graph) -> Iterator[Evidence]:
     for site in graph.first_calls():
         parameters = _parameters_before(graph, site)
         if parameters is not None and is_zero_below_zero(graph, site):
-            yield from _on_site(site, *parameters)
+            spread = max(_batch_norm_before(graph, call.before)[1].spread for call in graph.calls[site.name])
+            yield from _on_site(site, *parameters, spread)
 
 
-def _on_site(site: Site, scale: Tensor, shift: Tensor) -> Iterator[Evidence]:
+def _on_site(site: Site, scale: Tensor, shift: Tensor, spread: float) -> Iterator[Evidence]:
+    """Yield evidence from γ and β; ``spread``: by how much a max pool in between may raise the share that fires."""
     c = _threshold(scale, shift)
     evidence = partial(evidence_on_site, site.name, source=_SOURCE)
+    share = (spread * _firing_share_bound(c)).clamp(max=1.0)
     yield from evidence(
-        c >= _QUIET,
-        _firing_share_bound(c),
+        (c >= _QUIET) & (share <= _QUIET_SHARE),
+        share,
         claim="quiet",
         basis="inferred",
         measure="share of a training batch in which it fires, at most",
@@ -409,7 +464,7 @@ def _on_site(site: Site, scale: Tensor, shift: Tensor) -> Iterator[Evidence]:
     )
     yield from evidence(
         c >= _MAYBE_DEAD,
-        torch.special.ndtr(-c),
+        (spread * torch.special.ndtr(-c)).clamp(max=1.0),
         claim="dead",
         basis="suspected",
         measure="share of values that fire, if they are normal",
@@ -455,7 +510,7 @@ def _parameters_before(graph: Graph, site: Site) -> tuple[Tensor, Tensor] | None
     """Return γ and β of the one batch norm that is right before every call of a site, both ``(N,)``, or ``None``."""
     found = []
     for call in graph.calls[site.name]:
-        norm = _read_batch_norm(graph, _step_before_copies(graph, call.before))
+        norm = _read_batch_norm(graph, _batch_norm_before(graph, call.before)[0])
         if norm is None or norm.scale is None or norm.shift is None or norm.scale.shape != (site.neurons,):
             return None
         found.append((norm.scale, norm.shift))
