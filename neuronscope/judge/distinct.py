@@ -95,7 +95,7 @@ class DistinctNeurons:
                 yield layer, run
 
     def _find_read(self) -> Iterator[bool]:
-        """Yield of each site whether it is a product of a gate or a selection, and no later selection of the same units.
+        """Yield of each site whether it is a product of a gate, or the first selection of a name from its units.
 
         An auxiliary loss selects again, among latents that are dead: what it leaves out may well fire.
         """
