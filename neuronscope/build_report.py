@@ -192,7 +192,7 @@ def _notes(census: Census, broken_since: Collection[str]) -> tuple[str, ...]:
     elif without_gradients:
         some = f"{len(without_gradients)} of {len(census)} layers, for example {without_gradients[0]}"
         notes.append(f"No gradients were seen at {some}.")
-    again = [name for name, tally in census.items() if tally.gradient_positions > tally.positions]
+    again = [name for name, tally in census.items() if tally.gradient_positions > _positions_before(tally, census)]
     if again:
         tally, more = census[again[0]], f" (and {len(again) - 1} more)" if len(again) > 1 else ""
         notes.append(
@@ -201,6 +201,21 @@ def _notes(census: Census, broken_since: Collection[str]) -> tuple[str, ...]:
             "there are over all passes."
         )
     return tuple(notes)
+
+
+def _positions_before(tally: Tally, census: Census) -> int:
+    """Return at how many positions the pre-activation of a site was computed, as far as that is known.
+
+    Gradients of a gated product or of a selection are those of the activation before it, and that may run more often:
+    in the first step of a recurrent cell, a gate multiplies a state of zeros, which is no product of two layers.
+
+    Args:
+        tally: The site.
+        census: All sites.
+    """
+    if tally.kind not in ("gated", "sparse") or not tally.units:
+        return tally.positions
+    return max(each.positions for each in census.values() if each.units == tally.units)
 
 
 def _acting_linear(sites: Sequence[SiteReport], policy: Policy) -> tuple[str, ...]:

@@ -601,10 +601,11 @@ def summary(results: Results) -> str:
 
     extinct = [it.accuracy for run, it in results.items() if run.way == "jump" and it.worst == run.width]
     return wrapped(
-        f"Killed by hand before training, with all else equal, 12.5 % of the ReLUs of each layer cost the demo's "
-        f"network (6 × 64) no accuracy that shows ({points(64, 0.125)} points, {TASKS['MLP'].seeds} seeds), half of "
-        f"them hardly any ({points(64, 0.5)}), three in four cost {points(64, 0.75)}, and 15 in 16 cost "
-        f"{points(64, 0.9375)}. A narrow network has fewer to spare: 16 wide, half of them cost {points(16, 0.5)} "
+        f"We killed ReLUs by hand before training, with all else equal. In the demo's network (6 × 64), to kill 12.5 % "
+        f"of each layer costs no accuracy that shows ({points(64, 0.125)} points, {TASKS['MLP'].seeds} seeds), half of "
+        f"each layer hardly any ({points(64, 0.5)}); three in four cost {points(64, 0.75)}, and 15 in 16 "
+        f"cost {points(64, 0.9375)}. A narrow network has fewer to spare: 16 wide, half of each layer costs "
+        f"{points(16, 0.5)} "
         f"points. A layer without a living neuron is the end: a jump of the learning rate left {len(extinct)} networks "
         f"with one, and they recognise {100 * statistics.fmean(extinct):.0f} % of the digits, no more than guessing "
         "would."

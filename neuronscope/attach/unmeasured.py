@@ -260,7 +260,7 @@ def _why_bent(function: str, times: bool, measured: bool) -> str:
     if measured:
         return (
             "another layer read its product with a function of itself, which is an activation that is written out: "
-            "only the function is measured, and not the product. Register what it is part of: `activations={...}`"
+            "only the function is measured, not the product. Register the module that applies both: `activations={...}`"
         )
     if function.startswith(UNSEEN):
         return (
@@ -271,7 +271,7 @@ def _why_bent(function: str, times: bool, measured: bool) -> str:
         )
     return (
         f"`{function}` was applied to it, which is not known as an activation, and then another layer read it. "
-        "Register what it is part of: `activations={...}`"
+        "If it is an activation, register it, or the module that applies it: `activations={...}`"
     )
 
 

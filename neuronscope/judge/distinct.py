@@ -41,6 +41,10 @@ class SiteUnits(Protocol):
         """The activation's kind; ``gated`` for the product of a gate."""
 
     @property
+    def activation(self) -> str:
+        """Name of the activation function, product or selection."""
+
+    @property
     def neurons(self) -> int:
         """``N``."""
 
@@ -63,13 +67,14 @@ class DistinctNeurons:
         sites: The sites, in the order in which they first ran.
 
     >>> from types import SimpleNamespace as Site
-    >>> site = Site(kind="relu-like", neurons=3, units=(("h", 0, 3, 1),), in_headlines=True)
+    >>> site = Site(kind="relu-like", activation="relu", neurons=3, units=(("h", 0, 3, 1),), in_headlines=True)
     >>> DistinctNeurons([site, site]).neurons
     3
     """
 
     def __init__(self, sites: Sequence[SiteUnits]) -> None:
         self._sites = tuple(sites)
+        self._read = tuple(self._find_read())
         sizes: dict[Hashable, int] = {}
         for index in range(len(self._sites)):
             for layer, run in self._runs(index):
@@ -88,6 +93,18 @@ class DistinctNeurons:
         for layer, run in runs if known else [(index, range(site.neurons))]:
             if run:
                 yield layer, run
+
+    def _find_read(self) -> Iterator[bool]:
+        """Yield of each site whether it is a product of a gate, or the first selection of a name from its units.
+
+        An auxiliary loss selects again, among latents that are dead: what it leaves out may well fire.
+        """
+        selected = set()
+        for site in self._sites:
+            this = (site.activation, site.units)
+            yield site.kind in _READ and not (site.kind == "sparse" and this in selected)
+            if site.kind == "sparse" and site.units and site.in_headlines:
+                selected.add(this)
 
     def _slices(self, index: int, starts: dict[Hashable, int]) -> Iterator[tuple[slice, slice]]:
         """Yield which neurons of a site are which distinct neurons, as pairs of slices of the same length."""
@@ -109,8 +126,9 @@ class DistinctNeurons:
     def label(self, labels: Sequence[ByteArray]) -> ByteArray:
         """Return one label for each distinct neuron in the totals, uint8 ``(D,)``, by those at each site, ``(N,)``.
 
-        Where a product of a gate was observed, its label counts. Otherwise, the most serious label of the sites at
-        which the neuron was observed counts. A neuron that no site observed is unseen. The order is by layer and unit;
+        Where a product of a gate or a selection was observed, its label counts; of several selections of one name, that
+        of the first. Otherwise, the most serious label of the sites at which the neuron was observed counts. A neuron
+        that no site observed is unseen. The order is by layer and unit;
         neither it nor ``D`` depends on the labels, which are indices into :data:`neuronscope.judge.verdicts.LABELS`.
         """
         lowest = self._lowest(self._keys(labels))
@@ -180,8 +198,8 @@ class DistinctNeurons:
     def _keys(self, labels: Sequence[ByteArray]) -> list[ByteArray]:
         """Return keys by site, uint8 ``(N,)``: first in headlines, then observed, then a product, then serious."""
         keys = []
-        for site, label in zip(self._sites, labels, strict=True):
-            table = np.arange(len(LABELS), dtype=np.uint8) + (0 if site.kind in _READ else _STEP)
+        for site, read, label in zip(self._sites, self._read, labels, strict=True):
+            table = np.arange(len(LABELS), dtype=np.uint8) + (0 if read else _STEP)
             table[_UNSEEN] = 2 * _STEP + _UNSEEN
             keys.append((table + (0 if site.in_headlines else _OUTSIDE)).astype(np.uint8)[label])
         return keys

@@ -309,7 +309,7 @@ def _born(facts: RunFacts, deep: bool) -> Support | None:
     widths = [layer.width for layer in facts.layers]
     text = f"{_neurons_are(number)} dead since the beginning: {layers}."
     if deep:
-        text += f" The network has {len(widths)} such layers; their median width is {np.median(widths):,.0f}."
+        text += f" The network has {len(widths)} layers of neurons; their median width is {np.median(widths):,.0f}."
     return Support(text, number, names, (-1, -1))
 
 

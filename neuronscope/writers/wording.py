@@ -93,7 +93,7 @@ def based_on(report: Report) -> str:
     numbers = sorted({examples for examples in seen if examples})
     phase = {"train": "training ", "val": "validation ", "scan": ""}.get(report.phase, f"{visible(report.phase)} ")
     if not numbers:
-        on = f"on {phase}examples whose number is not known{_window(report)}"
+        on = f"on an unknown number of {phase}examples{_window(report)}"
         return f"Provisional: based {on}. No bound is claimed on how often a neuron called dead could still fire."
     examples = count(numbers[0]) if len(numbers) == 1 else f"{count(numbers[0])} to {count(numbers[-1])}"
     on = f"on {examples} {phase}example{'' if numbers == [1] else 's'}{_window(report)}"

@@ -100,6 +100,42 @@ def test_a_report_says_where_gradients_came_more_than_once() -> None:
     assert note in str(twice.scope.report()).replace("\n  ", " ") or "more than once" in str(twice.scope.report())
 
 
+class MinimalGate(nn.Module):
+    """A recurrent cell by hand whose first state is zeros: a gate multiplies it, and that is no product of two layers.
+
+    All gradients of the gate, of that step too, are the gradients of both of its products.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.x, self.h = nn.Linear(4, 16), nn.Linear(8, 16, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        state = torch.zeros(len(x), 8)
+        for now in x.unbind(1):
+            gate, new = (self.x(now) + self.h(state)).chunk(2, 1)
+            gate, new = torch.sigmoid(gate), torch.relu(new)
+            state = (1 - gate) * new + gate * state
+        return state
+
+
+def test_a_gate_that_ran_more_often_than_its_product_got_each_gradient_once() -> None:
+    model = MinimalGate()
+    with ns.watch(model) as scope:
+        model(torch.randn(3, 5, 4)).sum().backward()
+        scope.step()
+    positions = {name: (each.positions, each.gradient_positions) for name, each in scope.census().items()}
+    assert positions["x(0:8)/sigmoid"] == (15, 15)
+    assert positions["x(0:8)/glu#1"] == (12, 15)
+    assert not [note for note in scope.report().notes if "more than once" in note]
+    with ns.watch(model) as scope:
+        y = model(torch.randn(3, 5, 4)).sum()
+        y.backward(retain_graph=True)
+        y.backward()
+        scope.step()
+    assert [note for note in scope.report().notes if "(and 3 more), in 30 positions for 15 of outputs" in note]
+
+
 def test_a_neuron_without_gradient_in_one_of_two_passes_is_not_cut_off() -> None:
     """Its zero-gradient fraction is one half, over both passes."""
     model = nn.Sequential(nn.Linear(2, 2), nn.ReLU())

@@ -261,3 +261,36 @@ def test_a_layer_that_only_switches_another_one_is_listed(activated: bool, liste
         scope.step()
     assert {item.name for item in scope.report().not_measured} == listed
     assert [*scope.census()] == (["encode/relu", "encode/reglu"] if activated else [])
+
+
+class Auxiliary(nn.Module):
+    """A TopK autoencoder whose auxiliary loss selects again, among the latents that were not picked."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enc, self.dec = nn.Linear(INPUTS, LATENTS), nn.Linear(LATENTS, INPUTS)
+
+    def forward(self, x: Tensor) -> Tensor:
+        latents = self.enc(x).relu()
+        values, index = latents.topk(3, -1)
+        picked = torch.zeros_like(latents).scatter(-1, index, values)
+        values, index = latents.masked_fill(picked > 0, -torch.inf).topk(2, -1)
+        again = torch.zeros_like(latents).scatter(-1, index, values)
+        reconstruction: Tensor = self.dec(picked) + self.dec(again)
+        return reconstruction
+
+
+def test_a_latent_that_an_auxiliary_loss_does_not_select_may_be_alive() -> None:
+    model = Auxiliary()
+    with torch.no_grad():
+        model.enc.bias.copy_(torch.tensor([9.0] * 3 + [3.0] * 3 + [-9.0] * 3))
+        model.enc.weight.mul_(0.1)
+    with ns.watch(model) as scope:
+        for step in range(STEPS):
+            model(torch.randn(ROWS, INPUTS, generator=torch.Generator().manual_seed(step))).sum().backward()
+            scope.step()
+    report, census = scope.report(), scope.census()
+    first, second = ((census[name].zero_outputs < ROWS * STEPS).sum() for name in ("enc/topk relu", "enc/topk relu#1"))
+    assert (first, second) == (3, 3)
+    never = report.silent + report.dead
+    assert (report["enc/topk relu"].silent + report["enc/topk relu"].dead, never) == (6, 6)

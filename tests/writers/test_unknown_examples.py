@@ -39,7 +39,7 @@ def test_every_text_says_that_the_examples_are_not_known_and_claims_no_bound(wri
         "html": lambda: page_text(report),
         "tensorboard": lambda: diagnosis(report),
     }[writer]()
-    assert "Provisional: based on training examples whose number is not known from steps" in text
+    assert "Provisional: based on an unknown number of training examples from steps" in text
     assert NO_BOUND in text
     assert "100 %" not in text
     assert not re.search(r"fire on up to \d", text)

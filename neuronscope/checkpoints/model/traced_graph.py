@@ -79,6 +79,11 @@ class Site:
         return self.info.kind
 
     @property
+    def activation(self) -> str:
+        """Name of the activation."""
+        return self.info.activation
+
+    @property
     def units(self) -> tuple[tuple[str, int, int, int], ...]:
         """The units that the neurons are; see :class:`neuronscope.sites.SiteInfo`."""
         return self.info.units
