@@ -116,13 +116,14 @@ class Origin:
         acted: The activations that were applied to it, or to what it was computed from, while that had no units any
             more (:data:`ENDED`): the calls that each depends on, as bits, and its name, ``""`` for a module. Or
             :data:`SCORES` alone.
+        terms: The sites of which a function has mixed neurons on the way here, and whether one number was left.
         unit_set: The calls, the first unit and the factors of the units, wherever they lie in the tensor; and the runs,
             if the units are not each unit of the layers once.
     """
 
     __slots__ = (
         *("bends", "carries", "cuts", "layer", "picked", "picks", "site", "state", "unit_set", "units", "upstream"),
-        *("acted", "begins", "part", "turned", "zeros"),
+        *("acted", "begins", "part", "terms", "turned", "zeros"),
     )
 
     _known: ClassVar[dict[tuple[Any, ...], Origin]] = {}
@@ -143,6 +144,7 @@ class Origin:
     part: tuple[tuple[int, int, int, int], ...]
     begins: bool
     acted: tuple[tuple[int, str], ...]
+    terms: tuple[tuple[Any, bool], ...]
     unit_set: tuple[Any, ...]
 
     @classmethod
@@ -164,6 +166,7 @@ class Origin:
         part: tuple[tuple[int, int, int, int], ...] = (),
         begins: bool = False,
         acted: tuple[tuple[int, str], ...] = (),
+        terms: tuple[tuple[Any, bool], ...] = (),
     ) -> Origin:
         """Return the origin with these attributes; see the class.
 
@@ -183,8 +186,9 @@ class Origin:
             part: Some of the positions.
             begins: Whether constants or weights alone led to it.
             acted: Activations.
+            terms: Sites, and whether one number was left.
         """
-        flags = zeros, turned, part, begins, acted
+        flags = zeros, turned, part, begins, acted, terms
         facts = (state, upstream, units, layer, cuts, picked, site, bends, carries, picks, *flags)
         found = cls._known.get(facts)
         if found is None:
@@ -194,7 +198,7 @@ class Origin:
             found.state, found.upstream, found.units, found.layer = state, upstream, units, layer
             found.cuts, found.picked, found.site, found.bends = cuts, picked, site, bends
             found.carries, found.picks = carries, picks
-            found.zeros, found.turned, found.part, found.begins, found.acted = flags
+            found.zeros, found.turned, found.part, found.begins, found.acted, found.terms = flags
             found.unit_set = () if units is None else (units.call, units.first, units.order)
             if units is not None and units.explicit:
                 found.unit_set += (units.runs,)
