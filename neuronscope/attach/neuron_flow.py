@@ -61,7 +61,7 @@ from neuronscope.attach.units import Units, has_units, place
 from neuronscope.count.neuron_layout import Dims
 from neuronscope.sites import ReaderColumns
 
-__all__ = ["LEAVING", "SHIFTED", "UNSEEN", "NeuronFlow"]
+__all__ = ["LEAVING", "SET_DATA", "SHIFTED", "UNSEEN", "NeuronFlow"]
 
 #: Begins the name of a function that autograd's graph shows, and no function mode.
 UNSEEN = "unseen "
@@ -69,6 +69,8 @@ UNSEEN = "unseen "
 SHIFTED = "changed by `"
 #: They give values to code outside of torch.
 LEAVING = frozenset({Tensor.numpy, Tensor.__array__, Tensor.tolist, Tensor.item, Tensor.__float__, Tensor.__bool__})
+#: It is called by ``tensor.data = other``.
+SET_DATA: Callable[..., Any] = Tensor.data.__set__  # type: ignore[attr-defined]
 
 _MOST_OUTCOMES = 20_000
 _PLAIN = frozenset({int, float, bool, str})
@@ -519,6 +521,8 @@ class NeuronFlow:
         if not outputs:
             if function in LEAVING:
                 self._note_left(args[0], function.__name__)
+            elif function == SET_DATA:
+                self._set_data(*args)
             return
         first = outputs[0]
         known = self._known_call(function, args, kwargs, outputs)
@@ -898,6 +902,11 @@ class NeuronFlow:
         before, written = self._describe(target), self._describe(value)
         index = place if type(place) is tuple else (place,)
         self._origins.put(target, set_item(before, index, written).inherit([before, written, *tensors_in(index)]))
+
+    def _set_data(self, target: Tensor, value: Tensor) -> None:
+        """Note that a tensor has got the values of another one; a stored one stays what it is."""
+        if not (isinstance(target, nn.Parameter) or self._is_stored(target)):
+            self._origins.put(target, self._origin_in_call(value))
 
     def last_layers(self, origin: Origin) -> tuple[str, ...]:
         """Return the layers that a tensor depends on and that no other layer has read so far."""

@@ -123,6 +123,12 @@ def hinge(net: Net, x: Tensor) -> Tensor:
     return with_loss(net, h, F.relu(1 - (h * h).sum(-1)).mean())
 
 
+def with_values_of(h: Tensor) -> Tensor:
+    other = torch.empty(h.shape, requires_grad=True)
+    other.data = h
+    return other
+
+
 def beside(net: Net, x: Tensor) -> Tensor:
     h = net.first(x)
     return h + F.relu(torch.tensor(h.detach().numpy()))
@@ -174,6 +180,18 @@ PROGRAMS: dict[str, tuple[str, Callable[[Net, Tensor], Tensor]]] = {
         LISTED,
         lambda net, x: F.relu(torch.zeros_like(x).masked_scatter(x > 0, net.first(x))),
     ),
+    "masked_scatter, of two layers": (
+        LISTED,
+        lambda net, x: F.relu(net.first(x).masked_scatter(x > 0, F.linear(x, net.rows_up[:WIDTH]))),
+    ),
+    "masked_scatter, of numbers": (
+        COUNTED,
+        lambda net, x: F.relu(net.first(x).masked_scatter(x > 0, torch.ones(x.shape))),
+    ),
+    "masked_scatter, an activation that is written out": (
+        LISTED,
+        lambda net, x: (h := net.first(x)).masked_scatter(h < 0, torch.zeros(h.shape)),
+    ),
     "masked_select": (LISTED, selected),
     "the largest, put back": (LISTED, winner),
     "the largest of groups": (LISTED, lambda net, x: F.relu(net.first(x).view(-1, 4, 2).amax(-1))),
@@ -184,6 +202,7 @@ PROGRAMS: dict[str, tuple[str, Callable[[Net, Tensor], Tensor]]] = {
     "frequencies and back": (LISTED, lambda net, x: F.relu(torch.fft.irfft(torch.fft.rfft(net.first(x)) * 2))),
     "scores of a memory": (NO_NEURON, lambda net, x: F.relu(net.first(x).softmax(-1) - 0.1)),
     "normalised": (LISTED, lambda net, x: F.relu((h := net.first(x).cumsum(-1)) / h.norm(dim=-1, keepdim=True))),
+    "the values of another tensor": (COUNTED, lambda net, x: F.relu(with_values_of(net.first(x)))),
     "numbers of numpy": (LISTED, lambda net, x: F.relu(torch.tensor(net.first(x).detach().numpy()))),
     "numbers of a list": (LISTED, lambda net, x: F.relu(torch.tensor(net.first(x).tolist()))),
     "numbers of numpy, beside the layer": (LISTED, beside),
@@ -280,6 +299,18 @@ COMPILED = [
     "a loss",
     "single numbers of units",
 ]
+
+
+def test_rows_of_two_layers_that_a_mask_mixed_are_said_to_be_of_several_layers() -> None:
+    _, program = PROGRAMS["masked_scatter, of two layers"]
+    net = Net(program)
+    net(torch.randn(BATCH, WIDTH))
+    with ns.watch(net) as scope:
+        net(torch.randn(BATCH, WIDTH)).sum().backward()
+        scope.step()
+    (found,) = scope.report().not_measured
+    assert found.name == "relu()"
+    assert "units of several layers" in found.reason
 
 
 def test_in_a_compiled_network_the_same_is_said() -> None:
