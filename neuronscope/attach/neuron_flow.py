@@ -29,12 +29,12 @@ from neuronscope.attach.operators import (
     Index,
     Listed,
     Operation,
+    acted_read,
     is_elementwise,
     keeps_zero,
     lose,
     may_bend,
     origins_of,
-    reads_acted,
     rule_of,
     set_item,
     tensors_in,
@@ -723,7 +723,6 @@ class NeuronFlow:
         nameless = any(_is_nameless(origin) for origin in origins)
         sources = [each.origin for each in operation.tensors]
         carried = tuple(dict.fromkeys(each.site for origin in sources for each in origin.carries))
-        acted = tuple(dict.fromkeys(key for origin in sources for key in origin.acted))
         if not origins[0].upstream >> call & 1:
             if any(origin.state == ENDED for origin in origins):
                 self._ended |= operation.upstream
@@ -738,8 +737,9 @@ class NeuronFlow:
             mixed = [site for site in carried if site not in kept]
             origins, terms = _follow_terms(operation, origins, mixed)
             rows = _tells_rows(operation, origins[0])
-            acted = acted if acted and reads_acted(operation, origins[0]) else ()
+            acted = acted_read(operation, origins[0])
             return _Outcome(origins, notes=tuple(read), nameless=nameless, rows=rows, terms=terms, acted=acted)
+        acted = tuple(dict.fromkeys(key for origin in sources for key in origin.acted))
         origins = tuple([_as_carried(origin, call) for origin in origins])
         notes = tuple((site, "mixed by a norm") for site in carried) if function in _MIXING_NORMS else ()
         bends = tuple(dict.fromkeys(bend for origin in sources for bend in origin.bends if bend[1] != ACTIVATED))

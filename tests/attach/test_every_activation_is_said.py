@@ -83,6 +83,17 @@ def hyper_network(net: Net, x: Tensor) -> Tensor:
     return returned(net, torch.bmm(F.relu(torch.bmm(x[:, None], one)), two)[:, 0])
 
 
+def second_in_sums(net: Net, x: Tensor) -> Tensor:
+    one, two = net.made(x)
+    h = F.relu(torch.bmm(x[:, None], one))
+    return returned(net, (h * two.mT).sum(-1))
+
+
+def scaled(net: Net, x: Tensor) -> Tensor:
+    """Return a matrix for each example, of which a layer scales the rows."""
+    return net.first(x)[:, :, None] * net.rows_up[:WIDTH]
+
+
 def winner(net: Net, x: Tensor) -> Tensor:
     h = net.first(x)
     largest, index = h.max(-1, keepdim=True)
@@ -111,6 +122,11 @@ def threshold(net: Net, x: Tensor) -> Tensor:
 def attention(net: Net, x: Tensor, values: Callable[[Tensor], Tensor] = lambda v: v) -> Tensor:
     q = net.queries(x)
     return F.relu(q @ q.mT) @ values(q)
+
+
+def attention_in_sums(net: Net, x: Tensor) -> Tensor:
+    q = net.queries(x)
+    return (F.relu(q @ q.mT)[..., None] * q[:, None]).sum(2)
 
 
 def graph_attention(net: Net, x: Tensor) -> Tensor:
@@ -163,6 +179,25 @@ PROGRAMS: dict[str, tuple[str, Callable[[Net, Tensor], Tensor]]] = {
     "kernels of each example": (LISTED, lambda net, x: F.relu(net.hidden_maps(x)).view(len(x), -1)),
     "kernels of each example, a view": (LISTED, lambda net, x: F.relu(net.hidden_maps(x).view(len(x), 4, -1, 6))),
     "all weights made": (LISTED, hyper_network),
+    "all weights made, the second layer in sums": (LISTED, second_in_sums),
+    "rows of a weight that data scales, einsum": (
+        LISTED,
+        lambda net, x: F.relu(torch.einsum("bi,boi->bo", x, scaled(net, x))),
+    ),
+    "rows of a weight that data scales, kept apart": (
+        LISTED,
+        lambda net, x: F.relu(torch.einsum("bi,boji->boj", x, scaled(net, x).view(-1, WIDTH, 2, 4).repeat(1, 1, 1, 2))),
+    ),
+    "rows of a weight that data scales, matmul": (LISTED, lambda net, x: F.relu(scaled(net, x) @ x[:, :, None])),
+    "rows of a weight that data scales, by the right": (
+        LISTED,
+        lambda net, x: F.relu(x[:, None] @ scaled(net, x).mT),
+    ),
+    "rows of a weight that data scales, in sums": (
+        LISTED,
+        lambda net, x: F.relu((x[:, None] * scaled(net, x)).sum(-1)),
+    ),
+    "features of each unit, summed": (COUNTED, lambda net, x: F.relu(scaled(net, x).sum(-1))),
     "picked rows of embeddings": (LISTED, experts(lambda net, i: net.down(i), lambda net, i: net.up(i))),
     "picked rows of parameters": (LISTED, experts(lambda net, i: net.rows_down[i], lambda net, i: net.rows_up[i])),
     "picked rows, summed": (LISTED, experts_in_sums),
@@ -223,7 +258,9 @@ PROGRAMS: dict[str, tuple[str, Callable[[Net, Tensor], Tensor]]] = {
     "half of the units, in place": (COUNTED, lambda net, x: net.first(x).clone()[:, :4].relu_()),
     "a mean over units": (NO_NEURON, threshold),
     "a score that gates": (NO_NEURON, gated_by_a_score),
+    "a score that gates, and a sum": (NO_NEURON, lambda net, x: gated_by_a_score(net, x).sum(-1, keepdim=True)),
     "attention scores": (NO_NEURON, attention),
+    "attention scores, in sums": (NO_NEURON, attention_in_sums),
     "attention scores, of unknown values": (NO_NEURON, lambda net, x: attention(net, x, lambda v: v.roll(1, -1))),
     "attention of a graph": (NO_NEURON, graph_attention),
     "a loss": (NO_NEURON, hinge),
