@@ -29,7 +29,7 @@ from neuronscope.attach.compiling import (
 )
 from neuronscope.attach.fused_calls import TRACED_KERNEL
 from neuronscope.attach.interrupts import CallStack
-from neuronscope.attach.neuron_flow import LEAVING
+from neuronscope.attach.neuron_flow import LEAVING, SET_DATA
 from neuronscope.attach.recorder import SiteRecorder
 from neuronscope.attach.selections import SELECTING
 from neuronscope.attach.single_thread import EnteredMode
@@ -38,7 +38,7 @@ __all__ = ["ActivationFunctionMode", "Watch", "first_input"]
 
 _count_function_modes = torch._C._len_torch_function_stack  # under a name that is quick to find
 #: Functions that are followed although they return no tensor.
-_WITHOUT_RESULT = LEAVING | {Tensor.__setitem__}
+_WITHOUT_RESULT = LEAVING | {Tensor.__setitem__, SET_DATA}
 #: Functions that tell of a tensor what is no tensor. Modules ask often.
 _QUESTIONS = frozenset(
     {Tensor.dim, Tensor.size, Tensor.numel, Tensor.is_floating_point, Tensor.shape.__get__}  # type: ignore[attr-defined]

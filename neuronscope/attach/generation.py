@@ -1,8 +1,10 @@
 """Tell whether a forward without gradients goes on with the tokens of the last one: generation without a cache.
 
 Each such forward is given the tokens of the last one and one more; or, where the model takes no longer text, the same
-number of tokens, of which the first is gone. What the forward is given besides, such as the text that is translated,
-is the same object each time.
+number of tokens, of which the first is gone. A search with beams takes rows from others of the last ones. What the
+forward is given besides, such as the text that is translated, is the same object each time.
+
+Batches that are sorted by length grow by one token too. So the tokens themselves are compared.
 """
 
 from __future__ import annotations
@@ -17,8 +19,8 @@ from neuronscope.attach.dtensor import local_tensor
 
 __all__ = ["Generation"]
 
-#: How many rows and columns of the last tokens are kept, to see whether they have moved by one column.
-_ROWS, _COLUMNS = 8, 64
+#: How many rows of the tokens are compared with how many of the last ones, and how many of their last columns.
+_ROWS, _LAST_ROWS, _COLUMNS = 8, 64, 64
 
 
 class Generation:
@@ -27,6 +29,8 @@ class Generation:
     >>> generation, model = Generation(), nn.Linear(1, 1)
     >>> [generation.goes_on(model, [torch.tensor([text])]) for text in ([1, 2], [1, 2, 3], [2, 3, 4], [7, 8, 9])]
     [False, True, True, False]
+    >>> generation.goes_on(model, [torch.tensor([[4, 5, 6, 7]])])
+    False
     """
 
     def __init__(self) -> None:
@@ -42,8 +46,8 @@ class Generation:
     def goes_on(self, module: nn.Module, tensors: Sequence[Tensor]) -> bool:
         """Return whether a forward without gradients goes on with the last one, and remember its tokens.
 
-        Whether tokens have moved is read on the CPU alone. On a device, which would have to be waited for, they have if
-        the forwards before gave one more each.
+        Tokens are read on the CPU alone. A device would have to be waited for: there, one more token goes on with the
+        last ones, whatever they are, and the same number does if the last forward did.
 
         Args:
             module: The module that is called.
@@ -68,13 +72,13 @@ class _Tokens:
         tokens: The tokens.
     """
 
-    __slots__ = ("first", "reference", "shape")
+    __slots__ = ("last", "reference", "shape")
 
     def __init__(self, tokens: Tensor) -> None:
         local = local_tensor(tokens)
         self.reference = weakref.ref(tokens)
         self.shape = local.shape
-        self.first = local[:_ROWS, :_COLUMNS].clone() if local.is_cpu else None
+        self.last = local[:_LAST_ROWS, -_COLUMNS:].clone() if local.is_cpu else None
 
     def go_on_in(self, tokens: Tensor, grew: bool) -> bool:
         """Whether other tokens are these and one more column, maybe without the first one.
@@ -84,13 +88,29 @@ class _Tokens:
             grew: Whether these had gone on with those before them.
         """
         local = local_tensor(tokens)
-        if local.shape != self.shape:
-            return local.shape == (self.shape[0], self.shape[1] + 1)
-        if self.first is None or not local.is_cpu:
-            return grew
-        now, columns = local[:_ROWS, :_COLUMNS], self.first.shape[1] - 1
-        moved = columns > 0 and torch.equal(now[:, :columns], self.first[:, 1:])
-        return moved and not torch.equal(now, self.first)
+        (rows, columns), before = local.shape, self.shape[1]
+        if rows != self.shape[0] or columns not in (before, before + 1):
+            return False
+        if self.last is None or not local.is_cpu:
+            return grew or columns > before
+        if columns > before:
+            return _are_among(local[:_ROWS, :-1], self.last)
+        if columns < 2 or torch.equal(local[:_ROWS, -_COLUMNS:], self.last[:_ROWS]):
+            return False
+        return _are_among(local[:_ROWS, :-1], self.last[:, 1:] if columns <= _COLUMNS else self.last)
+
+
+def _are_among(rows: Tensor, others: Tensor) -> bool:
+    """Whether each row ends with one of some other rows, most often with the one at its own place.
+
+    Args:
+        rows: Tokens ``(R, T)``.
+        others: Tokens ``(S, C)``, ``C ≤ T``.
+    """
+    ends = rows[:, rows.shape[1] - others.shape[1] :]
+    if torch.equal(ends, others[: len(ends)]):
+        return True
+    return bool((ends[:, None] == others).all(-1).any(-1).all())
 
 
 def _is_dense(tensor: Tensor) -> bool:

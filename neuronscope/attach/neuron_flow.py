@@ -29,12 +29,12 @@ from neuronscope.attach.operators import (
     Index,
     Listed,
     Operation,
+    acted_read,
     is_elementwise,
     keeps_zero,
     lose,
     may_bend,
     origins_of,
-    reads_acted,
     rule_of,
     set_item,
     tensors_in,
@@ -61,7 +61,7 @@ from neuronscope.attach.units import Units, has_units, place
 from neuronscope.count.neuron_layout import Dims
 from neuronscope.sites import ReaderColumns
 
-__all__ = ["LEAVING", "SHIFTED", "UNSEEN", "NeuronFlow"]
+__all__ = ["LEAVING", "SET_DATA", "SHIFTED", "UNSEEN", "NeuronFlow"]
 
 #: Begins the name of a function that autograd's graph shows, and no function mode.
 UNSEEN = "unseen "
@@ -69,6 +69,8 @@ UNSEEN = "unseen "
 SHIFTED = "changed by `"
 #: They give values to code outside of torch.
 LEAVING = frozenset({Tensor.numpy, Tensor.__array__, Tensor.tolist, Tensor.item, Tensor.__float__, Tensor.__bool__})
+#: It is called by ``tensor.data = other``.
+SET_DATA: Callable[..., Any] = Tensor.data.__set__  # type: ignore[attr-defined]
 
 _MOST_OUTCOMES = 20_000
 _PLAIN = frozenset({int, float, bool, str})
@@ -107,7 +109,7 @@ class _Outcome(NamedTuple):
         normalises: The layer whose units it normalises one by one, or ``""``; ``None`` if it is no norm.
         nameless: Whether an output may turn out to be a weight: see :func:`_stays_weight`.
         rows: Whether data says which experts its rows are of, or which weights it is.
-        terms: Sites that a function reads which is no layer and ends their units, and whether it gives one number.
+        terms: Sites whose neurons were mixed by functions that are no layers, and whether one number is left of them.
         acted: Activations of what has no units any more, whose results a layer reads; see :attr:`Origin.acted`.
     """
 
@@ -200,7 +202,7 @@ class NeuronFlow:
         self.readers: dict[Any, dict[ReaderColumns | str, None]] = {}  # of each site: columns, or layers, that read it
         self.sources: dict[str, dict[Any, None]] = {}  # of each layer: the sites of which it reads known columns
         self.reader_notes: dict[Any, dict[str, None]] = {}  # of each site: other ways in which it is read
-        self.terms: dict[Any, bool] = {}  # of sites whose units a function ends: whether one number is left
+        self.terms: dict[Any, bool] = {}  # of sites whose neurons are mixed: whether one number is all that is left
         self.acted: set[tuple[int, str]] = set()  # activations of what has no units any more, which layers read
         self.left = False  # whether units left torch in this forward, so that a new tensor may hold them
         self.activations: dict[Any, dict[Any, None]] = {}  # of each layer and site: the sites that read it
@@ -519,6 +521,8 @@ class NeuronFlow:
         if not outputs:
             if function in LEAVING:
                 self._note_left(args[0], function.__name__)
+            elif function == SET_DATA:
+                self._set_data(*args)
             return
         first = outputs[0]
         known = self._known_call(function, args, kwargs, outputs)
@@ -719,7 +723,6 @@ class NeuronFlow:
         nameless = any(_is_nameless(origin) for origin in origins)
         sources = [each.origin for each in operation.tensors]
         carried = tuple(dict.fromkeys(each.site for origin in sources for each in origin.carries))
-        acted = tuple(dict.fromkeys(key for origin in sources for key in origin.acted))
         if not origins[0].upstream >> call & 1:
             if any(origin.state == ENDED for origin in origins):
                 self._ended |= operation.upstream
@@ -731,10 +734,12 @@ class NeuronFlow:
                 read += [(site, f"combined with {stored} by `{_name(function)}`") for site in kept]
             elif kept and not keeps_zero(operation):
                 read += [(site, f"{SHIFTED}{_name(function)}`") for site in kept]
-            terms = tuple((site, shapes[0] == ()) for site in carried if site not in kept)
+            mixed = [site for site in carried if site not in kept]
+            origins, terms = _follow_terms(operation, origins, mixed)
             rows = _tells_rows(operation, origins[0])
-            acted = acted if acted and reads_acted(operation, origins[0]) else ()
+            acted = acted_read(operation, origins[0])
             return _Outcome(origins, notes=tuple(read), nameless=nameless, rows=rows, terms=terms, acted=acted)
+        acted = tuple(dict.fromkeys(key for origin in sources for key in origin.acted))
         origins = tuple([_as_carried(origin, call) for origin in origins])
         notes = tuple((site, "mixed by a norm") for site in carried) if function in _MIXING_NORMS else ()
         bends = tuple(dict.fromkeys(bend for origin in sources for bend in origin.bends if bend[1] != ACTIVATED))
@@ -743,10 +748,10 @@ class NeuronFlow:
         if not notes:
             unknown = dict.fromkeys(site for site, reader in readers if isinstance(reader, str))
             notes = tuple((site, f"columns of `{origins[0].layer}` not known") for site in unknown)
-        reads = operation.upstream
+        reads, terms = operation.upstream, tuple((site, False) for origin in sources for site, _ in origin.terms)
         rows = origins[0].units is not None and origins[0].units.experts is not None
         return _Outcome(
-            origins, origins[0].layer, call, reads, readers, bends, notes, normalises, nameless, rows, acted=acted
+            origins, origins[0].layer, call, reads, readers, bends, notes, normalises, nameless, rows, terms, acted
         )
 
     def _readers(self, operation: Operation, layer: str) -> Iterator[tuple[Any, ReaderColumns | str]]:
@@ -800,6 +805,9 @@ class NeuronFlow:
             self._given_out.put(tensor, (torch.is_grad_enabled(), tensor.requires_grad))
         for carried in origin.carries:
             self.reader_notes.setdefault(carried.site, {})["returned by the model"] = None
+        for site, one_number in origin.terms:
+            if not one_number:
+                self.terms[site] = False
         return origin.upstream
 
     def gave(self, *values: Any) -> bool:
@@ -894,6 +902,11 @@ class NeuronFlow:
         before, written = self._describe(target), self._describe(value)
         index = place if type(place) is tuple else (place,)
         self._origins.put(target, set_item(before, index, written).inherit([before, written, *tensors_in(index)]))
+
+    def _set_data(self, target: Tensor, value: Tensor) -> None:
+        """Note that a tensor has got the values of another one; a stored one stays what it is."""
+        if not (isinstance(target, nn.Parameter) or self._is_stored(target)):
+            self._origins.put(target, self._origin_in_call(value))
 
     def last_layers(self, origin: Origin) -> tuple[str, ...]:
         """Return the layers that a tensor depends on and that no other layer has read so far."""
@@ -1016,6 +1029,47 @@ def _meets_stored(operation: Operation, result: Origin) -> str | None:
         if each.origin.state in _STORED and any(-dim <= len(each.shape) and each.shape[dim] > 1 for dim in places):
             return f"`{each.origin.layer}`" if each.origin.layer else "a constant"
     return None
+
+
+def _follow_terms(
+    operation: Operation, origins: tuple[Origin, ...], mixed: Sequence[Any]
+) -> tuple[tuple[Origin, ...], tuple[tuple[Any, bool], ...]]:
+    """Return what a function gives that is no layer, with :attr:`Origin.terms`; and what is known of them by now.
+
+    A number for each row, such as a norm, is a term of a loss if nothing else of the rows is added before it is reduced
+    to one number. It is none if other data meets it, if a layer reads it or if the model returns it.
+
+    Args:
+        operation: The call of the function.
+        origins: What it gives.
+        mixed: The sites whose neurons it mixes.
+    """
+    pending = dict.fromkeys(mixed, False)
+    for each in operation.tensors:
+        pending |= {site: pending.get(site, False) or one_number for site, one_number in each.origin.terms}
+    if not pending:
+        return origins, ()
+    one_number = operation.outputs[0] == ()
+    known: dict[Any, bool] = {}
+    for site, was_one in pending.items():
+        if was_one:
+            continue
+        meets = not all(_is_of(site, each.origin) for each in operation.tensors)
+        if one_number or meets:
+            known[site] = one_number and (site in mixed or not meets)
+    kept = tuple((site, was_one or one_number) for site, was_one in pending.items())
+    return tuple([each.but(terms=kept) for each in origins]), tuple(known.items())
+
+
+def _is_of(site: Any, origin: Origin) -> bool:
+    """Whether a tensor is stored, or was computed from the neurons of a site.
+
+    Args:
+        site: The site.
+        origin: What the tensor is.
+    """
+    own = (*(each for each, _ in origin.terms), *(each.site for each in origin.carries))
+    return origin.state in _STORED or site in own
 
 
 def _tells_rows(operation: Operation, result: Origin) -> bool:

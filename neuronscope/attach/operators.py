@@ -30,7 +30,7 @@ from neuronscope.attach.unit_rules.operation import (
 )
 from neuronscope.attach.unit_rules.part_rules import PARTS
 from neuronscope.attach.unit_rules.product_rules import PRODUCTS
-from neuronscope.attach.unit_rules.reduction_rules import REDUCTIONS
+from neuronscope.attach.unit_rules.reduction_rules import REDUCTIONS, summed_factors
 from neuronscope.attach.unit_rules.resizing_rules import RESIZING
 from neuronscope.attach.unit_rules.view_rules import ATTRIBUTES, VIEWS
 from neuronscope.attach.unit_rules.writing_rules import WRITING, set_item
@@ -43,6 +43,7 @@ __all__ = [
     "Listed",
     "Operation",
     "Rule",
+    "acted_read",
     "grouped_offsets",
     "is_elementwise",
     "is_grouped",
@@ -50,7 +51,6 @@ __all__ = [
     "lose",
     "may_bend",
     "origins_of",
-    "reads_acted",
     "rule_of",
     "set_item",
     "tensors_in",
@@ -185,20 +185,22 @@ def _applied(operation: Operation, found: Origin) -> Origin:
     return found if activation is None else found.after(activation.name)
 
 
-def reads_acted(operation: Operation, result: Origin) -> bool:
-    """Whether a function reads what it is given as a layer does, with weights that data made or picked.
+def acted_read(operation: Operation, result: Origin) -> tuple[tuple[int, str], ...]:
+    """Return the activations whose results a function reads as a layer does, with weights that data made or picked.
 
-    So do the later layers of a network whose weights another one makes. Attention does not: it sums over positions.
+    So do the later layers of a network whose weights another one makes. Attention does not: it sums over positions. A
+    sum of products reads as a product of matrices does.
 
     Args:
         operation: The call of a function that is no layer.
-        result: What it gives.
+        result: What it gives; see :attr:`Origin.acted`.
     """
-    origins = [each.origin for each in operation.tensors]
-    if any(origin.picked for origin in origins):
-        return True
-    summed = _multiplies(operation) and result.state == ENDED and rule_of(operation.function) is not end
-    return summed and any(origin.state == UNITS for origin in origins)
+    factors = operation.tensors
+    by_data = any(each.origin.picked for each in factors)
+    if not by_data and result.state == ENDED and rule_of(operation.function) is not end:
+        factors = factors if _multiplies(operation) else summed_factors(operation)
+        by_data = len(factors) > 1 and any(each.origin.state == UNITS for each in factors)
+    return tuple(dict.fromkeys(key for each in factors for key in each.origin.acted)) if by_data else ()
 
 
 def _multiplies(operation: Operation) -> bool:
@@ -230,6 +232,8 @@ def origins_of(operation: Operation) -> tuple[Origin, ...]:
         found = [each.but(picked=True) if each.picked else each for each in found]
     if rule is not end and any(each.origin.units is not None and each.origin.units.experts for each in tensors):
         found = [_rows_unless_known(each) for each in found]
+    if operation.function not in ELEMENTWISE:
+        found = [each.but(factors=()) if each.factors else each for each in found]
     found = [each if each.upstream >> operation.call & 1 else each.inherit(tensors) for each in found]
     if any(each.acted for each in found) and _multiplies(operation):
         return tuple(each.but(acted=()) for each in found)

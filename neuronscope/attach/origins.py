@@ -116,13 +116,16 @@ class Origin:
         acted: The activations that were applied to it, or to what it was computed from, while that had no units any
             more (:data:`ENDED`): the calls that each depends on, as bits, and its name, ``""`` for a module. Or
             :data:`SCORES` alone.
+        terms: The sites of which a function has mixed neurons on the way here, and whether one number was left.
+        factors: Of a product, element by element, of several tensors that are neither weights nor constants: these.
+        made: Whether it is weights that data made: each row of a weight, multiplied by units of a layer.
         unit_set: The calls, the first unit and the factors of the units, wherever they lie in the tensor; and the runs,
             if the units are not each unit of the layers once.
     """
 
     __slots__ = (
         *("bends", "carries", "cuts", "layer", "picked", "picks", "site", "state", "unit_set", "units", "upstream"),
-        *("acted", "begins", "part", "turned", "zeros"),
+        *("acted", "begins", "factors", "made", "part", "terms", "turned", "zeros"),
     )
 
     _known: ClassVar[dict[tuple[Any, ...], Origin]] = {}
@@ -143,6 +146,9 @@ class Origin:
     part: tuple[tuple[int, int, int, int], ...]
     begins: bool
     acted: tuple[tuple[int, str], ...]
+    terms: tuple[tuple[Any, bool], ...]
+    factors: tuple[Operand, ...]
+    made: bool
     unit_set: tuple[Any, ...]
 
     @classmethod
@@ -164,6 +170,9 @@ class Origin:
         part: tuple[tuple[int, int, int, int], ...] = (),
         begins: bool = False,
         acted: tuple[tuple[int, str], ...] = (),
+        terms: tuple[tuple[Any, bool], ...] = (),
+        factors: tuple[Operand, ...] = (),
+        made: bool = False,
     ) -> Origin:
         """Return the origin with these attributes; see the class.
 
@@ -183,8 +192,11 @@ class Origin:
             part: Some of the positions.
             begins: Whether constants or weights alone led to it.
             acted: Activations.
+            terms: Sites, and whether one number was left.
+            factors: Tensors.
+            made: Whether it is weights that data made.
         """
-        flags = zeros, turned, part, begins, acted
+        flags = zeros, turned, part, begins, acted, terms, factors, made
         facts = (state, upstream, units, layer, cuts, picked, site, bends, carries, picks, *flags)
         found = cls._known.get(facts)
         if found is None:
@@ -194,7 +206,8 @@ class Origin:
             found.state, found.upstream, found.units, found.layer = state, upstream, units, layer
             found.cuts, found.picked, found.site, found.bends = cuts, picked, site, bends
             found.carries, found.picks = carries, picks
-            found.zeros, found.turned, found.part, found.begins, found.acted = flags
+            found.zeros, found.turned, found.part, found.begins, found.acted = flags[:5]
+            found.terms, found.factors, found.made = flags[5:]
             found.unit_set = () if units is None else (units.call, units.first, units.order)
             if units is not None and units.explicit:
                 found.unit_set += (units.runs,)
@@ -307,12 +320,12 @@ def combine(operands: Sequence[Operand], shape: Sequence[int], *, bent: str = ""
         upstream |= each.origin.upstream
     data = [each for each in data if not each.boolean] or data
     chosen = data[0] if len(data) == 1 else _source(data, product)
-    origin = chosen.origin
+    origin, factors = chosen.origin, _factors(data) if product else ()
     if origin.units is None:
         lost = (("", bent),) if bent and origin.state == LOST else ()
         alone = origin if len(data) == 1 else _UNKNOWN
         state = LOST if origin.state == RAW and _writes_out_a_layer(operands, data, shape) else origin.state
-        return Origin.of(state, upstream, layer=alone.layer, bends=lost, picks=alone.picks)
+        return Origin.of(state, upstream, layer=alone.layer, bends=lost, picks=alone.picks, factors=factors)
     if len(chosen.shape) > len(shape):
         return Origin.of(LOST, upstream)
     alike = all(each.origin.units == origin.units and each.origin.site == origin.site for each in data)
@@ -330,6 +343,7 @@ def combine(operands: Sequence[Operand], shape: Sequence[int], *, bent: str = ""
         ):
             bends = {(units.layer, "mul"): None}  # h * h, or an activation that is written out: h * sigmoid(h)
     layer, carries = origin.layer if len(data) == 1 else "", _carried(data, units, product)
+    made = any(each.origin.made for each in data) or (product and _writes_out_a_layer(operands, data, shape))
     return Origin.of(
         UNITS,
         upstream,
@@ -339,7 +353,16 @@ def combine(operands: Sequence[Operand], shape: Sequence[int], *, bent: str = ""
         bends=tuple(bends),
         carries=carries,
         part=origin.part,
+        factors=factors,
+        made=made,
     )
+
+
+def _factors(data: Sequence[Operand]) -> tuple[Operand, ...]:
+    """Return the tensors that were multiplied, if there are several; what they are products of is left out."""
+    if len(data) < 2:
+        return ()
+    return tuple([each._replace(origin=each.origin.but(factors=())) if each.origin.factors else each for each in data])
 
 
 def _carried(data: Sequence[Operand], units: Units, product: bool) -> tuple[Carried, ...]:

@@ -395,11 +395,11 @@ class SiteFinder:
                 counters.sharded_dims = sharded_dims(x)
         if output_units is not None:
             carries, bends = (carry_site(key, output_units),), ((output_units.layer, ACTIVATED),)
-            after = origin.but(site=key, units=output_units, bends=bends, carries=carries, picks=None).inherit(
-                [Operand((), origin)]
-            )
+            after = origin.but(site=key, units=output_units, bends=bends, carries=carries, picks=None, made=False)
+            after = after.but(factors=()).inherit([Operand((), origin)])
         else:
-            after = origin.but(site=key, units=None, state=LOST if origin.state == UNITS else origin.state)
+            state = LOST if origin.state == UNITS else origin.state
+            after = origin.but(site=key, units=None, state=state, factors=())
         fits = glu_dim is None and (output_units is None or len(output_units.dims) == x.dim())
         shape = x.shape if type(x) is Tensor and fits else None
         self._units[key] = info.units

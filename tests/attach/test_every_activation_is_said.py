@@ -83,6 +83,17 @@ def hyper_network(net: Net, x: Tensor) -> Tensor:
     return returned(net, torch.bmm(F.relu(torch.bmm(x[:, None], one)), two)[:, 0])
 
 
+def second_in_sums(net: Net, x: Tensor) -> Tensor:
+    one, two = net.made(x)
+    h = F.relu(torch.bmm(x[:, None], one))
+    return returned(net, (h * two.mT).sum(-1))
+
+
+def scaled(net: Net, x: Tensor) -> Tensor:
+    """Return a matrix for each example, of which a layer scales the rows."""
+    return net.first(x)[:, :, None] * net.rows_up[:WIDTH]
+
+
 def winner(net: Net, x: Tensor) -> Tensor:
     h = net.first(x)
     largest, index = h.max(-1, keepdim=True)
@@ -113,6 +124,11 @@ def attention(net: Net, x: Tensor, values: Callable[[Tensor], Tensor] = lambda v
     return F.relu(q @ q.mT) @ values(q)
 
 
+def attention_in_sums(net: Net, x: Tensor) -> Tensor:
+    q = net.queries(x)
+    return (F.relu(q @ q.mT)[..., None] * q[:, None]).sum(2)
+
+
 def graph_attention(net: Net, x: Tensor) -> Tensor:
     h = net.first(x)
     return F.relu(h.sum(-1)[:, None] + h.sum(-1)).softmax(-1) @ h
@@ -121,6 +137,12 @@ def graph_attention(net: Net, x: Tensor) -> Tensor:
 def hinge(net: Net, x: Tensor) -> Tensor:
     h = net.first(x)
     return with_loss(net, h, F.relu(1 - (h * h).sum(-1)).mean())
+
+
+def with_values_of(h: Tensor) -> Tensor:
+    other = torch.empty(h.shape, requires_grad=True)
+    other.data = h
+    return other
 
 
 def beside(net: Net, x: Tensor) -> Tensor:
@@ -157,6 +179,25 @@ PROGRAMS: dict[str, tuple[str, Callable[[Net, Tensor], Tensor]]] = {
     "kernels of each example": (LISTED, lambda net, x: F.relu(net.hidden_maps(x)).view(len(x), -1)),
     "kernels of each example, a view": (LISTED, lambda net, x: F.relu(net.hidden_maps(x).view(len(x), 4, -1, 6))),
     "all weights made": (LISTED, hyper_network),
+    "all weights made, the second layer in sums": (LISTED, second_in_sums),
+    "rows of a weight that data scales, einsum": (
+        LISTED,
+        lambda net, x: F.relu(torch.einsum("bi,boi->bo", x, scaled(net, x))),
+    ),
+    "rows of a weight that data scales, kept apart": (
+        LISTED,
+        lambda net, x: F.relu(torch.einsum("bi,boji->boj", x, scaled(net, x).view(-1, WIDTH, 2, 4).repeat(1, 1, 1, 2))),
+    ),
+    "rows of a weight that data scales, matmul": (LISTED, lambda net, x: F.relu(scaled(net, x) @ x[:, :, None])),
+    "rows of a weight that data scales, by the right": (
+        LISTED,
+        lambda net, x: F.relu(x[:, None] @ scaled(net, x).mT),
+    ),
+    "rows of a weight that data scales, in sums": (
+        LISTED,
+        lambda net, x: F.relu((x[:, None] * scaled(net, x)).sum(-1)),
+    ),
+    "features of each unit, summed": (COUNTED, lambda net, x: F.relu(scaled(net, x).sum(-1))),
     "picked rows of embeddings": (LISTED, experts(lambda net, i: net.down(i), lambda net, i: net.up(i))),
     "picked rows of parameters": (LISTED, experts(lambda net, i: net.rows_down[i], lambda net, i: net.rows_up[i])),
     "picked rows, summed": (LISTED, experts_in_sums),
@@ -174,6 +215,18 @@ PROGRAMS: dict[str, tuple[str, Callable[[Net, Tensor], Tensor]]] = {
         LISTED,
         lambda net, x: F.relu(torch.zeros_like(x).masked_scatter(x > 0, net.first(x))),
     ),
+    "masked_scatter, of two layers": (
+        LISTED,
+        lambda net, x: F.relu(net.first(x).masked_scatter(x > 0, F.linear(x, net.rows_up[:WIDTH]))),
+    ),
+    "masked_scatter, of numbers": (
+        COUNTED,
+        lambda net, x: F.relu(net.first(x).masked_scatter(x > 0, torch.ones(x.shape))),
+    ),
+    "masked_scatter, an activation that is written out": (
+        LISTED,
+        lambda net, x: (h := net.first(x)).masked_scatter(h < 0, torch.zeros(h.shape)),
+    ),
     "masked_select": (LISTED, selected),
     "the largest, put back": (LISTED, winner),
     "the largest of groups": (LISTED, lambda net, x: F.relu(net.first(x).view(-1, 4, 2).amax(-1))),
@@ -184,6 +237,7 @@ PROGRAMS: dict[str, tuple[str, Callable[[Net, Tensor], Tensor]]] = {
     "frequencies and back": (LISTED, lambda net, x: F.relu(torch.fft.irfft(torch.fft.rfft(net.first(x)) * 2))),
     "scores of a memory": (NO_NEURON, lambda net, x: F.relu(net.first(x).softmax(-1) - 0.1)),
     "normalised": (LISTED, lambda net, x: F.relu((h := net.first(x).cumsum(-1)) / h.norm(dim=-1, keepdim=True))),
+    "the values of another tensor": (COUNTED, lambda net, x: F.relu(with_values_of(net.first(x)))),
     "numbers of numpy": (LISTED, lambda net, x: F.relu(torch.tensor(net.first(x).detach().numpy()))),
     "numbers of a list": (LISTED, lambda net, x: F.relu(torch.tensor(net.first(x).tolist()))),
     "numbers of numpy, beside the layer": (LISTED, beside),
@@ -204,7 +258,9 @@ PROGRAMS: dict[str, tuple[str, Callable[[Net, Tensor], Tensor]]] = {
     "half of the units, in place": (COUNTED, lambda net, x: net.first(x).clone()[:, :4].relu_()),
     "a mean over units": (NO_NEURON, threshold),
     "a score that gates": (NO_NEURON, gated_by_a_score),
+    "a score that gates, and a sum": (NO_NEURON, lambda net, x: gated_by_a_score(net, x).sum(-1, keepdim=True)),
     "attention scores": (NO_NEURON, attention),
+    "attention scores, in sums": (NO_NEURON, attention_in_sums),
     "attention scores, of unknown values": (NO_NEURON, lambda net, x: attention(net, x, lambda v: v.roll(1, -1))),
     "attention of a graph": (NO_NEURON, graph_attention),
     "a loss": (NO_NEURON, hinge),
@@ -280,6 +336,18 @@ COMPILED = [
     "a loss",
     "single numbers of units",
 ]
+
+
+def test_rows_of_two_layers_that_a_mask_mixed_are_said_to_be_of_several_layers() -> None:
+    _, program = PROGRAMS["masked_scatter, of two layers"]
+    net = Net(program)
+    net(torch.randn(BATCH, WIDTH))
+    with ns.watch(net) as scope:
+        net(torch.randn(BATCH, WIDTH)).sum().backward()
+        scope.step()
+    (found,) = scope.report().not_measured
+    assert found.name == "relu()"
+    assert "units of several layers" in found.reason
 
 
 def test_in_a_compiled_network_the_same_is_said() -> None:

@@ -324,6 +324,28 @@ def test_generation_with_a_window_that_slides_counts_the_prompts_once(first: int
     assert (seen, other) == ([4] + [0] * (19 - first), 4)
 
 
+def test_batches_that_grow_by_one_token_are_no_generation() -> None:
+    counter, model = _counter(model=Decoder())
+    with torch.no_grad():
+        assert [counter.count(model, (torch.randint(99, (4, length)),), {}) for length in range(3, 9)] == [4] * 6
+        begin = torch.ones(4, 90, dtype=torch.int64)  # the same instruction before each question
+        batches = [torch.cat([begin, torch.randint(99, (4, length))], 1) for length in range(3, 9)]
+        assert [counter.count(model, (each,), {}) for each in batches] == [4] * 6
+
+
+@pytest.mark.parametrize("most", [4, 70, 200], ids=["slides", "slides late", "grows"])
+def test_a_search_with_beams_counts_the_prompts_once(most: int) -> None:
+    counter, model = _counter(model=Decoder())
+    tokens = torch.randint(99, (12, 3))
+    seen = []
+    with torch.no_grad():
+        for _ in range(90):
+            seen.append(counter.count(model, (tokens[:, -most:],), {}))
+            better = torch.cat([torch.randint(low, low + 3, (3,)) for low in range(0, 12, 3)])
+            tokens = torch.cat([tokens[better], torch.randint(99, (12, 1))], 1)
+    assert seen == [12] + [0] * 89
+
+
 def test_the_same_tokens_again_are_no_generation() -> None:
     counter, model = _counter(model=Decoder())
     with torch.no_grad():

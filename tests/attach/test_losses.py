@@ -169,7 +169,12 @@ class Penalised(nn.Module):
         (lambda _, h, y: (y.mean(0).abs() - 1e4).clamp(min=0).sum(), True),
         (lambda _, h, y: F.mse_loss(F.relu(h - 1e4), torch.zeros_like(h)), True),
         (lambda net, h, y: net.out(F.relu(h - 1e4)).mean(), False),  # a layer reads it
-        (lambda _, h, y: F.relu(h - 1e4).sum(1).mean(), False),  # one number a row may be an output
+        (lambda _, h, y: F.relu(h - 1e4).sum(1).mean(), True),
+        (lambda _, h, y: F.relu(y - 1e4).square().sum(1).add(1).sqrt().mean(), True),
+        (lambda _, h, y: F.relu(h - 1e4).norm(dim=1).clamp(max=9).mean(), True),
+        (lambda net, h, y: net.out(h * F.relu(h - 1e4).mean()).mean(), False),  # a scale of what a layer reads
+        (lambda net, h, y: net.out(h + F.relu(h - 1e4).sum(1, keepdim=True)).mean(), False),
+        (lambda _, h, y: (F.relu(h - 1e4).sum(1) - h.sum(1)).square().mean(), False),  # it may be a prediction
     ],
 )
 def test_a_penalty_on_a_hidden_layer_kills_none_of_its_neurons(
@@ -205,3 +210,24 @@ def test_neurons_that_a_weight_multiplies_before_a_sum_are_no_outputs() -> None:
             scope.step()
     assert scope.report().neurons == HIDDEN
     assert 2 in [each.neuron for each in scope.report().verdicts() if each.label == "dead"]
+
+
+class ReturnsSums(nn.Module):
+    """A number for each row is an output beside another one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hidden, self.out = nn.Linear(4, HIDDEN), nn.Linear(HIDDEN, 1)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        h = self.hidden(x)
+        return self.out(h), F.relu(h - 1e4).sum(1)
+
+
+def test_a_number_for_each_row_that_the_model_returns_is_no_penalty() -> None:
+    model = ReturnsSums()
+    with ns.watch(model) as scope:
+        for _ in range(STEPS):
+            sum(each.mean() for each in model(torch.rand(ROWS, 4))).backward()
+            scope.step()
+    assert (scope.report().neurons, scope.report().dead) == (HIDDEN, HIDDEN)

@@ -864,6 +864,7 @@ def call_elementwise(function: Any, name: str) -> tuple[int, Callable[..., Any]]
         "addcdiv": (3, lambda x, y, z: function(x, y, z)),
         "where": (3, lambda x, y, z: function(x > 0.7, y, z) if function is torch.where else function(y, x > 0.7, z)),
         "masked_fill": (2, lambda x, y: function(x, y > 0.7, 0.0)),
+        "masked_scatter": (2, lambda x, y: function(x, y > 0.7, torch.zeros(4**5, dtype=x.dtype))),
         "bernoulli": (1, lambda x: function(x)),
         "prelu": (1, lambda x: function(x, torch.tensor([0.1], dtype=torch.float64))),
         "to": (1, lambda x: function(x, torch.float32)),
@@ -897,6 +898,7 @@ ELEMENTWISE = sorted(
         *(elementwise_rules._LINEAR + elementwise_rules._MULTIPLYING + elementwise_rules._NOT_LINEAR).split(),
         "where",
         "masked_fill",
+        "masked_scatter",
         "max",
         "min",
     }

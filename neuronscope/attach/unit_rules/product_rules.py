@@ -29,6 +29,8 @@ def _matrix_product(operation: Operation, left: Operand, right: Operand) -> Orig
         return Origin.of(RAW)
     if ROWS in states:
         return Origin.of(ROWS, upstream)
+    if left.origin.made or right.origin.made:
+        return Origin.of(ENDED, upstream)
     return _sum_of_right(operation, left, right) or _sum_of_left(operation, left, right) or Origin.of(ENDED, upstream)
 
 
@@ -281,7 +283,7 @@ def _einsum_sum(operation: Operation, data: Sequence[tuple[str, Operand]], outpu
     candidates = []
     for term, operand in data:
         units = operand.origin.units
-        if units is None:
+        if units is None or operand.origin.made:
             continue
         by_letter = dict(zip(term, units.dims, strict=True))
         if all(letter in output for letter, dim in by_letter.items() if has_units(dim)):

@@ -12,7 +12,7 @@ from neuronscope.attach.unit_rules.elementwise_rules import bending
 from neuronscope.attach.unit_rules.operation import Function, Operation, Rule, integers, table
 from neuronscope.attach.units import has_units, reduce, resized
 
-__all__ = ["REDUCTIONS"]
+__all__ = ["REDUCTIONS", "summed_factors"]
 
 
 def _reduction_rule(place: int, *, keeps_zero: bool = True) -> Rule:
@@ -29,17 +29,43 @@ def _reduction_rule(place: int, *, keeps_zero: bool = True) -> Rule:
         outputs = operation.outputs
         if origin.units is None:
             return [origin] * len(outputs)
-        axes = [axis % rank for axis in integers([operation.argument(place, "dim", "axis")])] or list(range(rank))
+        axes = _axes(operation, place)
         keepdim = bool(outputs) and len(outputs[0]) == rank
         if len(axes) == 1 and operation.function in _SUMS and (found := _sum_of_layers(operand, axes[0], keepdim)):
             return [found] * len(outputs)
         dims = reduce(origin.units.dims, axes, keepdim=keepdim)
+        if operation.function in _SUMS and any(each.origin.made for each in origin.factors):
+            dims = None  # a layer that is written out, whose weights data made
         if dims is None or any(len(dims) != len(shape) for shape in outputs):
             return [Origin.of(ENDED, operation.upstream)] * len(outputs)
         left = origin.but(units=origin.units._replace(dims=dims))
         return [left if keeps_zero else left.but(site=None, carries=())] * len(outputs)
 
     return rule
+
+
+def _axes(operation: Operation, place: int) -> list[int]:
+    rank = len(operation.first.shape)
+    return [axis % rank for axis in integers([operation.argument(place, "dim", "axis")])] or list(range(rank))
+
+
+def summed_factors(operation: Operation) -> list[Operand]:
+    """Return the factors of a product that a function sums; those that are the same for all terms are left out.
+
+    A sum of all products, as in a loss, has none.
+
+    Args:
+        operation: The call of any function.
+    """
+    if operation.function not in _SUMS or operation.outputs[0] == ():
+        return []
+    product = operation.first
+    axes = [axis - len(product.shape) for axis in _axes(operation, 1)]
+    return [
+        each
+        for each in product.origin.factors
+        if any(-axis <= len(each.shape) and each.shape[axis] > 1 for axis in axes)
+    ]
 
 
 def _sum_of_layers(operand: Operand, axis: int, keepdim: bool) -> Origin | None:

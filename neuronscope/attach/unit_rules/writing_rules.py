@@ -100,6 +100,16 @@ def _alike(one: Units, other: Units) -> bool:
     )
 
 
+def _scatter_by_mask(operation: Operation) -> Origin:
+    """Say what ``masked_scatter`` gives: elements of another tensor, in the order and in the places that data says."""
+    target, source, upstream = operation.first, operation.argument(2, "source").origin, operation.upstream
+    if source.state in (CONSTANT, WEIGHT, RAW):
+        found = combine([target], operation.outputs[0])
+        return found.but(upstream=upstream) if found.upstream != upstream else found
+    layers = {each.units.layer for each in (target.origin, source) if each.units is not None}
+    return Origin.of(ROWS, upstream) if len(layers) > 1 else lose(operation)
+
+
 def set_item(target: Operand, index: tuple[Any, ...], value: Operand) -> Origin:
     """Return what a tensor is after ``target[index] = value``.
 
@@ -154,4 +164,5 @@ def _only_positions(index: tuple[Any, ...], shape: Shape, units: Units) -> bool:
 WRITING: dict[Function, Rule] = {
     **table("scatter scatter_add scatter_reduce index_add index_copy index_reduce", _scatter_rule, in_place=True),
     **table("index_put", _index_put, in_place=True),
+    **table("masked_scatter", _scatter_by_mask, in_place=True),
 }
