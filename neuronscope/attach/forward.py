@@ -13,7 +13,6 @@ rollout, generation. What a forward with gradients runs under ``no_grad`` is a p
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Mapping
 from typing import Any
 
@@ -104,7 +103,6 @@ class ForwardContext:
         self._graded = True
         self.began_inference = False
         self._examples_of_step = 0
-        self._given: list[tuple[weakref.ref[Tensor], int]] = []  # to the last forward of this step: tensors, versions
         self._step: tuple[int, int] | None = None  # number and examples of a training step that says what it was given
         self.ordinals = Ordinals()
         self.parts = CompiledParts(self.flow, self.ordinals)
@@ -239,11 +237,10 @@ class ForwardContext:
 
         A forward that is given what the model returned the last time, such as a recurrent network's state, has the
         number of the last one: a site has no more examples in both than in one, and a site that only one of them runs
-        has those of that one. So has a forward that is given the very tensors of the last one in the same step.
+        has those of that one.
         """
         self.begun += 1
-        again = self._is_given_again(args, kwargs)
-        if (path != "" or not self.flow.gave(args, kwargs)) and not again:
+        if path != "" or not self.flow.gave(args, kwargs):
             self._set_number(self.begun)
         again = self.restarts_at_parts and any(_overlap(path, each) for each in self._ran)
         if again or (path == "" and not self.explicit_step) or len(self.flow.layers) > _MOST_CALLS:
@@ -253,23 +250,6 @@ class ForwardContext:
         self.flow.note_inputs(args)
         if kwargs:
             self.flow.note_inputs(kwargs)
-
-    def _is_given_again(self, args: Any, kwargs: Any) -> bool:
-        """Whether a forward is given the very tensors of the last one in the same step, unchanged since."""
-        last = self._given
-        now: list[tuple[weakref.ref[Tensor], int]] = []
-        again, plain = True, not torch._C._len_torch_function_stack()  # a mode would see `_version`
-        for value in (*args, *kwargs.values()):
-            if isinstance(value, Tensor):
-                has_version = plain and type(value) is Tensor and not value.is_inference()
-                version = value._version if has_version else -1
-                place = len(now)
-                again = again and place < len(last) and last[place][0]() is value and last[place][1] == version
-                now.append((weakref.ref(value), version))
-            elif value is not None and not isinstance(value, (bool, int, float, str)):
-                again = False  # it may hold tensors
-        self._given = now
-        return again and 0 < len(now) == len(last)
 
     def note_outputs(self, output: Any) -> None:
         """Note what the model returns.
@@ -320,7 +300,6 @@ class ForwardContext:
         self.recomputing = False
         self.exporting = False
         self.recomputation.clear()
-        self._given = []
         self.forget()
 
 

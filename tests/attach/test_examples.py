@@ -422,38 +422,6 @@ def test_a_forward_that_is_given_a_reference_which_the_model_computed_has_exampl
     assert [tally.examples for tally in scope.census("train").values()] == [3 * 4]
 
 
-def test_the_same_tensor_again_in_a_step_brings_no_new_examples() -> None:
-    """As in sharpness-aware minimisation, L-BFGS, two dropout masks, and the mean over dropout masks."""
-    model = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Dropout(0.2), nn.Linear(5, 2))
-    x = torch.randn(6, 4)
-    with ns.watch(model) as scope:
-        for _ in range(3):  # the same tensor in each step is as many examples as in the steps of an epoch
-            model(x).sum().backward()
-            model(x).sum().backward()
-            model(torch.randn(2, 4)).sum().backward()
-            scope.step()
-        with scope.phase("val"), torch.inference_mode():
-            for batch in (x, torch.randn(6, 4)):
-                torch.stack([model(batch) for _ in range(10)]).mean(0)
-        for _ in range(2):
-            with scope.phase("test"), torch.no_grad():
-                model(x)
-    found = {phase: scope.census(phase)["0/relu"] for phase in scope.phases}
-    assert {phase: tally.examples for phase, tally in found.items()} == {"train": 24, "val": 12, "test": 12}
-    assert found["train"].positions == 42
-
-
-def test_a_buffer_that_is_filled_anew_brings_new_examples() -> None:
-    model, buffer = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 2)), torch.empty(6, 4)
-    with ns.watch(model) as scope:
-        for _ in range(3):
-            model(buffer.normal_()).sum().backward()
-        for scale in (0.5, 0.1):
-            model(buffer * scale).sum().backward()
-        scope.step()
-    assert scope.census()["0/relu"].examples == 5 * 6
-
-
 class Halves(nn.Module):
     """An encoder and a decoder, one of which each forward runs."""
 

@@ -226,7 +226,7 @@ def test_resampling_batch_norm_and_generation_are_inference() -> None:
     with ns.watch(model) as scope:
         train(model, 8)
         scope.step()
-        torch.optim.swa_utils.update_bn(list(torch.randn(2, 5, WIDTH)), model)
+        torch.optim.swa_utils.update_bn([torch.randn(5, WIDTH)] * 2, model)
         scope.step()
     assert {phase: examples(scope, phase) for phase in scope.phases} == {"train": 8, "inference": 10}
 
