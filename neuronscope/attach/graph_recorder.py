@@ -102,7 +102,6 @@ class GraphRecorder:
         self.trace_error: Exception | None = None
         self.own_code: CodeType | None = None
         self.is_part: Callable[[Any], bool] = lambda _: False
-        self._tolerance = tolerance
         self._code: CodeType | None = None  # what is traced
         self._first_of_graph = 0  # the number of its first call
         self._numbers: Counter[_CallPlace] = Counter()  # of the calls in it
@@ -150,6 +149,8 @@ class GraphRecorder:
         def is_given(call: int) -> bool:
             return calls[call].is_given
 
+        # With `dynamic=True` an attribute would be an input of the graph, which torch cannot give to two checkpoints.
+        self._tolerance = torch.compiler.assume_constant_result(lambda: tolerance)
         self._last_found = torch.compiler.assume_constant_result(last_found)
         self._counters_of = torch.compiler.assume_constant_result(counters_of)
         self._experts_of = torch.compiler.assume_constant_result(experts_of)
@@ -449,7 +450,7 @@ class GraphRecorder:
             examples = min(positions, self._examples())
             if self._is_in_part(call):
                 examples = once_a_forward(examples, self.forward.number_tensor, counters.last_forward)
-        add_outputs_in_graph(counters, plain, axis, examples, self._tolerance)
+        add_outputs_in_graph(counters, plain, axis, examples, self._tolerance())
         if left_out is not None:
             leave_out(counters, left_out)
 
@@ -468,7 +469,7 @@ class GraphRecorder:
             number,
             first,
             experts.clock,
-            self._tolerance,
+            self._tolerance(),
             *experts.tensors,
             *experts.pace,
         )
