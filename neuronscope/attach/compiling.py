@@ -886,10 +886,9 @@ def operator_around() -> str:
     tracer = None if output is None else output.current_tracer
     while tracer is not None and tracer.parent is not None:
         name = getattr(tracer.source_target, "_name", None) or str(tracer.source_target)
+        followed = any(part in name for part in _ONCE)
         if _CHECKPOINT in name:
             followed = _is_counted_in(tracer, output)
-        else:
-            followed = any(part in name for part in _ONCE)
         if not followed:
             return name.rpartition(".")[2]
         tracer = tracer.parent
