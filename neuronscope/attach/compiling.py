@@ -59,6 +59,7 @@ __all__ = [
     "in_operator",
     "is_compiled",
     "is_in_graph",
+    "is_quantized_in_graph",
     "is_recorded",
     "is_tracing",
     "operator_around",
@@ -648,6 +649,8 @@ class _CallTraced(UserFunctionVariable):
         mode, func, given, named, *facts = args
         function, watcher = _value(func), _value(mode)
         build = functools.partial(variables.VariableTracker.build, tx)
+        if str(getattr(function, "__name__", "")).startswith(_QUANTIZE):
+            vars(tx.output)[_QUANTIZED] = True
         if function is Tensor.unflatten:  # the compiler cannot trace the method under a function mode
             func = build(torch.unflatten)
         counts = not (in_compiled_graph() or _traces_backward(tx))  # a back end may compile what it was given again
@@ -966,6 +969,31 @@ def enters_graph(tensor: Tensor) -> bool:
     """Whether a tensor that :func:`while_tracing` gave is an input of the graph, so that other code may use it too."""
     node = _nodes.get(tensor)
     return node is not None and node.op == "placeholder"
+
+
+def is_quantized_in_graph(tensor: Tensor) -> bool:
+    """Whether the graph makes a fake tensor of a quantised one: fake tensors say themselves that they are not.
+
+    Args:
+        tensor: A tensor that :func:`while_tracing` gave.
+    """
+    if _QUANTIZED not in vars(_translators[-1].output):
+        return False
+    first: Any = _nodes.get(tensor)
+    nodes, seen = [first] if first is not None else [], set()
+    while nodes:
+        node = nodes.pop()
+        name = str(getattr(node.target, "__name__", node.target))
+        if name.startswith(_QUANTIZE):
+            return True
+        if node not in seen and name != "dequantize":
+            seen.add(node)
+            nodes.extend(node.all_input_nodes)
+    return False
+
+
+_QUANTIZE = "quantize_per_"  # how the names of functions begin that quantise a tensor
+_QUANTIZED = "neuronscope_quantized"  # an attribute of a graph in which one was called
 
 
 def is_in_graph(tensor: Tensor) -> bool:

@@ -26,6 +26,7 @@ from neuronscope.attach.compiling import (
     in_autograd_function,
     in_backward,
     is_in_graph,
+    is_quantized_in_graph,
     operator_around,
     original_code,
     set_integer,
@@ -329,12 +330,14 @@ class GraphRecorder:
             self._note_given(self._note_traced(call), x)
 
     def _is_inside(self, phase: str, path: str, function: str, x: Tensor) -> bool:
-        """Whether a call is made inside a transform or an operator that is given functions, after noting that."""
+        """Whether a call is made inside a transform or operator, or of a quantised tensor, after noting that."""
         unmeasured = self.recorder.unmeasured
         if torch._C._functorch.maybe_current_level() is not None:
             unmeasured.note_transformed(phase, path, function, x)
         elif operator := operator_around():
             unmeasured.note_inside(operator, phase, path, function, x)
+        elif is_quantized_in_graph(x):
+            unmeasured.note_quantized(phase, path, function, x)
         else:
             return False
         return True
