@@ -10,8 +10,8 @@ import contextlib
 import functools
 import inspect
 import operator
+import os
 import sys
-import threading
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from types import CodeType, FunctionType, ModuleType
@@ -23,6 +23,7 @@ from torch._C._dynamo.eval_frame import reset_code, set_eval_frame
 from torch._dynamo import OptimizedModule, variables
 from torch._dynamo.comptime import ComptimeContext, comptime
 from torch._dynamo.eval_frame import skip_code
+from torch._dynamo.side_effects import SideEffects
 from torch._dynamo.symbolic_convert import tls as tracing_thread
 from torch._dynamo.variables import UserFunctionVariable
 from torch._ops import HigherOrderOperator
@@ -30,7 +31,7 @@ from torch.autograd.function import BackwardCFunction
 from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode_stack
 
 from neuronscope.attach.tensor_map import TensorMap, nested_tensors
-from neuronscope.count.compiled_graphs import handled_as
+from neuronscope.count.compiled_graphs import alias_in_graph, graph_thread, handled_as, random_states_unchecked
 
 Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")
@@ -53,10 +54,12 @@ __all__ = [
     "hidden",
     "in_autograd_function",
     "in_backward",
+    "in_body",
     "in_compiled_graph",
     "in_operator",
     "is_compiled",
     "is_in_graph",
+    "is_quantized_in_graph",
     "is_recorded",
     "is_tracing",
     "operator_around",
@@ -174,26 +177,13 @@ def is_recorded() -> bool:
     return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
 
 
-class _Thread(threading.local):
-    """What a thread runs.
-
-    Attributes:
-        in_graph: Whether a compiled graph.
-    """
-
-    in_graph = False
-
-
-_thread = _Thread()
-
-
 def in_compiled_graph() -> bool:
     """Whether this thread runs a graph of which a :class:`GraphListener` was told when it was traced.
 
     A back end may run the functions of a graph one by one in Python, and Inductor runs some of them so. The counting
     calls that are part of the graph count what these functions compute.
     """
-    return _thread.in_graph
+    return graph_thread.in_graph
 
 
 def is_compiled(module: nn.Module) -> bool:
@@ -408,6 +398,8 @@ def _end_graph(output: Any, listener: GraphListener, *, ends: bool) -> None:
         for each in (nodes, returned)
     )
     used = tuple([any(user is not last and not _is_count(user) for user in node.users) for node in returned])
+    for node in [*output.graph.nodes]:
+        _give_aliases(node, output.nn_modules)
     runs = listener.end_graph(TracedEnd(ends, inputs, outputs, used))
     if runs is not None and runs.guarded:
         sources = [node.meta["grapharg"].source for node, each in zip(nodes, inputs, strict=True) if each is not None]
@@ -418,6 +410,39 @@ def _end_graph(output: Any, listener: GraphListener, *, ends: bool) -> None:
 def _is_count(node: Any) -> bool:
     """Whether a node of a graph is a call that counts."""
     return getattr(node.target, "__module__", "").startswith(f"{_OWN}.") or node.target in ("detach", torch.detach)
+
+
+def _give_aliases(node: Any, modules: dict[str, Any]) -> None:
+    """Give an operator of activation checkpointing aliases of our tensors; the node may be any other, too.
+
+    A back end that runs the operator as it is saves what the operator is given for the backward pass, and torch raises
+    there if that has changed: it does not see that an alias changes.
+
+    Args:
+        node: A node of the graph that was traced.
+        modules: The functions that operators are given, by their names.
+    """
+    if node.op != "call_function" or _CHECKPOINT not in str(node.target):
+        return
+    args = [*node.args]
+    for place, arg in enumerate(args):
+        value = getattr(arg, "meta", {}).get("example_value")
+        ours = isinstance(value, Tensor) and (arg.op == "get_attr" or not value.is_floating_point())
+        if place and ours and _is_counted_with(node, place, modules):
+            with node.graph.inserting_before(node):
+                args[place] = node.graph.call_function(alias_in_graph, (arg,))
+            args[place].meta.update(arg.meta)
+    node.args = tuple(args)
+
+
+def _is_counted_with(node: Any, place: int, modules: dict[str, Any]) -> bool:
+    """Whether the function that an operator is given only counts with one of its other arguments."""
+    body = modules[node.args[0].target].graph
+    inner = [each for each in body.nodes if each.op == "placeholder"][place - 1]
+    return all(
+        _is_count(user) or (_CHECKPOINT in str(user.target) and _is_counted_with(user, user.args.index(inner), modules))
+        for user in inner.users
+    )
 
 
 def _expression(source: Any) -> str:
@@ -475,7 +500,8 @@ def _told_of_runs(backend: Callable[..., Any], runs: GraphRuns | None, listener:
 
     @functools.wraps(backend)
     def compile_graph(*args: Any, **kwargs: Any) -> Any:
-        compiled = backend(*args, **kwargs)
+        with random_states_unchecked():
+            compiled = backend(*args, **kwargs)
 
         def run(*inputs: Any) -> Any:
             end = None
@@ -484,12 +510,12 @@ def _told_of_runs(backend: Callable[..., Any], runs: GraphRuns | None, listener:
                     end = runs.begin(inputs)
             except Exception as error:
                 listener.trace_error = error
-            outputs, outside = None, _thread.in_graph
+            outputs, outside = None, graph_thread.in_graph
             try:
-                _thread.in_graph = True
+                graph_thread.in_graph = True
                 outputs = compiled(*inputs)
             finally:
-                _thread.in_graph = outside
+                graph_thread.in_graph = outside
                 try:
                     if end is not None:
                         end(outputs)
@@ -623,6 +649,8 @@ class _CallTraced(UserFunctionVariable):
         mode, func, given, named, *facts = args
         function, watcher = _value(func), _value(mode)
         build = functools.partial(variables.VariableTracker.build, tx)
+        if str(getattr(function, "__name__", "")).startswith(_QUANTIZE):
+            vars(tx.output)[_QUANTIZED] = True
         if function is Tensor.unflatten:  # the compiler cannot trace the method under a function mode
             func = build(torch.unflatten)
         counts = not (in_compiled_graph() or _traces_backward(tx))  # a back end may compile what it was given again
@@ -631,12 +659,15 @@ class _CallTraced(UserFunctionVariable):
             return trace.call_function(tx, [func, given, named], {})
         if isinstance(function, HigherOrderOperator) and hasattr(func, "_call_function"):
             state = tx.symbolic_torch_function_state
+            keywords = named.keys_as_python_constant()
             state.push_torch_function_mode(mode)  # it sees what the functions call that the operator is given
             try:
                 with _without_reuse():
-                    output = func._call_function(tx, list(given.items), named.keys_as_python_constant())
+                    output = func._call_function(tx, list(given.items), keywords)
             finally:
                 state.pop_torch_function_mode()
+            if _CHECKPOINT in str(function) and _MAY_CHANGE:
+                return output  # what it is was noted in the checkpoint
         else:
             output = func.call_function(tx, list(given.items), named.keys_as_python_constant())
         if counts and facts:
@@ -674,6 +705,74 @@ def _without_reuse() -> Iterator[None]:
 
 def _nothing(*_: Any, **__: Any) -> None:
     pass
+
+
+#: Torch's name, old and new, for the question of whether traced code in a checkpoint may change what is outside of it.
+_MAY_CHANGE = next(
+    (
+        name
+        for name in ("should_allow_side_effects_in_hop", "should_allow_side_effects_under_checkpoint")
+        if hasattr(SideEffects, name)
+    ),
+    "",
+)
+_PACKAGE = f"{os.sep}neuronscope{os.sep}"
+_OPERATORS = variables.higher_order_ops.__file__
+
+
+def _let_hooks_change(output: Any) -> None:
+    """Let our hooks change what is ours in a checkpoint that is traced, until the graph ends.
+
+    Torch refuses that to all code, because the checkpoint runs again, and would not do again what it does to objects
+    outside of it. Our hooks must not. If torch refused, the graph would break, or torch raise if it must not break.
+
+    Args:
+        output: The graph that is traced.
+    """
+    original: Callable[[SideEffects], bool] = getattr(SideEffects, _MAY_CHANGE)
+    if original is _may_change:
+        return
+
+    def undo() -> None:
+        setattr(SideEffects, _MAY_CHANGE, _refused.pop())
+
+    _refused.append(original)
+    setattr(SideEffects, _MAY_CHANGE, _may_change)
+    output.add_cleanup_hook(undo)
+
+
+_refused: list[Callable[[SideEffects], bool]] = []  # torch's own question, while ours stands in its place
+
+
+def _may_change(effects: SideEffects) -> bool:
+    if _refused[-1](effects):
+        return True
+    graph = effects.output_graph_weakref()
+    translator = None if graph is None else graph.current_tx
+    while translator is not None and translator.f_code.co_filename == torch.overrides.__file__:  # enters our mode
+        translator = getattr(translator, "parent", None)
+    return translator is not None and _PACKAGE in translator.f_code.co_filename
+
+
+def _is_counted_in(tracer: Any, output: Any) -> bool:
+    """Whether what runs in a checkpoint that is traced is counted; then our hooks may change what is ours.
+
+    Not if a function of the user is asked about each operator in it, or if torch is too old.
+
+    Args:
+        tracer: Traces the checkpoint.
+        output: The graph that is traced.
+    """
+    if _OWN not in vars(tracer):
+        frame, selective = sys._getframe(), False
+        while frame.f_back is not None and not selective:
+            frame = frame.f_back
+            selective = frame.f_code.co_filename == _OPERATORS and frame.f_locals.get("context_fn") is not None
+        vars(tracer)[_OWN] = bool(_MAY_CHANGE) and not selective
+    if vars(tracer)[_OWN]:
+        _let_hooks_change(output)
+        return True
+    return False
 
 
 class _GraphState:
@@ -776,20 +875,24 @@ def _modules_of(translator: Any) -> Iterator[nn.Module]:
 
 #: Parts of the names of operators that run their function once and are followed as if they were not there.
 _ONCE = ("wrap", "autograd", "custom_function_call")
-#: A part of the names of those that run it again in the backward pass.
+#: A part of the names of those that run it again in the backward pass, where nothing is counted again.
 _CHECKPOINT = "checkpoint"
 
 
 def operator_around() -> str:
     """Return the name of the operator around the traced function, such as ``torch.cond``; ``""`` outside of operators.
 
-    It traces the function apart, and runs it any number of times: activation checkpointing runs it again.
+    It traces the function apart, and runs it any number of times.
     """
     translator = getattr(tracing_thread, "current_tx", None)  # `None` where `torch.export` runs the model
-    tracer = None if translator is None else translator.output.current_tracer
+    output = None if translator is None else translator.output
+    tracer = None if output is None else output.current_tracer
     while tracer is not None and tracer.parent is not None:
         name = getattr(tracer.source_target, "_name", None) or str(tracer.source_target)
-        if _CHECKPOINT in name or not any(part in name for part in _ONCE):
+        followed = any(part in name for part in _ONCE)
+        if _CHECKPOINT in name:
+            followed = _is_counted_in(tracer, output)
+        if not followed:
             return name.rpartition(".")[2]
         tracer = tracer.parent
     return ""
@@ -797,12 +900,15 @@ def operator_around() -> str:
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def in_operator() -> bool:
-    """Whether code that is traced belongs to such an operator, but for activation checkpointing.
+    """Whether code that is traced belongs to such an operator."""
+    return bool(operator_around())
 
-    A hook that changes anything in a checkpoint breaks the graph, so that eager code runs the checkpoint.
-    """
-    operator = operator_around()
-    return bool(operator) and _CHECKPOINT not in operator
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def in_body() -> bool:
+    """Whether code that is traced belongs to any operator that is given functions."""
+    translator = getattr(tracing_thread, "current_tx", None)
+    return translator is not None and translator.output.current_tracer.parent is not None
 
 
 _nodes: TensorMap[Any] = TensorMap()  # of each fake tensor that was looked at: its node in the graph
@@ -863,6 +969,31 @@ def enters_graph(tensor: Tensor) -> bool:
     """Whether a tensor that :func:`while_tracing` gave is an input of the graph, so that other code may use it too."""
     node = _nodes.get(tensor)
     return node is not None and node.op == "placeholder"
+
+
+def is_quantized_in_graph(tensor: Tensor) -> bool:
+    """Whether the graph makes a fake tensor of a quantised one: fake tensors say themselves that they are not.
+
+    Args:
+        tensor: A tensor that :func:`while_tracing` gave.
+    """
+    if _QUANTIZED not in vars(_translators[-1].output):
+        return False
+    first: Any = _nodes.get(tensor)
+    nodes, seen = [first] if first is not None else [], set()
+    while nodes:
+        node = nodes.pop()
+        name = str(getattr(node.target, "__name__", node.target))
+        if name.startswith(_QUANTIZE):
+            return True
+        if node not in seen and name != "dequantize":
+            seen.add(node)
+            nodes.extend(node.all_input_nodes)
+    return False
+
+
+_QUANTIZE = "quantize_per_"  # how the names of functions begin that quantise a tensor
+_QUANTIZED = "neuronscope_quantized"  # an attribute of a graph in which one was called
 
 
 def is_in_graph(tensor: Tensor) -> bool:
@@ -936,11 +1067,25 @@ def _proxy_of(tensor: Tensor) -> Any:
 
 def _tracer_of(node: Any) -> Any:
     """Return what traces the graph of a node, which may be one around the innermost one; ``None`` if it was traced."""
-    return next((each for each in _translators[-1].output.tracers if each.graph is node.graph), None)
+    tracers = _translators[-1].output.tracers if _translators else ()
+    return next((each for each in tracers if each.graph is node.graph), None)
+
+
+def _outside(node: Any) -> Any:
+    """Return the node that stands for a value where it was made, if it is given to the function of an operator."""
+    while node.op == "placeholder":
+        tracer = _tracer_of(node)
+        lifted = {} if tracer is None or tracer.parent is None else tracer.lifted_freevars
+        outer = next((each.node for each, inner in lifted.items() if inner.node is node), None)
+        if outer is None:
+            break
+        node = outer
+    return node
 
 
 def _tensor_of(node: Any) -> Any:
     """Return the tensor that stands for a node, and note that it does."""
+    node = _outside(node)
     argument = node.meta.get("grapharg")
     real = None if argument is None else argument.example
     found = real if isinstance(real, Tensor) else node.meta.get("example_value")

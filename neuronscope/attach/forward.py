@@ -25,6 +25,7 @@ from neuronscope.attach.compiling import (
     has_real_tensors,
     in_autograd_function,
     in_backward,
+    in_body,
     is_tracing,
     unwatched,
     while_tracing,
@@ -274,6 +275,8 @@ class ForwardContext:
             self._set_mask(None)
         if self._step is not None:
             self._take_step(self._step)
+        elif is_tracing() and in_body():
+            self.examples = 0  # a number that the compiler cannot return from a checkpoint around the forward
         return True
 
     def _take_step(self, step: tuple[int, int]) -> None:

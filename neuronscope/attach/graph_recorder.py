@@ -26,6 +26,7 @@ from neuronscope.attach.compiling import (
     in_autograd_function,
     in_backward,
     is_in_graph,
+    is_quantized_in_graph,
     operator_around,
     original_code,
     set_integer,
@@ -102,7 +103,6 @@ class GraphRecorder:
         self.trace_error: Exception | None = None
         self.own_code: CodeType | None = None
         self.is_part: Callable[[Any], bool] = lambda _: False
-        self._tolerance = tolerance
         self._code: CodeType | None = None  # what is traced
         self._first_of_graph = 0  # the number of its first call
         self._numbers: Counter[_CallPlace] = Counter()  # of the calls in it
@@ -150,6 +150,8 @@ class GraphRecorder:
         def is_given(call: int) -> bool:
             return calls[call].is_given
 
+        # With `dynamic=True` an attribute would be an input of the graph, which torch cannot give to two checkpoints.
+        self._tolerance = torch.compiler.assume_constant_result(lambda: tolerance)
         self._last_found = torch.compiler.assume_constant_result(last_found)
         self._counters_of = torch.compiler.assume_constant_result(counters_of)
         self._experts_of = torch.compiler.assume_constant_result(experts_of)
@@ -328,12 +330,14 @@ class GraphRecorder:
             self._note_given(self._note_traced(call), x)
 
     def _is_inside(self, phase: str, path: str, function: str, x: Tensor) -> bool:
-        """Whether a call is made inside a transform or an operator that is given functions, after noting that."""
+        """Whether a call is made inside a transform or operator, or of a quantised tensor, after noting that."""
         unmeasured = self.recorder.unmeasured
         if torch._C._functorch.maybe_current_level() is not None:
             unmeasured.note_transformed(phase, path, function, x)
         elif operator := operator_around():
             unmeasured.note_inside(operator, phase, path, function, x)
+        elif is_quantized_in_graph(x):
+            unmeasured.note_quantized(phase, path, function, x)
         else:
             return False
         return True
@@ -449,7 +453,7 @@ class GraphRecorder:
             examples = min(positions, self._examples())
             if self._is_in_part(call):
                 examples = once_a_forward(examples, self.forward.number_tensor, counters.last_forward)
-        add_outputs_in_graph(counters, plain, axis, examples, self._tolerance)
+        add_outputs_in_graph(counters, plain, axis, examples, self._tolerance())
         if left_out is not None:
             leave_out(counters, left_out)
 
@@ -468,7 +472,7 @@ class GraphRecorder:
             number,
             first,
             experts.clock,
-            self._tolerance,
+            self._tolerance(),
             *experts.tensors,
             *experts.pace,
         )

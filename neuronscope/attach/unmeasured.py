@@ -106,6 +106,17 @@ class Unmeasured:
         """
         self._note_inside(IN_OPERATOR.format(operator), phase, path, function, x)
 
+    def note_quantized(self, phase: str, path: str, function: str, x: Tensor) -> None:
+        """Note that a compiled graph applies an activation to a quantised tensor.
+
+        Args:
+            phase: As in :meth:`note_transformed`, and so are the others.
+            path: Path of a module.
+            function: Name of the function, or ``""``.
+            x: The pre-activation.
+        """
+        self._note_inside("it ran on quantised tensors, which cannot be counted", phase, path, function, x)
+
     def _note_inside(self, reason: str, phase: str, path: str, function: str, x: Tensor) -> None:
         if not function:
             self.note_ran(path, phase)

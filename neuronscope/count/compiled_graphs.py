@@ -5,8 +5,12 @@ These are functions because the compiler does not trace methods of an object tha
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import math
-from collections.abc import Callable, Iterable
+import operator
+import threading
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, ParamSpec, TypeVar
 
 import torch
@@ -14,6 +18,10 @@ import torch.fx.experimental.proxy_tensor
 from torch import Tensor
 from torch._dynamo.trace_rules import get_torch_obj_rule_map, manual_torch_name_rule_map
 from torch._dynamo.variables import TorchInGraphFunctionVariable
+from torch._functorch import partitioners
+from torch._prims.rng_prims import run_and_save_rng_state
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 
 from neuronscope.count.counters import SiteCounters
 from neuronscope.count.neuron_layout import Dims, neurons_first
@@ -22,12 +30,17 @@ from neuronscope.count.positions import blank_positions
 __all__ = [
     "KeptCounts",
     "add_outputs_in_graph",
+    "alias_in_graph",
+    "aliases",
     "gate_half",
+    "graph_thread",
     "handled_as",
     "leave_out",
     "once_a_forward",
     "one_call_in_graph",
+    "random_states_unchecked",
     "register_gradient_hook",
+    "runs_again",
     "save_unchecked",
 ]
 
@@ -125,7 +138,9 @@ def _add_outputs_in_graph(
     tolerance: float,
     *tensors: Tensor,
 ) -> None:
-    zero_outputs, _, not_finite, abs_sum, last_active, first_active, traced, _ = tensors
+    if runs_again(y):
+        return
+    zero_outputs, _, not_finite, abs_sum, last_active, first_active, traced, _ = aliases(tensors)
     # A compiler takes long for each operator, so that there are as few as possible.
     zeros, bad, magnitudes = _plain_outputs(y.detach(), axis, tolerance)
     positions = y.numel() // y.shape[axis]
@@ -153,6 +168,9 @@ def once_a_forward(examples: int, forward: Tensor, last: Tensor) -> Tensor:
     Returns:
         int64 without dimensions.
     """
+    if runs_again(last):
+        return last  # nobody adds it
+    (last,) = aliases((last,))
     fresh = last != forward
     last.copy_(torch.where(fresh, forward, last))
     return fresh * examples
@@ -160,6 +178,9 @@ def once_a_forward(examples: int, forward: Tensor, last: Tensor) -> Tensor:
 
 @one_call_in_graph
 def _leave_out_in_graph(zeros: Tensor, counted: Tensor, positions: Tensor) -> None:
+    if runs_again(zeros):
+        return
+    zeros, counted = aliases((zeros, counted))
     zeros.sub_(positions)
     counted[0].sub_(positions)
 
@@ -174,7 +195,10 @@ def _register_gradient_hook_in_graph(
     positions: Tensor,
     mask: Tensor | None,
 ) -> None:
+    if runs_again(x):
+        return
     save_unchecked(zero_gradients, positions)
+    zero_gradients, positions = aliases((zero_gradients, positions))
 
     def count(gradient: Tensor) -> None:
         part, neurons = neurons_first(gate_half(gradient, glu_dim).detach(), axis, dims)
@@ -189,6 +213,59 @@ def _register_gradient_hook_in_graph(
     x.register_hook(count)
 
 
+class _Thread(threading.local):
+    """What a thread runs.
+
+    Attributes:
+        in_graph: Whether a graph that counts.
+    """
+
+    in_graph = False
+
+
+graph_thread = _Thread()
+
+
+def runs_again(tensor: Tensor) -> bool:
+    """Whether activation checkpointing runs a part of a graph once more, for what its backward pass needs.
+
+    A back end that runs the graph as it was traced runs a checkpoint in it by torch's own function: in the graph, and
+    in the backward pass, when the graph has ended. One that compiles the graph has made one function of both.
+
+    Args:
+        tensor: A tensor of the graph.
+    """
+    in_backward = torch._C._current_graph_task_id() != -1
+    return in_backward and not (graph_thread.in_graph or _is_compiled(tensor))
+
+
+def _is_compiled(tensor: Tensor) -> bool:
+    """Whether a back end compiles a function that is given a tensor, and does not run it."""
+    return isinstance(tensor, (FakeTensor, FunctionalTensor))
+
+
+def aliases(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Return tensors of ours, or aliases of them if the function that is given them runs as it was traced.
+
+    Torch does not see that the tensors change when their aliases do. It would refuse a backward pass for which a back
+    end has saved them.
+
+    Args:
+        tensors: The tensors.
+    """
+    return tensors if _is_compiled(tensors[0]) else tuple([tensor.data for tensor in tensors])
+
+
+@one_call_in_graph
+def alias_in_graph(tensor: Tensor) -> Tensor:
+    """Return what :func:`aliases` does for one tensor, as one call in a graph.
+
+    Args:
+        tensor: The tensor.
+    """
+    return aliases((tensor,))[0]
+
+
 def save_unchecked(*counters: Tensor) -> None:
     """Let a backward graph keep counters although another graph may change them before it runs.
 
@@ -197,9 +274,38 @@ def save_unchecked(*counters: Tensor) -> None:
     """
     for counter in counters:
         for proxy in _proxies_of(counter):
-            proxy.node.meta["saved_tensor_with_no_vc_check"] = True
+            proxy.node.meta[_UNCHECKED] = True
 
 
+@contextlib.contextmanager
+def random_states_unchecked() -> Iterator[None]:
+    """While a back end compiles a graph that counts: let its backward graph keep random states in the same way.
+
+    Torch keeps the state of each random operator in a checkpoint, behind the tensors of :func:`save_unchecked`, and
+    takes the last ones of all for these (torch 2.13). So it would check some of ours, and raise.
+    """
+    original = getattr(partitioners, "functionalize_rng_ops", None)
+    if original is None:
+        yield
+        return
+
+    @functools.wraps(original)
+    def functionalize(*args: Any, **kwargs: Any) -> Any:
+        forward, backward = original(*args, **kwargs)
+        for node in forward.graph.output_node().args[0]:
+            if getattr(node, "target", None) is operator.getitem and node.args[0].target is run_and_save_rng_state:
+                node.meta[_UNCHECKED] = True
+        return forward, backward
+
+    partitioners.functionalize_rng_ops = functionalize
+    try:
+        yield
+    finally:
+        partitioners.functionalize_rng_ops = original
+
+
+#: In the metadata of a node: torch does not check whether its tensor has changed when the backward graph runs.
+_UNCHECKED = "saved_tensor_with_no_vc_check"
 #: Returns the nodes of a tensor in the graph that AOTAutograd traces. Torch 2.13 has this function. Without it, graphs
 #: of the back end ``aot_eager`` fail where the forward runs twice; those of Inductor tell nobody what they change.
 _proxies_of = getattr(torch.fx.experimental.proxy_tensor, "_get_proxies", lambda _: ())

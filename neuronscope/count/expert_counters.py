@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from neuronscope.count.compiled_graphs import gate_half, one_call_in_graph, save_unchecked
+from neuronscope.count.compiled_graphs import aliases, gate_half, one_call_in_graph, runs_again, save_unchecked
 from neuronscope.count.counter_tensors import NEVER, CounterTensors
 from neuronscope.count.counters import SiteCounters
 from neuronscope.count.neuron_layout import Dims, rows_kept
@@ -200,6 +200,9 @@ def add_expert_outputs_in_graph(
         tolerance: As there.
         tensors: Those of :attr:`ExpertCounters.tensors`, and then those of :attr:`ExpertCounters.pace`.
     """
+    if runs_again(y):
+        return
+    tensors = aliases(tensors)
     counts, pace = CounterTensors(*tensors[: len(CounterTensors._fields)]), tensors[len(CounterTensors._fields) :]
     same = not first if forward is None else forward
     rows, owners = _kept_rows(y.detach(), dims, owners, mask, len(counts.traced) - 1)
@@ -291,7 +294,10 @@ def register_expert_gradient_hook(
         zero_gradients: That of :attr:`ExpertCounters.tensors`.
         positions: Its ``traced_gradients``.
     """
+    if runs_again(x):
+        return
     save_unchecked(zero_gradients, positions)
+    zero_gradients, positions = aliases((zero_gradients, positions))
 
     def count(gradient: Tensor) -> None:
         half = gate_half(gradient, glu_dim).detach()

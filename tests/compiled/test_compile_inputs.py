@@ -13,6 +13,7 @@ import torch._dynamo
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import neuronscope as ns
 from tests.agreement.slow_twin import Nobody, Watched
 from tests.compiled.compiler_marks import COMPILES
 from tests.compiled.test_compile import Partly, assert_same_census, train
@@ -161,3 +162,28 @@ def test_a_function_that_is_compiled_by_itself_counts_at_each_layer_of_a_step_wh
     eager, compiled = scopes
     assert_same_census(compiled.census(), eager.census())
     assert compiled._hooks.failure is None
+
+
+class Quantised(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(5, 6), nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.relu(self.first(x))
+        x = torch.relu(torch.quantize_per_tensor(h, 0.1, 0, torch.quint8)).dequantize()
+        return torch.sigmoid(self.last(x))
+
+
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor, torch.quantize_per_channel:UserWarning")
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_an_activation_of_a_quantised_tensor_in_a_graph_is_listed(backend):
+    torch._dynamo.reset()
+    model, x = Quantised(), torch.randn(4, 5)
+    run = torch.compile(model, backend=backend, fullgraph=True)
+    with torch.no_grad(), ns.watch(model) as scope:
+        output = run(x)
+    with torch.no_grad():
+        assert output.equal(model(x))
+    assert scope._hooks.failure is None
+    assert {each.name for each in scope.report().not_measured if "quantised" in each.reason} == {"relu()"}

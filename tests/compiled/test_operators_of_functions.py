@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from torch._higher_order_ops.map import map as map_rows
 from torch._higher_order_ops.scan import scan
 from torch._higher_order_ops.while_loop import while_loop
-from torch.utils.checkpoint import checkpoint
 
 import neuronscope as ns
 from tests.agreement.slow_twin import Nobody, Watched, assert_bits, state_of
@@ -110,15 +109,3 @@ def test_what_runs_in_an_operator_is_listed_and_the_rest_is_counted(case, compil
         assert f"(`{operator}" in listed[place]
     assert [*scope.census()] == ["first/silu"]
     assert scope.census()["first/silu"].positions == 12
-
-
-def again(net: Net, x: Tensor, h: Tensor) -> Tensor:
-    return checkpoint(lambda h: F.relu(net.inner(h)), h, use_reentrant=False)
-
-
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-def test_a_function_that_a_graph_checkpoints_is_listed(backend):
-    scope = trained(again, partial(torch.compile, backend=backend, fullgraph=True), batches=3)
-    assert [*scope.census()] == ["first/silu"]
-    listed = {each.name: each.reason for each in scope.report().not_measured}
-    assert "checkpoint`)" in listed["relu()"]
