@@ -140,6 +140,7 @@ class HookManager:
         self._hidden = HiddenHooks(self._leave_fused)
         self.traced_layers = TracedLayers()
         self._step_open = False  # in the counted thread
+        self._ends = False  # whether the watch has ended, or is about to
         self._backward_at: int | None = None  # how many modules run around a backward pass that runs inside of them
         self._handles = HookHandles()
         self._off_since = 0  # the step at which they were taken off last
@@ -223,6 +224,7 @@ class HookManager:
 
     def detach(self) -> None:
         """Remove every hook; does nothing if it was done before."""
+        self._ends = True
         self.set_observing(False)
         self._handles.remove(self._model())
         stop_allowing_scripting(self)
@@ -427,7 +429,7 @@ class HookManager:
 
     def fail(self, error: Exception) -> None:
         """Handle an error in our own code: warn once, detach, and let the training go on."""
-        if self.failure is None and self._handles:  # another thread may have detached, while this one was counting
+        if self.failure is None and not self._ends:  # another thread may detach, while this one is counting
             self.failure = error
             if self._mode.handling:
                 self.observing = False  # torch puts the mode back after the call; the end of the forward takes it off
