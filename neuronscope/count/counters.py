@@ -60,6 +60,7 @@ class SiteCounters:
         self.in_graph = False
         self.shared = False
         self.window: WindowCounts | None = None
+        self._wide: CounterTensors | None = None
         self.unreadable = False
         self.incomplete = False
         self.gate: SiteCounters | None = None
@@ -86,13 +87,18 @@ class SiteCounters:
     @functools.cached_property
     def tensors(self) -> CounterTensors:
         """Counts in 64 bits, which keep their identity over resets from the first use on: a graph may hold them."""
-        with torch.inference_mode(False), torch.no_grad(), torch._C.DisableTorchFunction():
-            return wide_tensors(self.neurons, self.traced, self.traced_gradients)
+        return self._in_64_bits()
 
     @property
     def wide(self) -> CounterTensors | None:
         """Counts in 64 bits as far as there are any; with those of ``window`` they are all."""
-        return vars(self).get("tensors")
+        return self._wide
+
+    def _in_64_bits(self) -> CounterTensors:
+        if self._wide is None:
+            with torch.inference_mode(False), torch.no_grad(), torch._C.DisableTorchFunction():
+                self._wide = wide_tensors(self.neurons, self.traced, self.traced_gradients)
+        return self._wide
 
     @property
     def of_outputs(self) -> tuple[Tensor, ...]:
@@ -102,7 +108,7 @@ class SiteCounters:
     def enter_graph(self) -> None:
         """Note that a graph holds the tensors from now on. They are there before they are traced."""
         self.in_graph = True
-        _ = self.tensors
+        self.tensors = self._in_64_bits()
 
     def room_for(self, positions: int, first: int, last: int) -> tuple[CounterTensors, WindowCounts | None]:
         """Return the tensors to which outputs are to be added, and the window that these belong to, if to any.
@@ -116,7 +122,7 @@ class SiteCounters:
         if window is None or not window.take(positions, first, last):
             window = self._new_window()
             if not window.take(positions, first, last):
-                return self.tensors, None
+                return self._in_64_bits(), None
         return window.tensors, window
 
     def room_for_gradients(self, positions: int) -> CounterTensors:
@@ -129,14 +135,14 @@ class SiteCounters:
         if window is None or not window.take_gradients(positions):
             window = self._new_window()
             if not window.take_gradients(positions):
-                return self.tensors
+                return self._in_64_bits()
         return window.tensors
 
     def _new_window(self) -> WindowCounts:
         """Begin a new window; the counts of the one before it, if any, go on in 64 bits."""
         if self.window is not None:
             with torch.inference_mode(False), torch.no_grad(), torch._C.DisableTorchFunction():
-                self.window.carry_to(self.tensors)
+                self.window.carry_to(self._in_64_bits())
         with torch.inference_mode(False):
             self.window = WindowCounts(self.neurons, self.traced, self.traced_gradients)
         return self.window
@@ -225,7 +231,7 @@ class SiteCounters:
         with torch.inference_mode(False), torch.no_grad(), torch._C.DisableTorchFunction():
             for mine, view in zip(self.flush(), tensors, strict=True):
                 view.copy_(mine)
-        self.tensors = tensors
+        self.tensors = self._wide = tensors
         self.shared = True
         self.traced, self.traced_gradients = tensors.traced, tensors.traced_gradients
 
@@ -292,7 +298,7 @@ class SiteCounters:
 
     def add_plain(self, what: TensorToCount) -> None:
         """Count one output or gradient on the CPU by the plain formula."""
-        Pieces().count(self.tensors, what)
+        Pieces().count(self._in_64_bits(), what)
 
     @property
     def counts_on_device(self) -> bool:
@@ -316,17 +322,18 @@ class SiteCounters:
         return self.positions + traced[0], self.gradient_positions + traced[2], self.examples + traced[1]
 
     def reset(self) -> None:
-        """Set every count to its start, those in 64 bits in the same tensors."""
+        """Set every count to its start: in the same tensors if anybody holds them, and without any otherwise."""
         for waiting in (self.outputs, self.gradients, self.small_outputs, self.small_gradients):
             waiting.clear()
         self.window = None
-        wide = self.wide
+        if "tensors" not in vars(self):
+            self._wide = None
         with torch.inference_mode(False), torch.no_grad():
-            for counter in wide or (self.traced, self.traced_gradients):
+            for counter in self._wide or (self.traced, self.traced_gradients):
                 counter.zero_()
-            if wide is not None:
-                wide.last_active.fill_(-1)
-                wide.first_active.fill_(NEVER)
+            if self._wide is not None:
+                self._wide.last_active.fill_(-1)
+                self._wide.first_active.fill_(NEVER)
         self.positions = self.gradient_positions = self.examples = 0
         self._by_step.clear()
 
