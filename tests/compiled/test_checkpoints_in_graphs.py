@@ -235,7 +235,7 @@ def test_code_of_the_user_in_a_folder_of_our_name_is_no_code_of_ours() -> None:
     """Torch lets nobody change what is outside of a checkpoint, and runs this one uncompiled."""
     ran: list[torch.Size] = []
     names: dict[str, Any] = {"again": again, "ran": ran}
-    exec(compile(USER_CODE, "/home/user/neuronscope/train.py", "exec"), names)
+    exec(compile(USER_CODE, "/a/user/neuronscope/train.py", "exec"), names)
     for watcher in (Nobody(), Watched()):
         torch._dynamo.reset()
         net = Within(names["way"])

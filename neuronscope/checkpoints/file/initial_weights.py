@@ -158,7 +158,8 @@ def _followed_back(weight: Tensor, bound: Tensor, shrink: Callable[[Tensor], Ten
         shrunk = shrink(start.float()).double()
         start += (weight - shrunk) * (start / shrunk).nan_to_num(1.0)
     place = (start + bound.double()) / width
-    ways, chances = [], []
+    ways: list[Tensor] = []
+    chances: list[Tensor] = []
     nearby = torch.arange(-_NEARBY, _NEARBY + 1)
     draws = [((place / spacing).round()[..., None] + nearby) * spacing for spacing in (1.0, 0.5)]
     for given in shrink(torch.stack([torch.stack(_values(each, bound)) for each in draws])).double():
