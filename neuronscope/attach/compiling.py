@@ -14,6 +14,7 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from pathlib import Path
 from types import CodeType, FunctionType, ModuleType
 from typing import Any, NamedTuple, ParamSpec, Protocol, TypeVar
 
@@ -716,7 +717,8 @@ _MAY_CHANGE = next(
     ),
     "",
 )
-_PACKAGE = f"{os.sep}neuronscope{os.sep}"
+#: How the files of our own code begin; a folder of the user may bear our name.
+_PACKAGE = f"{Path(__file__).parents[1]}{os.sep}"
 _OPERATORS = variables.higher_order_ops.__file__
 
 
@@ -751,7 +753,7 @@ def _may_change(effects: SideEffects) -> bool:
     translator = None if graph is None else graph.current_tx
     while translator is not None and translator.f_code.co_filename == torch.overrides.__file__:  # enters our mode
         translator = getattr(translator, "parent", None)
-    return translator is not None and _PACKAGE in translator.f_code.co_filename
+    return translator is not None and translator.f_code.co_filename.startswith(_PACKAGE)
 
 
 def _is_counted_in(tracer: Any, output: Any) -> bool:

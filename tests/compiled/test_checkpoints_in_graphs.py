@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -218,3 +219,27 @@ def test_a_model_that_a_compiled_function_calls_under_a_checkpoint_counts_as_in_
         return model
 
     in_three_runs(run)
+
+
+USER_CODE = """
+def way(net, x):
+    def block(y):
+        y = net.blocks[0](y)
+        ran.append(y.shape)
+        return y
+    return again(block, x)
+"""
+
+
+def test_code_of_the_user_in_a_folder_of_our_name_is_no_code_of_ours() -> None:
+    """Torch lets nobody change what is outside of a checkpoint, and runs this one uncompiled."""
+    ran: list[torch.Size] = []
+    names: dict[str, Any] = {"again": again, "ran": ran}
+    exec(compile(USER_CODE, "/a/user/neuronscope/train.py", "exec"), names)
+    for watcher in (Nobody(), Watched()):
+        torch._dynamo.reset()
+        net = Within(names["way"])
+        run = torch.compile(net, backend="eager", fullgraph=True)
+        with watcher.attach(net), pytest.raises(torch._dynamo.exc.Unsupported, match="Unsafe side effect"):
+            run(torch.randn(4, 8))
+    assert not ran

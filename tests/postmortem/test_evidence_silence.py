@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from neuronscope.checkpoints.file import initial_weights
 from neuronscope.checkpoints.file.examine_file import examine_file
 from neuronscope.checkpoints.open_checkpoint import open_checkpoint
 from scripts.dying_networks import Held, as_checkpoint
@@ -394,6 +395,19 @@ def test_a_schedule_of_the_learning_rate_under_weight_decay_hides_what_was_drawn
     found, _ = examine_file(as_checkpoint(model, optimizer, step=STEPS))
     assert of(found, "never trained") == []
     assert [(piece.neurons.tolist(), piece.basis) for piece in of(found, "no gradient")] == [([1], "inferred")]
+
+
+@pytest.mark.parametrize("most", [1, 2])
+def test_only_as_many_rows_are_followed_back_through_weight_decay_as_the_bound_allows(monkeypatch, most):
+    """Of the other rows nothing is said of initialisation."""
+    monkeypatch.setattr(initial_weights, "_MOST_ROW_STEPS", most * STEPS)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 5), nn.ReLU())
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-3, weight_decay=0.1)
+    run(model, optimizer, last=(STEPS, 0, 0, 0, STEPS))
+    found, _ = examine_file(as_checkpoint(model, optimizer, step=STEPS))
+    assert of(found, "never trained")[0].neurons.tolist() == [1, 2][:most]
+    assert of(found, "no gradient")[0].neurons.tolist() == [1, 2, 3][most:]
 
 
 @pytest.mark.parametrize("steps", [60, 150, 250])

@@ -39,8 +39,9 @@ _DRAWS = 2.0**24
 #: The mean square of ``F`` uniform numbers in (−1, 1) is 1/3 with a standard deviation of .298 / √F.
 _MEAN_SQUARE, _DEVIATION, _DEVIATIONS = 1.0 / 3.0, 0.298, 4.0
 #: Where decay acted, so many of a row's smallest weights are followed back: these are the farthest apart. More steps of
-#: decay than the second number are not repeated.
-_FOLLOWED, _MOST_STEPS = 16, 200_000
+#: decay than the second number are not repeated; nor are more than the third, of all rows of a layer together: this
+#: many take about a second. Of further rows nothing is known.
+_FOLLOWED, _MOST_STEPS, _MOST_ROW_STEPS = 16, 200_000, 6_000_000
 #: Other numbers would pass with a probability below this; if it is larger, the row shows too little.
 _CHANCE = 1e-3
 #: Numbers to either side of the nearest one that are tried, and how often the nearest one is corrected.
@@ -136,16 +137,16 @@ def _is_drawn(weight: Tensor, nearest: Tensor, spacing: float, bound: Tensor) ->
 
 def _drawn_and_shrunk(weight: Tensor, shrinkage: Shrinkage) -> Tensor:
     """Return which rows decay can have made of numbers that torch draws, bool ``(K,)``; rows float64 ``(K, F)``."""
-    none = torch.zeros(weight.shape[0], dtype=torch.bool)
+    found = torch.zeros(weight.shape[0], dtype=torch.bool)
     amount, steps = shrinkage
     if steps is None or not 0 <= amount < 1 or steps > _MOST_STEPS:
-        return none
-    order = weight.abs().argsort(dim=1)[:, :_FOLLOWED]
-    smallest = weight.gather(1, order)
-    found = none
+        return found
+    most = _MOST_ROW_STEPS // max(steps, 1)
+    order = weight[:most].abs().argsort(dim=1)[:, :_FOLLOWED]
+    smallest = weight[:most].gather(1, order)
     bound = _bound(weight.shape[1])
     for step in _STEPS:
-        found = found | _followed_back(smallest, bound, partial(step, amount=amount, steps=steps))
+        found[:most] |= _followed_back(smallest, bound, partial(step, amount=amount, steps=steps))
     return found
 
 
@@ -154,15 +155,16 @@ def _followed_back(weight: Tensor, bound: Tensor, shrink: Callable[[Tensor], Ten
     width = 2.0 * bound.double() / _DRAWS
     start = weight.clone()
     for _ in range(_CORRECTIONS):
-        start += (weight - shrink(start.float()).double()) * (start / shrink(start.float()).double()).nan_to_num(1.0)
+        shrunk = shrink(start.float()).double()
+        start += (weight - shrunk) * (start / shrunk).nan_to_num(1.0)
     place = (start + bound.double()) / width
-    ways, chances = [], []
-    for spacing in (1.0, 0.5):
-        nearest = (place / spacing).round() * spacing
-        draws = nearest[..., None] + spacing * torch.arange(-_NEARBY, _NEARBY + 1)
-        given = [shrink(values).double() for values in _values(draws, bound)]
-        ways.append((torch.cat(given, dim=-1) == weight[..., None]).any(dim=-1))
-        apart = (given[0][..., -1] - given[0][..., 0]).abs() / (2 * _NEARBY)
+    ways: list[Tensor] = []
+    chances: list[Tensor] = []
+    nearby = torch.arange(-_NEARBY, _NEARBY + 1)
+    draws = [((place / spacing).round()[..., None] + nearby) * spacing for spacing in (1.0, 0.5)]
+    for given in shrink(torch.stack([torch.stack(_values(each, bound)) for each in draws])).double():
+        ways.append((given == weight[..., None]).any(dim=-1).any(dim=0))
+        apart = (given[0, ..., -1] - given[0, ..., 0]).abs() / (2 * _NEARBY)
         _, exponent = torch.frexp(weight)
         chances.append(
             (torch.ldexp(torch.full_like(weight, torch.finfo(torch.float32).eps / 2), exponent) / apart).clamp(max=1.0)

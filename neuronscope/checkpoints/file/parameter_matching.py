@@ -37,8 +37,8 @@ _FACTORS = frozenset({"row_var", "exp_avg_sq_row"})
 
 Shape = tuple[int, ...]
 _PREFIXES = ("module.", "_orig_mod.", "_fsdp_wrapped_module.", "model.", "state_dict.")
-#: Number of sets of submodules after which the search is given up.
-_MAX_STATES = 50_000
+#: The search is given up after trying so many times which submodule comes next.
+_MOST_TRIES = 150_000
 _NUMBERED = re.compile(r"(.*?)(\d{1,6})(\D*)")
 
 
@@ -313,7 +313,7 @@ class _OrderSearch:
     def __init__(self, wanted: Sequence[Shape | None], *, some_left_out: bool) -> None:
         self._wanted, self._some_left_out = wanted, some_left_out
         self._known: dict[tuple[_Module, int], dict[int, _Pairs]] = {}
-        self._states = 0
+        self._tries = 0
 
     def ways(self, module: _Module, start: int) -> dict[int, _Pairs]:
         """Return the places of a module's parameters, in all orders of them, by the place at which the module ends."""
@@ -339,15 +339,15 @@ class _OrderSearch:
             for name in names:
                 if name not in done and before[name] <= done:
                     for end, pairs in self.ways(module.children[name], place).items():
+                        self._tries += 1
+                        if self._tries > _MOST_TRIES:
+                            raise _TooManyError
                         yield pairs, (done | {name}, end)
 
         ends: dict[_Begun, frozenset[int]] = {}  # where the module may end
 
         def ends_of(begun: _Begun) -> frozenset[int]:
             if begun not in ends:
-                self._states += 1
-                if self._states > _MAX_STATES:
-                    raise _TooManyError
                 here = [begun[1]] if begun[0] == everything else []
                 ends[begun] = frozenset(here).union(*(ends_of(after) for _, after in steps(begun)))
             return ends[begun]
