@@ -20,9 +20,8 @@ the input are possible, the smaller number is taken, because it holds in both. W
 from __future__ import annotations
 
 import dataclasses
-import math
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from types import FunctionType, MethodType, ModuleType
 from typing import Any
 
@@ -36,19 +35,10 @@ from neuronscope.attach.compiling import is_tracing, seen_by_modes, unwatched
 from neuronscope.attach.dtensor import local_tensor
 from neuronscope.attach.generation import Generation
 from neuronscope.attach.unsupported import in_transform
-from neuronscope.count.neuron_layout import NeuronLayout
 from neuronscope.errors import NeuronscopeWarning
 from neuronscope.options import Examples
 
-__all__ = [
-    "ExampleCounter",
-    "all_tensors",
-    "continues_earlier",
-    "count_examples",
-    "first_tensor",
-    "is_time_first",
-    "rows_held",
-]
+__all__ = ["ExampleCounter", "all_tensors", "continues_earlier", "count_examples", "first_tensor", "is_time_first"]
 
 #: How deep, and in how many containers, tensors are looked for in what a forward was given.
 _DEEPEST = 8
@@ -64,14 +54,10 @@ class ExampleCounter:
         option: The option ``examples`` of :func:`neuronscope.watch`.
         model: The model.
         arguments: Names the arguments of its modules' forwards.
-
-    Attributes:
-        by_rows: Whether examples are rows of tensors: the user gave no function that says how many there are.
     """
 
     def __init__(self, option: Examples, model: nn.Module, arguments: CallArguments) -> None:
         self._option = option
-        self.by_rows = not callable(option)
         self._eager_option = torch.compiler.disable(option) if callable(option) else None
         self._arguments = arguments
         self._time_first = option == "auto" and any(is_time_first(module) for module in model.modules())
@@ -283,30 +269,6 @@ def count_examples(values: Iterable[Any]) -> int | None:
         if found is not None:
             return found
     return None
-
-
-def rows_held(shape: Sequence[int], layout: NeuronLayout, examples: int) -> int:
-    """Return how many rows of a batch an activation tensor holds at most: a branch may be given some of them.
-
-    Its rows lie on its first dimension, or on the second if that has as many as there are examples.
-
-    Args:
-        shape: Its shape.
-        layout: Where its neurons lie.
-        examples: Number of examples of the forward.
-
-    >>> rows_held((2, 16, 8, 8), NeuronLayout(1), 64), rows_held((5, 64, 16), NeuronLayout(2), 64)
-    (2, 64)
-    """
-    neurons = -1  # stands for the size of a dimension that indexes neurons alone
-    if layout.dims is None:
-        sizes = [neurons if dim == layout.axis else size for dim, size in enumerate(shape)]
-    else:
-        rows = [math.prod(size for size, stride in dim if not stride) for dim in layout.dims]
-        sizes = [neurons if own == 1 < size else own for own, size in zip(rows, shape, strict=True)]
-    if examples in sizes[:2]:
-        return examples
-    return next((size for size in sizes if size != neurons), 1)
 
 
 def first_tensor(value: Any) -> Tensor | None:

@@ -61,7 +61,6 @@ class ForwardContext:
         number: Number of the forward.
         number_tensor: The same as a tensor, for graphs of parts of the model: int64, without dimensions.
         examples: Number of examples that the forward was given.
-        examples_are_rows: Whether they are rows of tensors, so that a tensor with fewer rows has fewer of them.
         mask: Which positions are counted, bool ``(B, T)``; ``None`` = all.
         recomputing: Whether the forward runs again inside a backward pass.
         exporting: Whether the forward is recorded for export, so that its tensors hold no numbers.
@@ -88,7 +87,6 @@ class ForwardContext:
         with torch.inference_mode(False):
             self.number_tensor = torch.zeros((), dtype=torch.int64, device="cpu")
         self.examples = 0
-        self.examples_are_rows = counter.by_rows
         self.recomputing = False
         self.exporting = False
         self.explicit_step = False

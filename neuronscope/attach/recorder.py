@@ -18,7 +18,7 @@ from torch.utils.hooks import RemovableHandle
 from neuronscope.attach.activations import Activation
 from neuronscope.attach.compiling import has_real_tensors, in_backward, is_tracing, unwatched
 from neuronscope.attach.dtensor import is_partial, local_tensor, sharded_dims
-from neuronscope.attach.examples import ExampleCounter, rows_held
+from neuronscope.attach.examples import ExampleCounter
 from neuronscope.attach.forward import ForwardContext
 from neuronscope.attach.gradient_hooks import CountedGradient, Counters, GradientHook, RecomputedGradient, register
 from neuronscope.attach.graph_recorder import GraphRecorder
@@ -27,7 +27,6 @@ from neuronscope.attach.masks import PositionMask
 from neuronscope.attach.origins import LOST
 from neuronscope.attach.row_owners import Owners
 from neuronscope.attach.site_finder import Call, CountersFactory, DeclaredAxis, SiteFinder, neurons_in
-from neuronscope.attach.units import has_rows
 from neuronscope.attach.unmeasured import place_of
 from neuronscope.attach.unsupported import BATCHED_GRADIENT, CAPTURED, describe_input, in_transform
 from neuronscope.count.backends import add_gradients_on_device, add_outputs_on_device
@@ -398,15 +397,11 @@ class SiteRecorder:
                 rows, owners = leave_out_rows(rows, owners, kept, len(counters.members))
                 add_expert_outputs(counters, rows, owners, forward.examples, forward.number, self.step, self._tolerance)
                 return
-            by_rows = forward.examples_are_rows and has_rows(dims[0])
             for own, part, keep in _parts_of(counters, rows, kept, owners):
                 plain, axis = keep_positions(part, 2, keep) if part.is_cpu else (part, 2)
                 if not plain.numel():
                     continue
-                most = plain.numel() // own.neurons
-                if by_rows:
-                    most = min(most, len(part))
-                examples = own.new_examples(forward.number, forward.examples, most)
+                examples = own.new_examples(forward.number, forward.examples, plain.numel() // own.neurons)
                 if plain.is_cpu:
                     add_outputs(own, plain, axis, examples, self.step, self._scratch, self._tolerance)
                 else:
@@ -423,17 +418,13 @@ class SiteRecorder:
         plain = y.detach() if y.requires_grad else y
         if type(y) is not Tensor:
             plain = local_tensor(plain)
-        here, shape, most = plain.is_cpu, plain.shape, plain.numel()
-        if shape[0] < forward.examples and forward.examples_are_rows:  # most often it holds the whole batch
-            most = rows_held(shape, layout, forward.examples)
+        here = plain.is_cpu
         if here and (layout.dims is not None or mask is not None):
             plain, axis = _arranged(plain, layout, mask)
             if not plain.numel():
                 return
         with self.lock:
-            examples = counters.new_examples(
-                forward.number, forward.examples, min(most, plain.numel() // counters.neurons)
-            )
+            examples = counters.new_examples(forward.number, forward.examples, plain.numel() // counters.neurons)
             if counters.in_graph and forward.parts.exist:  # a graph may have counted some of this forward
                 new = once_a_forward(examples, forward.number_tensor, counters.last_forward)
                 counters.traced[1].add_(new)

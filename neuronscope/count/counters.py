@@ -174,8 +174,7 @@ class SiteCounters:
             forward: Number of the forward.
             examples: Number of examples that the forward was given. A forward that goes on with the last one has its
                 number, and may have fewer.
-            positions: Number of positions of the call, or of rows of the batch that it holds, if these are fewer. A
-                forward has no more examples at a site.
+            positions: Number of positions of the call. A forward has no more examples at a site than positions.
         """
         if forward != self._forward:
             self._forward, self._forward_positions, self._forward_examples = forward, 0, 0

@@ -402,9 +402,9 @@ class Twin(Nobody):
             if call.phase == phase:
                 count = _add(result, call)
                 before = positions.get((call.name, call.forward), (0, 0))[1]
-                positions[call.name, call.forward] = call.examples, before + min(count, _rows_of_batch(call))
+                positions[call.name, call.forward] = call.examples, before + count
         for (name, _), (examples, count) in positions.items():
-            result[name]["examples"] += min(examples, count)  # a forward has no more examples than positions, or rows
+            result[name]["examples"] += min(examples, count)  # a forward has no more examples than positions
         for name in result.keys() & self.gates.keys():
             for part in ("zero_gradients", "gradient_positions"):
                 result[name][part] = result[self.gates[name]][part]
@@ -489,14 +489,6 @@ def _rows(tensor: Tensor, axes: Sequence[int]) -> np.ndarray:
     array = np.moveaxis(tensor.detach().cpu().to(torch.float64).numpy(), axes, range(len(axes)))
     neurons = int(np.prod(array.shape[: len(axes)]))
     return array.reshape(neurons, int(np.prod(array.shape[len(axes) :], dtype=np.int64)))
-
-
-def _rows_of_batch(call: Call) -> int:
-    """How many rows of the forward's input an output can be of: a branch may get some of them."""
-    shape = [1 if dim in call.axes else size for dim, size in enumerate(call.output.shape)]
-    if call.examples in shape[:2]:
-        return call.examples
-    return next((size for dim, size in enumerate(shape) if dim not in call.axes), 1)
 
 
 def _add(result: dict[str, dict[str, Any]], call: Call) -> int:
