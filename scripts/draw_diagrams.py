@@ -22,7 +22,8 @@ MERMAID = "mermaid@11.17.2"
 #: Colours are those of the site's theme, light and dark.
 CSS = """
 .node rect, .node path { fill: var(--md-code-bg-color) !important; stroke: var(--md-accent-fg-color) !important; }
-.nodeLabel, .edgeLabel, .edgeLabel p { color: var(--md-typeset-color) !important; }
+.cluster rect { fill: none !important; stroke: var(--md-default-fg-color--light) !important; }
+.nodeLabel, .cluster-label, .edgeLabel, .edgeLabel p { color: var(--md-typeset-color) !important; }
 .edgeLabel, .edgeLabel p, .labelBkg { background: var(--md-default-bg-color) !important; }
 .flowchart-link { stroke: var(--md-default-fg-color--light) !important; }
 .marker { fill: var(--md-default-fg-color--light) !important; stroke: none !important; }
