@@ -660,11 +660,10 @@ class _CallTraced(UserFunctionVariable):
             return trace.call_function(tx, [func, given, named], {})
         if isinstance(function, HigherOrderOperator) and hasattr(func, "_call_function"):
             state = tx.symbolic_torch_function_state
-            keywords = named.keys_as_python_constant()
             state.push_torch_function_mode(mode)  # it sees what the functions call that the operator is given
             try:
                 with _without_reuse():
-                    output = func._call_function(tx, list(given.items), keywords)
+                    output = func._call_function(tx, list(given.items), named.keys_as_python_constant())
             finally:
                 state.pop_torch_function_mode()
             if _CHECKPOINT in str(function) and _MAY_CHANGE:

@@ -1036,8 +1036,8 @@ def _follow_terms(
 ) -> tuple[tuple[Origin, ...], tuple[tuple[Any, bool], ...]]:
     """Return what a function gives that is no layer, with :attr:`Origin.terms`; and what is known of them by now.
 
-    A number for each row, such as a norm, is a term of a loss if nothing else of the rows is added before it is reduced
-    to one number. It is none if other data meets it, if a layer reads it or if the model returns it.
+    A number for each row, such as a norm, is a term of a loss if it is reduced to one number, and no other data is
+    combined with it before. A number that a layer reads, or that the model returns, is not a term of a loss.
 
     Args:
         operation: The call of the function.

@@ -394,9 +394,15 @@ class SiteFinder:
             if not traced:
                 counters.sharded_dims = sharded_dims(x)
         if output_units is not None:
-            carries, bends = (carry_site(key, output_units),), ((output_units.layer, ACTIVATED),)
-            after = origin.but(site=key, units=output_units, bends=bends, carries=carries, picks=None, made=False)
-            after = after.but(factors=()).inherit([Operand((), origin)])
+            after = origin.but(
+                site=key,
+                units=output_units,
+                bends=((output_units.layer, ACTIVATED),),
+                carries=(carry_site(key, output_units),),
+                picks=None,
+                made=False,
+                factors=(),
+            ).inherit([Operand((), origin)])
         else:
             state = LOST if origin.state == UNITS else origin.state
             after = origin.but(site=key, units=None, state=state, factors=())
