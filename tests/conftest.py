@@ -109,6 +109,17 @@ def _threads() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
+def _user_modules(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A module that a test wrote and imported is forgotten: the next test may write another one of the same name."""
+    before = set(sys.modules)
+    yield
+    for name in sys.modules.keys() - before:
+        file = getattr(sys.modules[name], "__file__", None)
+        if isinstance(file, str) and tmp_path_factory.getbasetemp() in Path(file).parents:
+            del sys.modules[name]
+
+
+@pytest.fixture(autouse=True)
 def _seeds() -> None:
     """Every test starts from the same random numbers, whichever ran before it."""
     random.seed(0)

@@ -361,7 +361,6 @@ def test_the_users_modules_are_found_in_the_current_folder(tmp_path: Path, monke
     }.items():
         with pytest.raises(UsageError, match=message):
             build_model(f"my_networks_here:{name}", checkpoint_of(state))
-    sys.modules.pop("my_networks_here")
 
 
 @pytest.mark.parametrize(

@@ -69,7 +69,6 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The current folder, with a module of the user's."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "lit.py").write_text(THEIRS)
-    monkeypatch.delitem(sys.modules, "lit", raising=False)
     monkeypatch.syspath_prepend(str(tmp_path))
     return tmp_path
 

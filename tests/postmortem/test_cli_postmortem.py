@@ -76,7 +76,6 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The current folder, with a checkpoint and a module of the user's."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "theirs.py").write_text(THEIRS)
-    monkeypatch.delitem(sys.modules, "theirs", raising=False)
     torch.save({"state_dict": network().state_dict(), "global_step": 42}, tmp_path / "last.ckpt")
     return tmp_path
 

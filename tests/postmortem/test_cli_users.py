@@ -86,7 +86,6 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     for name, content in MODULES.items():
         (tmp_path / f"{name}.py").write_text(content)
-        monkeypatch.delitem(sys.modules, name, raising=False)
     network = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
     nn.init.constant_(network[0].bias, -1000.0)
     torch.save(network.state_dict(), tmp_path / "net.pt")
@@ -250,7 +249,6 @@ def two(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     module: Any = type(sys)("test_cli_users_two")
     module.Two = Two
     monkeypatch.setitem(sys.modules, "test_cli_users_two", module)
-    monkeypatch.delitem(sys.modules, "two", raising=False)
     return folder
 
 

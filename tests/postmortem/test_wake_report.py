@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import json
 import re
-import sys
 import zlib
 from dataclasses import replace
 from pathlib import Path
@@ -62,7 +61,6 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The current folder, with a checkpoint and a module of the user's."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "theirs.py").write_text(THEIRS)
-    monkeypatch.delitem(sys.modules, "theirs", raising=False)
     torch.save(network().state_dict(), tmp_path / "net.pt")
     return tmp_path
 
