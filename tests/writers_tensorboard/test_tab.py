@@ -132,6 +132,7 @@ def data_server(logs: Path) -> Iterator[Any]:
             yield provider
         finally:
             server.kill()
+            port.unlink(missing_ok=True)
 
 
 def wait_for(condition: Any) -> None:
