@@ -37,10 +37,11 @@ _LINES = {
 }
 
 #: As narrow as what is in it allows: on a phone, the picture is as wide as the screen and still can be read.
-_INCHES, _DPI = (6.0, 6.9), 200
-_LEFT = 0.2 / _INCHES[0]  # where titles and the names of rows begin
-_PANELS = ((0.58, 4.22, 1.22, 1.3), (3.44, 4.22, 1.22, 1.3))  # left, bottom, width and height in inches
-_BARS = (2.05, 0.42, 1.3, 3.18)
+_WIDTH, _ROW, _DPI = 6.0, 0.212, 200  # a picture's width and a row's height in inches
+_LEFT = 0.2 / _WIDTH  # where titles and the names of rows begin
+_PANELS = ((0.58, 0.62, 1.22, 1.3), (3.44, 0.62, 1.22, 1.3))  # left, height over the rows, width and height in inches
+_BARS = (2.05, 0.42, 1.3)  # left, bottom and width in inches
+_HEAD = 3.3  # inches from the rows to the upper edge
 _COLUMNS = (3.95, 4.78, 5.82)  # right edges in inches
 _LABEL_POINTS = 13.5  # minimum distance between the labels at the ends of lines
 
@@ -91,7 +92,7 @@ def house_style() -> Iterator[None]:
 
 @house_style()
 def comparison_png(result: Comparison) -> bytes:
-    """Return the picture of a comparison as PNG, 1200 x 1380 pixels."""
+    """Return the picture of a comparison as PNG, 1200 pixels wide; each variant adds a row to its height."""
     content = io.BytesIO()
     figure = draw_comparison(result)
     figure.savefig(content, format="png", metadata={"Software": None}, pil_kwargs={"optimize": True})
@@ -103,12 +104,19 @@ def draw_comparison(result: Comparison) -> Figure:
     """Draw a comparison and return the figure. Lines are means over the seeds; bands and whiskers ± one deviation."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=_INCHES, dpi=_DPI)
+    left, bottom, width = _BARS
+    rows = _ROW * len(result.networks)
+    height = bottom + rows + _HEAD
+
+    def axes(left: float, bottom: float, width: float, tall: float) -> Axes:
+        return figure.add_axes((left / _WIDTH, bottom / height, width / _WIDTH, tall / height))
+
+    figure = Figure(figsize=(_WIDTH, height), dpi=_DPI)
     title, _, share = headline(result).partition(": ")
-    figure.text(_LEFT, 0.935, title, fontsize=21, fontweight="bold")
-    figure.text(_LEFT, 0.892, f"{share[:1].upper()}{share[1:]}", fontsize=12.5)
+    figure.text(_LEFT, 1 - 0.45 / height, title, fontsize=21, fontweight="bold")
+    figure.text(_LEFT, 1 - 0.745 / height, f"{share[:1].upper()}{share[1:]}", fontsize=12.5)
     names = [name for name in result.networks if name in _LINES]
-    dead, dormant = (figure.add_axes(_fractions(place)) for place in _PANELS)
+    dead, dormant = (axes(x, bottom + rows + over, wide, tall) for x, over, wide, tall in _PANELS)
     _draw_shares(dead, result, names, "Dead neurons", "dead")
     _draw_shares(dormant, result, names, "Dormant, not dead", "dormant")
     before, after = (result.runs[0].scans[place].step for place in result.around_spike)
@@ -120,14 +128,9 @@ def draw_comparison(result: Comparison) -> Figure:
         spike, (before, 1), (0, 4), xycoords=("data", "axes fraction"), textcoords="offset points",
         color=as_hex(MUTED), fontsize=9.5,
     )  # fmt: skip
-    _draw_ends(figure.add_axes(_fractions(_BARS)), result)
-    figure.text(_LEFT, 0.022, _subtitle(result), fontsize=9.5, color=as_hex(MUTED))
+    _draw_ends(axes(left, bottom, width, rows), result)
+    figure.text(_LEFT, 0.152 / height, _subtitle(result), fontsize=9.5, color=as_hex(MUTED))
     return figure
-
-
-def _fractions(inches: tuple[float, float, float, float]) -> tuple[float, float, float, float]:
-    left, bottom, width, height = inches
-    return left / _INCHES[0], bottom / _INCHES[1], width / _INCHES[0], height / _INCHES[1]
 
 
 def _subtitle(result: Comparison) -> str:
@@ -166,7 +169,7 @@ def _name_lines(panel: Axes, step: int, ends: list[tuple[float, str, str]]) -> N
 
     ``ends`` has value, label and colour of each line, ascending by value.
     """
-    height = panel.get_position().height * _INCHES[1] * 72
+    height = panel.get_window_extent().height * 72 / _DPI
     most = panel.get_ylim()[1]
     places = spread([value / most * height for value, _, _ in ends], _LABEL_POINTS, 0.0, height)
     for place, (value, label, colour) in zip(places, ends, strict=True):
@@ -179,14 +182,14 @@ def _name_lines(panel: Axes, step: int, ends: list[tuple[float, str, str]]) -> N
 
 def _draw_ends(panel: Axes, result: Comparison) -> None:
     """Draw each variant at the end as a row: a bar of its dead and dormant neurons, and the numbers next to it."""
-    panel.set_title("At the end, %", x=(_LEFT * _INCHES[0] - _BARS[0]) / _BARS[2], pad=4)
+    panel.set_title("At the end, %", x=(_LEFT * _WIDTH - _BARS[0]) / _BARS[2], pad=4)
     panel.grid(visible=False)
     columns: list[tuple[str, Colour, Callable[[str], str]]] = [
         ("dead", colours.DEAD, lambda name: _percentage(result, name, "dead")),
         ("dormant", mix(colours.DORMANT, INK, 0.35), lambda name: _percentage(result, name, "dormant")),
         ("accuracy", INK, lambda name: _accuracy(result, name)),
     ]
-    places = [edge / _INCHES[0] for edge in _COLUMNS]
+    places = [edge / _WIDTH for edge in _COLUMNS]
     for row, (name, network) in enumerate(result.networks.items()):
         dead, dormant = result.share(name, "dead"), result.share(name, "dormant")
         parts = ((0, 1, colours.ALIVE_LOW), (0, dead, colours.DEAD), (dead, dormant, colours.DORMANT))
