@@ -9,6 +9,7 @@ import os
 import random
 import shutil
 import sys
+import tempfile
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
@@ -30,6 +31,10 @@ hypothesis.settings.load_profile("house")
 
 # Inductor compiles in processes of its own, each of which imports torch; here the kernels are few.
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+# And processes that write kernels to the same folder at the same time were seen to end with a signal (pytest -n).
+if worker := os.environ.get("PYTEST_XDIST_WORKER"):
+    kernels = Path(tempfile.gettempdir()) / f"torchinductor_{Path.home().name}_{worker}"
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(kernels))
 
 
 def pytest_configure(config: pytest.Config) -> None:
