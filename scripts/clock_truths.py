@@ -500,40 +500,39 @@ _HEAD = """\
 
 <!-- Written by scripts/clock_truths.py page. Do not edit. -->
 
-How right is what a post-mortem reads from an optimizer's state ([optimizer-clock.md](optimizer-clock.md))?
-Here it is compared with counted gradients, for the optimizers in use and for usual ways of training.
-`python -m scripts.clock_truths` trains, compares and writes this page; it is run by hand, last on
-{date} with torch {torch}.
+How often is a post-mortem right about what it reads from an optimizer's state
+([optimizer-clock.md](optimizer-clock.md))? Here it is compared with counted gradients, for the optimizers in use
+and for usual ways of training. `python -m scripts.clock_truths` trains, compares and writes this page; it is run by
+hand, last on {date} with torch {torch}.
 
-Each cell is {seeds} of a small network on scikit-learn's digits: {steps} steps of 32
-images. Between steps {first} and {last} the learning rate is many times higher, so that neurons die. At
-step {killed}, one neuron in {one_in} is killed by its bias, since few die of the learning rate behind a norm. After
-each backward pass, plain `param.grad` tells which rows of each layer got a gradient that is not zero.
-The report is made from the last checkpoint, as a file, and nothing else.
+Each cell is {seeds} of a small network on scikit-learn's digits: {steps} steps of 32 images. Between steps {first} and
+{last} the learning rate is many times higher, so that neurons die. Behind a norm, few die of that; so at step
+{killed}, one neuron in {one_in} is killed by its bias. After each backward pass, plain `param.grad` tells which rows
+of each layer got a gradient that is not zero. The report is made from the file of the last checkpoint alone.
 
 - *Silent*: a row without gradient for {silent} steps or more. *Found*: the report says *no gradient* or
-  *never trained*, on whatever basis; *inferred*: on this one.
+  *never trained*, on any basis; *inferred*: on this basis.
 - *Living*: a row with a gradient within the last {living} steps. *Inferred*, *suspected*: the report says,
-  on this basis, that a living row has none. The last layers' rows count, too.
-- *Broken*: a bound, a date or *never* that the report calls certain, and that is not true.
+  on this basis, that a living row gets none. Rows of the last layers count, too.
+- *Broken*: the report calls a bound, a date or *never* certain, and it is not true.
+- *Unsaid*: a row of which the report says nothing, not even that there is no clock.
 - *Error*: the report's number of steps since the last gradient minus the count, for silent rows that have
   a number; 1, 50 and 99 % quantiles.
 
-The aim: 99 % of silent rows found where there is a clock, at most 1 % of living rows inferred to be
-silent, nothing broken, and no row *unsaid*: of which nothing is said, nor that there is no clock.
-The threshold of *inferred*, 300 steps, was chosen with these trainings and those of
-optimizer-clock.md in view.
+The aim: where there is a clock, 99 % of silent rows are found; at most 1 % of living rows are inferred to be
+silent; nothing is broken or unsaid. The threshold of *inferred*, 300 steps, was chosen with these trainings
+and those of optimizer-clock.md in view.
 
-Adam's clock must have fallen by 8.4 e-foldings: in 80 steps at the usual β1 of .9, in 165 at .95 (the
-end of OneCycle). SGD's and Muon's must have fallen by 5, in 80 steps or more: in 97 at .95. Rows that
-are silent for less are not found. Networks with convolutions are given pictures of {side} × {side} pixels, the
-means of the digits' pixels.
+A row is found once its clock has fallen far enough. Adam's must have fallen by 8.4 e-foldings: in 80 steps at
+the usual β1 of .9, in 165 at .95 (the end of OneCycle). SGD's and Muon's must have fallen by 5 e-foldings, and
+for at least 80 steps: in 97 at .95. Networks with convolutions are given pictures of {side} × {side} pixels,
+which are means of the digits' pixels.
 
 The ways of training: *OneCycle* goes up to the high learning rate and cycles β1 or the momentum. *Warm
 restarts* begin at half the high rate, at steps 0, 100 and 300. *β1 .5* is the momentum of SGD and Muon,
 too. *Fine-tuned*: a new optimizer from step {renewed} on. *bfloat16*: weights and state. *Clipped*: the norm of
-all gradients to 1. *EMA*: the file holds the weights of an `AveragedModel` in place of those that the
-optimizer trained.
+all gradients is clipped to 1. *EMA*: the file holds the weights of an `AveragedModel` in place of those that
+the optimizer trained.
 """
 
 
@@ -581,15 +580,18 @@ def page(scores: Mapping[Cell, Score], today: str) -> Iterator[str]:
     yield "## Each cell"
     yield ""
     yield from _wrapped(
-        "Found of silent rows, and how many living rows are inferred or suspected to be silent (0 and 0 where nothing "
-        "is said). *None*: no clock, and the report says so. A dash: it was not run."
+        "Each cell has the silent rows that were found, of all silent rows, and then the living rows that are inferred "
+        "+ suspected to be silent. *None*: there is no clock, and the report says so. A cell with a dash was not run."
     )
     yield ""
     absent: dict[str, dict[str, None]] = {}
     for cell in all_cells(1):
         if cell.absent:
             absent.setdefault(cell.absent, {})[cell.optimizer] = None
-    yield from _wrapped("Not to be run: " + "; ".join(f"{', '.join(who)}: {why}" for why, who in absent.items()) + ".")
+    yield "These cannot be run:"
+    yield ""
+    for why, who in absent.items():
+        yield from _wrapped(f"- {'; '.join(who)}: {why}.")
     yield ""
     for network in NETWORKS:
         yield f"### {network}"
@@ -640,8 +642,8 @@ def _reasons(cells: Mapping[tuple[str, str, str], Score]) -> Iterator[str]:
             said.setdefault(reason, {})[optimizer, schedule] = None
     for reason, where in said.items():
         schedules = {schedule for _, schedule in where}
-        only = f", {schedules.pop()}" if len(schedules) == 1 else ""
-        yield from _wrapped(f"- {', '.join(dict.fromkeys(name for name, _ in where))}{only}: {reason}")
+        only = f" ({schedules.pop()})" if len(schedules) == 1 else ""
+        yield from _wrapped(f"- {'; '.join(dict.fromkeys(name for name, _ in where))}{only}: {reason}")
 
 
 def _wrapped(text: str) -> list[str]:
