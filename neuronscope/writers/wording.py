@@ -285,7 +285,7 @@ def _sparse(site: SiteReport) -> str:
     fired = density[np.isfinite(density)]
     counts, edges = site.density_histogram()
     bars = "".join(_BARS[-(-int(number) * (len(_BARS) - 1) // max(int(counts.max()), 1))] for number in counts)
-    parts = [f"{count(site.neurons - len(fired))} of {plural(site.neurons, 'latent')} fired at none of "]
+    parts = [f"{count(site.neurons - len(fired))} of {plural(site.neurons, 'latent')} never fired in "]
     parts[0] += f"{plural(site.positions, 'token')}"
     if site.idle_positions is not None:
         seen = int(site.idle_positions.max(initial=0))
