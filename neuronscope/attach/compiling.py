@@ -9,9 +9,11 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import itertools
 import operator
 import os
 import sys
+import weakref
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -40,6 +42,7 @@ Result = TypeVar("Result")
 __all__ = [
     "GraphListener",
     "GraphRuns",
+    "ModelWatch",
     "OptimizedModule",
     "TracedEnd",
     "ask_modes_about",
@@ -65,6 +68,7 @@ __all__ = [
     "is_tracing",
     "operator_around",
     "original_code",
+    "refuse_earlier_graphs",
     "seen_by_modes",
     "set_integer",
     "set_variable",
@@ -529,6 +533,89 @@ def _told_of_runs(backend: Callable[..., Any], runs: GraphRuns | None, listener:
     return compile_graph
 
 
+class ModelWatch(Protocol):
+    """A watch of a model.
+
+    Attributes:
+        observing: Whether it counts what runs now.
+    """
+
+    observing: bool
+
+    def shares_modules(self, module: nn.Module) -> bool:
+        """Whether a module, or one inside it, belongs to the model."""
+
+
+_watch_numbers = itertools.count()
+_watches: weakref.WeakKeyDictionary[ModelWatch, int] = weakref.WeakKeyDictionary()
+_earlier_graphs: weakref.WeakSet[Any] = weakref.WeakSet()  # their guards
+
+
+def refuse_earlier_graphs(watch: ModelWatch) -> None:
+    """Let no graph that was traced before a watch began run for the model while the watch counts.
+
+    Such a graph does not count, or only for an earlier watch, and the compiler does not ask whether hooks were added
+    since it was traced. So it gets one more guard. The compiler then traces another graph, and runs the earlier one
+    again where the watch does not count.
+
+    Args:
+        watch: A watch that begins.
+    """
+    convert = sys.modules.get("torch._dynamo.convert_frame")
+    if convert is None:
+        return
+    number = _watches[watch] = next(_watch_numbers)
+    for reference in [*convert.input_codes.seen]:
+        code = reference()
+        for entry in () if code is None else torch._C._dynamo.eval_frame._debug_get_cache_entry_list(code):
+            guards = entry.guard_manager
+            if guards not in _earlier_graphs:
+                _earlier_graphs.add(guards)
+                _refuse_for_later_watches(guards, number)
+
+
+def _refuse_for_later_watches(guards: Any, number: int) -> None:
+    """Add a guard to a graph: it does not run for the model of a watch with this number, or a higher one, that counts.
+
+    Args:
+        guards: The guards of the graph.
+        number: The number of the first watch that began after the graph was traced.
+    """
+    sources = [compile(source, "<a module of a graph>", "eval") for source in _sources_of_modules(guards.root)]
+    if not sources:
+        return
+    names = {**(guards.closure_vars or {}), **(guards.global_scope or {})}
+
+    def may_run(local: Any) -> bool:
+        watches = [watch for watch, begun in [*_watches.items()] if begun >= number and watch.observing]
+        if not watches:
+            return True
+        modules = [eval(source, names, {"L": local}) for source in sources]  # noqa: S307, the compiler's own
+        return not any(watch.shares_modules(module) for watch in watches for module in modules)
+
+    def guard(local: Any) -> bool:
+        try:
+            with torch._C.DisableTorchFunction():
+                return may_run(local)
+        except Exception:
+            return True
+
+    guards.root.add_epilogue_lambda_guard(guard, [_OWN], *_no_stack())
+
+
+def _sources_of_modules(manager: Any) -> Iterator[str]:
+    """Yield the expressions that give the outermost modules that a graph was traced for, by its tree of guards."""
+    kind = manager.get_type_of_guarded_value() if hasattr(manager, "get_type_of_guarded_value") else None  # newer torch
+    if isinstance(kind, type) and issubclass(kind, nn.Module):
+        yield manager.get_source()
+        return
+    children = [*manager.get_child_managers()]
+    for pair in getattr(manager, "get_key_value_managers", dict)().values():
+        children += [each for each in pair if each is not None]
+    for child in children:
+        yield from _sources_of_modules(child)
+
+
 def original_code(code: CodeType) -> CodeType:
     """Return the code of a function; of one that torch made of the rest of a function, the code of the whole."""
     from torch._dynamo.resume_execution import ContinueExecutionCache
@@ -934,6 +1021,8 @@ def traced_call(tensor: Tensor) -> tuple[Any, tuple[Any, ...], dict[str, Any], A
         node, result = node.args[0], given
     if node is None or node.op not in ("call_function", "call_method"):
         return None
+    if _CHECKPOINT in str(node.target) and isinstance(node.target, HigherOrderOperator):
+        return None  # no function mode saw what runs in it
     args = torch.fx.map_arg(node.args, _tensor_of)
     kwargs = torch.fx.map_arg(node.kwargs, _tensor_of)
     function = node.target

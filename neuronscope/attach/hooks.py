@@ -29,6 +29,7 @@ from neuronscope.attach.compiling import (
     in_operator,
     is_compiled,
     is_tracing,
+    refuse_earlier_graphs,
     seen_by_modes,
     skip_when_hooked,
     stop_skipping,
@@ -158,6 +159,7 @@ class HookManager:
         self._compilations = count_compilations()
         self._compiles = False  # whether the model was or will be compiled, as far as is known
         self._attach(model)
+        refuse_earlier_graphs(self)
 
     def _attach(self, model: nn.Module) -> None:
         allow_scripting(self)
@@ -195,6 +197,11 @@ class HookManager:
         """Whether an object is a module of the model, and neither the model itself nor a wrapper of it."""
         model = self._model()
         return model is not None and any(module is owner and path != "" for path, module in walk(model))
+
+    def shares_modules(self, module: nn.Module) -> bool:
+        """Whether a module, or one inside it, belongs to the model."""
+        model = self._model()
+        return model is not None and not {*model.modules()}.isdisjoint(module.modules())
 
     def _paths(self) -> set[str]:
         model = self._model()

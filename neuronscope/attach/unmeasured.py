@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from neuronscope.attach.activations import ROWS as ACTIVATION_ROWS
 from neuronscope.attach.neuron_flow import UNSEEN, NeuronFlow
 from neuronscope.attach.origins import CONSTANT, ENDED, RAW, ROWS, UNITS, WEIGHT, Origin
 from neuronscope.attach.unsupported import IN_OPERATOR, IN_TRANSFORM, describe_input
@@ -13,6 +14,13 @@ __all__ = ["PICKED", "Unmeasured", "place_of"]
 #: Begins the reason why an activation of units that data picked is not measured.
 PICKED = "data picked some of its units"
 _SEVERAL = "several units together"
+#: Names of functions every call of which applies a known activation.
+_ACTIVATIONS = frozenset(
+    getattr(function, "__name__", "")
+    for row in ACTIVATION_ROWS
+    if row.choose is None
+    for function in row.all_functions()
+)
 _MOST_KEYS = 20_000  # of one place, if the layers before it differ from step to step
 
 
@@ -279,6 +287,12 @@ def _why_bent(function: str, times: bool, measured: bool) -> str:
             "graph), and then another layer read it. Torch does not report it, or it was called outside of the model's "
             "forward: register the module that calls it (`activations={...}`), or call `scope.open_step()` before each "
             "step and `scope.close_step()` after it"
+        )
+    if function in _ACTIVATIONS:
+        return (
+            f"`{function}` was applied to it where functions are not watched, and then another layer read it: outside "
+            "of the model's forward, or with `functional=False`. Call the model itself, or `scope.open_step()` before "
+            "each step and `scope.close_step()` after it; or apply the activation in a module of its own"
         )
     return (
         f"`{function}` was applied to it, which is not known as an activation, and then another layer read it. "

@@ -254,6 +254,24 @@ def test_a_layer_whose_weight_an_unknown_function_receives_is_listed() -> None:
     assert "`special_xlog1py`, which is not known as a layer" in found["1.0"]
 
 
+def test_a_known_activation_that_is_left_out_as_a_function_is_not_called_unknown() -> None:
+    class Functional(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c, self.act = nn.Linear(4, 6), nn.Linear(6, 6), nn.Linear(6, 2), nn.ReLU()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.c(self.act(self.b(F.relu(self.a(x)))))
+
+    model = Functional()
+    with ns.watch(model, functional=False) as scope:
+        model(torch.randn(5, 4))
+        scope.step()
+    (listed,) = scope.report().not_measured
+    assert listed.name == "a"
+    assert "where functions are not watched" in listed.reason
+
+
 @pytest.mark.parametrize(
     "pack",
     [

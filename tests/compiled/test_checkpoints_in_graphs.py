@@ -221,6 +221,38 @@ def test_a_model_that_a_compiled_function_calls_under_a_checkpoint_counts_as_in_
     in_three_runs(run)
 
 
+class Part(nn.Sequential):
+    """Not torch's own, so that it may call functions."""
+
+
+def relu_behind(part: nn.Module, x: Tensor) -> Tensor:
+    return F.relu(again(part, x))
+
+
+def relu_inside(part: nn.Module, x: Tensor) -> Tensor:
+    return again(lambda y: F.relu(part(y)), x)
+
+
+@pytest.mark.filterwarnings("ignore:No activation of Part was seen")
+@pytest.mark.parametrize(("way", "layers"), [(relu_behind, {"0.0"}), (relu_inside, set())])
+def test_of_parts_that_a_compiled_function_calls_under_a_checkpoint_no_untrue_reason_is_given(way, layers):
+    """The checkpoint is not taken for a function of the layer's weight, and a ReLU for one that is not known."""
+    model = Part(Part(nn.Linear(8, 8)), Part(nn.Linear(8, 8)), nn.Linear(8, 2))
+
+    def call(x: Tensor) -> Tensor:
+        return model[2](way(model[0], x)).sum()
+
+    called = torch.compile(call, backend="aot_eager")
+    with ns.watch(model) as scope:
+        for _ in range(2):
+            called(torch.ones(4, 8)).backward()
+            scope.step()
+    listed = {each.name: each.reason for each in scope.report().not_measured}
+    assert listed.keys() == layers | {"(root)"}
+    assert "parts of the model were called, and never its forward" in listed["(root)"]
+    assert all("where functions are not watched" in listed[layer] for layer in layers)
+
+
 USER_CODE = """
 def way(net, x):
     def block(y):
