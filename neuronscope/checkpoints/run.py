@@ -245,6 +245,13 @@ def _examine(
     example = None if network is None else resolve_example(given.example, network)
     notes = list(checkpoint.notes)
 
+    # Examine the model: its sites, which neurons provably never fire, and which ones nothing reads.
+    path_of: Callable[[str], str] = str
+    examination = Examination((), ())
+    if network is not None:
+        examination = examine_model(network, example=example, batch=first, box=given.box, training_step=checkpoint.step)
+        path_of = path_in_model(network, checkpoint)
+
     # Examine the file: the weights, the optimizer state, the records of a monitor.
     layers = find_layers(checkpoint.tensors)
     of_neurons = [layer for layer in layers if layer.kind in NEURON_KINDS]
@@ -253,7 +260,11 @@ def _examine(
         parameter_names = configured_parameters(checkpoint)
     compared: list[GradientsBetween] = []
     evidence, abstentions = examine_file(
-        checkpoint, parameter_names=parameter_names, earlier=before, on_compared=compared.append
+        checkpoint,
+        parameter_names=parameter_names,
+        earlier=before,
+        on_compared=compared.append,
+        linear=[layer.path for layer in of_neurons if path_of(layer.path) in examination.linear],
     )
     records = [report for report in recorded_reports(checkpoint) if isinstance(report, Report)]
     recorded = [site for report in records for site in report.layers]
@@ -261,16 +272,12 @@ def _examine(
     for dtype, names in unexamined_types(checkpoint.tensors).items():
         notes.append(f"Weights and biases of type {dtype} are not examined: {quoted_list(names)}.")
 
-    # Examine the model: its sites, which neurons provably never fire, and which ones nothing reads.
-    path_of: Callable[[str], str] = str
-    examination = Examination((), ())
+    # Join what both say, by the model's paths.
     if network is not None:
-        examination = examine_model(network, example=example, batch=first, box=given.box, training_step=checkpoint.step)
         if examination.readers_known:  # the trace shows what reads each neuron; names only let it be guessed
             evidence = [one for one in evidence if one.claim != "unread"]
         if examination.sites:  # the activation behind a norm is known: bounds prove it if its constant gives zero
             evidence = [one for one in evidence if one.source != "weights" or one.claim != "dead"]
-        path_of = path_in_model(network, checkpoint)
         evidence, recorded = renamed(evidence, recorded, path_of)
         evidence += examination.evidence
         abstentions += examination.abstentions

@@ -84,10 +84,10 @@ def _in_folder(folder: Path, left_out: list[LeftOut]) -> list[Path]:
 def select_checkpoints(paths: Iterable[Path], left_out: Iterable[LeftOut] = (), *, trust: bool = False) -> Selection:
     """Open each checkpoint, and select those that are of one run, in the order of their steps.
 
-    The run is that of the checkpoint with the most steps. Left out are checkpoints that cannot be read, that do not
-    say their step, that have the same step as one before them, and that are of another network: less than half of
-    their layers are layers of that checkpoint, by path and size. Where all sizes agree in order but paths do not, the
-    layers were renamed.
+    The run is that of the checkpoint with the most steps. Left out are checkpoints that cannot be read, that hold no
+    weights and no record, that do not say their step, that have the same step as one before them, and that are of
+    another network: less than half of their layers are layers of that checkpoint, by path and size. Where all sizes
+    agree in order but paths do not, the layers were renamed.
 
     Args:
         paths: The checkpoints.
@@ -104,6 +104,12 @@ def select_checkpoints(paths: Iterable[Path], left_out: Iterable[LeftOut] = (), 
             checkpoint = open_checkpoint(path, trust=trust)
         except CheckpointError as error:
             left_out.append(LeftOut(str(path), str(error), True))
+            continue
+        if not checkpoint.tensors and not checkpoint.records:
+            state = (
+                ", but an optimizer's state: give it as `optimizer` with the weights" if checkpoint.optimizers else ""
+            )
+            left_out.append(LeftOut(str(path), f"it holds no weights of a network{state}", False))
             continue
         if checkpoint.step is None:
             left_out.append(LeftOut(str(path), "it does not say at which step it was saved", False))

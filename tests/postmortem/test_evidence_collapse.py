@@ -111,6 +111,69 @@ def test_a_norm_layer_shows_a_collapse_like_a_bias(tmp_path: Path, optimizer: st
     assert "only its bias got gradients" in report["6"].evidence[0].text
 
 
+class Gated(nn.Module):
+    """A feed-forward block with two factors; as many inputs as neurons, so that widths do not tell what reads what."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.up, self.down, self.head = (nn.Linear(6, 6) for _ in range(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(x + self.down(nn.functional.silu(self.gate(x)) * self.up(x)))
+
+
+def test_a_gated_product_that_collapsed_is_not_lost_when_the_model_is_given(tmp_path: Path) -> None:
+    """From the file alone, the nearest layer before the reader is blamed: a factor that is no neuron."""
+    model = Gated()
+    silent = [name for name, _ in model.named_parameters() if name.startswith(("gate", "up"))] + ["down.weight"]
+    path = saved(tmp_path, model, torch.optim.AdamW(model.parameters()), silent)
+    assert ns.postmortem(path).dead == 6
+    report = ns.postmortem(path, model=model, example="1x6")
+    assert (report.collapsed, report.dead, report.neurons) == (("gate",), 6, 6)
+
+
+def normalised(*, before: bool, bias: bool) -> nn.Sequential:
+    """Three layers with a batch norm each, before or behind their activation."""
+    layers: list[nn.Module] = []
+    for _ in range(3):
+        middle = [nn.BatchNorm1d(12), nn.ReLU()]
+        layers += [nn.Linear(12, 12, bias), *(middle if before else reversed(middle))]
+    return nn.Sequential(*layers, nn.Linear(12, 2))
+
+
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+@pytest.mark.parametrize("before", [True, False], ids=["norm, ReLU", "ReLU, norm"])
+@pytest.mark.parametrize("with_model", [False, True], ids=["file", "model"])
+def test_the_layer_that_collapsed_is_named_wherever_its_batch_norm_stands(
+    tmp_path: Path, before: bool, bias: bool, with_model: bool
+) -> None:
+    """The norm of the next layer makes zeros of the constants that it gets, so that this layer learns nothing either.
+
+    It is trained for real: the second layer is thrown far below zero at step 100 of 500.
+    """
+    torch.manual_seed(0)
+    model = normalised(before=before, bias=bias)
+    optimizer = torch.optim.Adam(model.parameters(), 3e-3)
+    for step in range(500):
+        if step == 100 and before:
+            model[4].bias.data -= 100
+        elif step == 100:
+            model[2].bias.data += 10  # what layer 3 reads is above zero, and its weights are below
+            model[3].weight.data = -model[3].weight.data.abs()
+        x = torch.randn(64, 12)
+        optimizer.zero_grad()
+        (model(x) - x[:, :2] * x[:, 2:4]).square().mean().backward()
+        optimizer.step()
+    path = tmp_path / "last.pt"
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": 500}, path)
+    silent = (model[: 9 if before else 8](torch.randn(64, 12)) == 0).all(dim=0).numpy()
+    report = ns.postmortem(path, model=model if with_model else None)
+    assert report.collapsed == ("4" if before and with_model else "3",)
+    third = report["7" if before and with_model else "6"]
+    assert not (third.dead_mask & ~silent).any()
+    assert 0 < silent.sum() < 12
+
+
 FROZEN = ("0.weight", "0.bias", "2.weight", "2.bias")
 
 

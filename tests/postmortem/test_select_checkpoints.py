@@ -59,6 +59,18 @@ def test_a_folder_of_checkpoints_holds_files_of_weights_and_no_others(tmp_path: 
     assert steps(tmp_path) == [1, 2]
 
 
+def test_an_optimizers_file_with_a_name_of_its_own_is_no_checkpoint(tmp_path: Path) -> None:
+    """As torchtune saves: weights that do not say their step, and the optimizer's state, whose name says nothing."""
+    model = nn.Linear(3, 2)
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.ones(1, 3)).sum().backward()
+    optimizer.step()
+    save(tmp_path / "hf_model_0001_0.pt", None, model.state_dict())
+    torch.save({"optimizer": optimizer.state_dict(), "epochs_run": 1}, tmp_path / "recipe_state.pt")
+    with pytest.raises(UsageError, match=r"recipe_state.pt: it holds no weights of a network, but .* as `optimizer`"):
+        ns.postmortem(tmp_path)
+
+
 @pytest.mark.parametrize("name", ["Hugging Face Trainer", "sharded folder", "distributed"])
 def test_a_folder_that_is_a_checkpoint_is_one(name: str, tmp_path: Path) -> None:
     files.FORMATS[name].write(tmp_path, files.trained())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -22,6 +22,9 @@ from neuronscope.errors import CheckpointError
 
 __all__ = ["examine_file"]
 
+#: Of fewer running means, none may be negative by chance.
+_MANY_MEANS = 8
+
 
 def examine_file(
     checkpoint: Checkpoint,
@@ -29,6 +32,7 @@ def examine_file(
     parameter_names: Sequence[str] | None = None,
     earlier: Checkpoint | None = None,
     on_compared: Callable[[GradientsBetween], None] | None = None,
+    linear: Collection[str] = (),
 ) -> tuple[list[Evidence], list[Abstention]]:
     """Examine a checkpoint's records, weights and optimizers; return the evidence, and what could not be examined.
 
@@ -38,6 +42,7 @@ def examine_file(
             of the optimizer's state can be matched to parameters.
         earlier: An earlier checkpoint of the same run.
         on_compared: Called for each layer that could be compared with the earlier checkpoint.
+        linear: Paths of layers that no activation follows, if the model is known.
     """
     layers = find_layers(checkpoint.tensors)
     tensors = dict(checkpoint.tensors)
@@ -47,7 +52,7 @@ def examine_file(
                 tensors[one.stored] = one.tensor
     found: list[Evidence | Abstention] = [*examine_records(checkpoint), *examine_weights(tensors, layers)]
     if checkpoint.optimizers:
-        found += _examine_optimizers(checkpoint, layers, parameter_names, earlier, on_compared)
+        found += _examine_optimizers(checkpoint, layers, parameter_names, earlier, on_compared, linear)
     else:
         reason = "The file holds no optimizer state, so past gradients are not known."
         found.append(Abstention("optimizer state", "", reason))
@@ -63,13 +68,14 @@ def _examine_optimizers(
     parameter_names: Sequence[str] | None,
     earlier: Checkpoint | None,
     on_compared: Callable[[GradientsBetween], None] | None,
+    linear: Collection[str],
 ) -> Iterator[Evidence | Abstention]:
     """Yield which neurons got no gradient, by the state of the optimizers."""
     states, abstentions = match_parameters(checkpoint, parameter_names)
     yield from abstentions
     readings = list(ClockReader(checkpoint, states).read(layers))
     clocks = {reading.layer.path: reading for reading in readings if isinstance(reading, LayerClock)}
-    causes = find_no_gradient_causes(layers, clocks)
+    causes = find_no_gradient_causes(layers, clocks, linear, dict(_behind_activation(checkpoint, layers)))
     compared: dict[str, GradientsBetween] = {}
     if earlier is not None:
         of_neurons = [clock for clock in clocks.values() if clock.layer.kind in NEURON_KINDS]
@@ -88,6 +94,19 @@ def _examine_optimizers(
                 left = _without_living(found, compared.get(reading.layer.path))
                 if isinstance(left, Abstention) or left.neurons.size:
                     yield left
+
+
+def _behind_activation(checkpoint: Checkpoint, layers: Sequence[Layer]) -> Iterator[tuple[str, bool]]:
+    """Yield the path of each batch norm, and whether an activation lies before it, as its running means show.
+
+    Behind a ReLU no mean is negative. Of a layer's own outputs some are, unless there are few.
+    """
+    for layer in layers:
+        statistics = checkpoint.tensors.get(f"{layer.weight.removesuffix('weight')}running_mean")
+        if layer.kind == "norm" and statistics is not None and layer.width >= _MANY_MEANS:
+            means = statistics.read()
+            if means.any():
+                yield layer.path, bool((means >= 0).all())
 
 
 def _without_living(found: Evidence | Abstention, compared: GradientsBetween | None) -> Evidence | Abstention:

@@ -11,7 +11,7 @@ Layers are taken in the order of the file, which is the order in which the netwo
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any
@@ -260,15 +260,21 @@ class _LayerState:
     no_gradient: bool  # whether none of its parameters gets a gradient
     is_open: bool  # whether its clock shows neither that nor a gradient
     input_is_zero: bool  # whether its bias still got gradients when the parameters that multiply its input got none
+    is_hidden: bool  # whether its rows are neurons, as far as is known
     still_updated: bool  # whether its optimizer continued to update it, as far as the file shows
 
     @property
     def may_have_collapsed(self) -> bool:
         """Whether it shows no gradient, and its rows are neurons."""
-        return (self.no_gradient or self.is_open) and self.layer.kind in NEURON_KINDS
+        return (self.no_gradient or self.is_open) and self.is_hidden
 
 
-def find_no_gradient_causes(layers: Sequence[Layer], clocks: Mapping[str, LayerClock]) -> dict[str, NoGradientCause]:
+def find_no_gradient_causes(
+    layers: Sequence[Layer],
+    clocks: Mapping[str, LayerClock],
+    linear: Collection[str] = (),
+    behind_activation: Mapping[str, bool] | None = None,
+) -> dict[str, NoGradientCause]:
     """Return by path why whole layers get no gradient, as far as the clocks of the layers around them show it.
 
     A layer that is missing was frozen or cut off, as far as is known.
@@ -276,12 +282,23 @@ def find_no_gradient_causes(layers: Sequence[Layer], clocks: Mapping[str, LayerC
     Args:
         layers: The checkpoint's layers, in the order of the file.
         clocks: The clocks of the layers that have one, by path.
+        linear: Paths of layers that no activation follows, if the model is known: they have no neurons that could have
+            collapsed. Of a gated product's two factors, the one without an activation is such a layer.
+        behind_activation: Whether an activation lies between a norm and the layer before it, by the norm's path, where
+            this is known.
     """
-    states = list(_layer_states(layers, clocks))
+    states = list(_layer_states(layers, clocks, linear, behind_activation or {}))
     causes: dict[str, NoGradientCause] = {}
     for index, state in enumerate(states):
-        source = _input_layer(states, index) if state.input_is_zero else None
-        if source is None:
+        at = _input_at(states, index) if state.input_is_zero else None
+        if at is None:
+            continue
+        source = states[at].layer
+        read = _input_at(states, at) if state.layer.kind == "norm" else None
+        if read is not None and (earlier := states[read].layer.path) in causes:
+            # A norm makes zeros of constants, and a layer that reads a collapsed one gives constants.
+            text = f"since the collapse of {earlier} it gives constants, which the norm behind it makes zeros of"
+            causes.setdefault(source.path, NoGradientCause("cut off", text))
             continue
         text = f"its input is zero since the collapse of {source.path}, and only its bias got gradients"
         causes.setdefault(state.layer.path, NoGradientCause("cut off", text))
@@ -303,15 +320,22 @@ def find_no_gradient_causes(layers: Sequence[Layer], clocks: Mapping[str, LayerC
     return causes
 
 
-def _layer_states(layers: Sequence[Layer], clocks: Mapping[str, LayerClock]) -> Iterator[_LayerState]:
+def _layer_states(
+    layers: Sequence[Layer],
+    clocks: Mapping[str, LayerClock],
+    linear: Collection[str],
+    behind_activation: Mapping[str, bool],
+) -> Iterator[_LayerState]:
     left = iter(zip_longest(layers, layers[1:]))
     for layer, norm in left:
         if layer.path not in clocks:
             continue
         parts, has_bias = [clocks[layer.path]], layer.bias is not None
-        if not has_bias and norm and norm.kind == "norm" and norm.width == layer.width and norm.path in clocks:
+        followed = norm and norm.kind == "norm" and norm.width == layer.width and norm.path in clocks
+        # A layer without bias is mostly followed by its norm, which has one.
+        if followed and not behind_activation.get(norm.path, has_bias):
             parts.append(clocks[norm.path])
-            has_bias = norm.bias is not None
+            has_bias = has_bias or norm.bias is not None
             next(left)  # the norm is a part of this layer
         input_is_zero = _input_is_zero(parts)
         silent = [_without_gradient(part, part.reading) for part in parts]
@@ -319,7 +343,8 @@ def _layer_states(layers: Sequence[Layer], clocks: Mapping[str, LayerClock]) -> 
         shown = [part.reading.readable & ~rows for part, rows in zip(parts, silent, strict=True)]
         is_open = not no_gradient and not input_is_zero and not any(bool(rows.any()) for rows in shown)
         still_updated = all(part.lag == 0 and (part.taken is not None or part.rule.is_momentum) for part in parts)
-        yield _LayerState(layer, has_bias, no_gradient, is_open, input_is_zero, still_updated)
+        is_hidden = layer.kind in NEURON_KINDS and layer.path not in linear
+        yield _LayerState(layer, has_bias, no_gradient, is_open, input_is_zero, is_hidden, still_updated)
 
 
 def _input_is_zero(parts: Sequence[LayerClock]) -> bool:
@@ -337,14 +362,15 @@ def _without_gradient(read: LayerClock, reading: ClockReading, steps_ago: float 
     return stopped & reading.readable
 
 
-def _input_layer(states: Sequence[_LayerState], index: int) -> Layer | None:
-    """Return the layer that another one reads: the nearest before it that shows no gradient and has a fitting width."""
+def _input_at(states: Sequence[_LayerState], index: int) -> int | None:
+    """Return which layer another one reads: the nearest before it that shows no gradient and has a fitting width."""
     reader = states[index].layer
-    for state in reversed(states[:index]):
+    for at in reversed(range(index)):
+        state = states[at]
         width = state.layer.width
         fits = width == reader.width if reader.kind == "norm" else not (reader.inputs % width and width % reader.inputs)
         if fits and state.may_have_collapsed:
-            return state.layer
+            return at
     return None
 
 

@@ -57,6 +57,12 @@ class Examination(NamedTuple):
     layers: Collection[str] = ()
     example: Example | None = None  # the input that it was run on
 
+    @property
+    def linear(self) -> frozenset[str]:
+        """Paths of the layers that no activation follows; empty if this is not known."""
+        followed = {layer for site in self.sites for layer, *_ in site.units}
+        return frozenset(self.layers) - followed - {site.normalises for site in self.sites}
+
 
 def examine_model(
     model: nn.Module,
