@@ -436,6 +436,22 @@ class NeuronFlow:
             self._note_overwritten(tensor)
         self._origins.put(tensor, origin)
 
+    def join(self, output: Any, values: Any) -> None:
+        """Note that what a module gave depends on all that it was given, and not on its first input alone.
+
+        Args:
+            output: What it gave.
+            values: What it was given.
+        """
+        upstream = 0
+        for tensor in nested_tensors(values):
+            origin = self._origins.get(tensor)
+            upstream |= 0 if origin is None else origin.upstream
+        for tensor in nested_tensors((output,)):
+            origin = self._origins.get(tensor)
+            if origin is not None and upstream & ~origin.upstream:
+                self._origins.put(tensor, origin.but(upstream=origin.upstream | upstream))
+
     def note_inputs(self, values: Any) -> None:
         """Note that all tensors in nested tuples, lists and mappings are inputs, unless they are known."""
         alone = type(values) is tuple and len(values) == 1 and type(values[0]) is Tensor
