@@ -6,7 +6,7 @@ an argument of :class:`Registry`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import BuiltinFunctionType, FunctionType, MethodDescriptorType, WrapperDescriptorType
 from typing import Any, NamedTuple
@@ -96,6 +96,44 @@ def _clamp_at_zero(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Activati
     return _CLAMP if high is None else _CLAMP_ON_BOTH_SIDES
 
 
+#: Settings of the slope below zero, in the order of a call, each with its default. Where all are zero, it is a ReLU.
+_SLOPES: Mapping[str, Mapping[str, float]] = {
+    "leaky_relu": {"negative_slope": 0.01},
+    "rrelu": {"lower": 1 / 8, "upper": 1 / 3},
+}
+
+
+def _sloped(name: str) -> tuple[Activation, Chooser]:
+    """Return an activation with a slope below zero, and what says of a call whether it has that slope.
+
+    Args:
+        name: Its name, which is in :data:`_SLOPES`.
+    """
+    activation = Activation(name, "leaky")
+
+    def choose(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Activation:
+        given = args[1 : len(_SLOPES[name]) + 1]
+        named = [kwargs.get(setting, default) for setting, default in _SLOPES[name].items()]
+        return _with_slope(activation, [*given, *named[len(given) :]])
+
+    return activation, choose
+
+
+def _with_slope(activation: Activation, slopes: Sequence[Any]) -> Activation:
+    """Return an activation that has a slope below zero; one of the same name that has none, if all slopes are zero.
+
+    Args:
+        activation: The activation.
+        slopes: Its settings.
+    """
+    if not slopes or any(type(slope) not in (int, float) or slope for slope in slopes):
+        return activation
+    return Activation(activation.name, "relu-like", linear_when_on=True)
+
+
+_LEAKY_RELU, _choose_leaky_relu = _sloped("leaky_relu")
+_RRELU, _choose_rrelu = _sloped("rrelu")
+
 #: Every activation that is known without being registered.
 ROWS: tuple[ActivationRow, ...] = (
     ActivationRow(Activation("relu", "relu-like", linear_when_on=True, gated_name="reglu"), (nn.ReLU,), ("relu",)),
@@ -113,9 +151,9 @@ ROWS: tuple[ActivationRow, ...] = (
     ActivationRow(Activation("softshrink", "relu-like"), (nn.Softshrink,), ("softshrink",)),
     ActivationRow(_CLAMP, functions=("clamp", "clip", "clamp_min"), choose=_clamp_at_zero),
     ActivationRow(Activation("relu_squared", "relu-like"), packaged={"transformers": ("ReLUSquaredActivation",)}),
-    ActivationRow(Activation("leaky_relu", "leaky"), (nn.LeakyReLU,), ("leaky_relu",)),
+    ActivationRow(_LEAKY_RELU, (nn.LeakyReLU,), ("leaky_relu",), choose=_choose_leaky_relu),
     ActivationRow(Activation("prelu", "leaky"), (nn.PReLU,), ("prelu",), packaged={"timm": ("PReLU",)}),
-    ActivationRow(Activation("rrelu", "leaky"), (nn.RReLU,), ("rrelu",)),
+    ActivationRow(_RRELU, (nn.RReLU,), ("rrelu",), choose=_choose_rrelu),
     ActivationRow(Activation("xielu", "leaky"), packaged={"transformers": ("XIELUActivation",)}),
     ActivationRow(
         Activation("gelu", "smooth", gated_name="geglu"),
@@ -232,7 +270,8 @@ class Registry:
         for cls in type(module).__mro__:
             found = self._modules.get(cls) or self._packaged.get((cls.__module__.partition(".")[0], cls.__name__))
             if found is not None:
-                return found
+                sloped = found in (_LEAKY_RELU, _RRELU)
+                return _with_slope(found, _slopes_of(module, found.name)) if sloped else found
         return None
 
     def of_call(
@@ -259,6 +298,16 @@ class Registry:
         if any(self.of_module(module) is not None for module in modules):
             return False
         return not functional or all(type(module) in _WITHOUT_FUNCTIONS for module in modules)
+
+
+def _slopes_of(module: nn.Module, name: str) -> list[Any]:
+    """Return the settings of a module's slope below zero.
+
+    Args:
+        module: A module that applies such an activation.
+        name: Name of the activation.
+    """
+    return [getattr(module, setting, None) for setting in _SLOPES[name]]
 
 
 def _is_seen_by_modes(function: Callable[..., Any]) -> bool:

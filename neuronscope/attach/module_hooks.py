@@ -214,7 +214,10 @@ class AfterActivation(InertHook):
         manager, traced = self.manager, is_tracing()
         if manager.watches_here(traced):
             try:
-                x = args[0] if args else first_input(args, given[0] if len(given) > 1 else _NOTHING)
+                kwargs = given[0] if len(given) > 1 else _NOTHING
+                x = args[0] if args else first_input(args, kwargs)
                 manager.after(x, given[-1], traced)
+                if len(args) + len(kwargs) > 1 and not traced:
+                    manager.recorder.forward.flow.join(given[-1], (args, *kwargs.values()))
             except Exception as error:
                 manager.fail(error)

@@ -58,6 +58,7 @@ from neuronscope.attach.row_masks import RowMasks
 from neuronscope.attach.tensor_map import TensorMap, nested_tensors
 from neuronscope.attach.torch_functions import spellings
 from neuronscope.attach.units import Units, has_units, place
+from neuronscope.attach.unsupported import is_wrapped, unwrapped
 from neuronscope.count.neuron_layout import Dims
 from neuronscope.sites import ReaderColumns
 
@@ -397,12 +398,22 @@ class NeuronFlow:
         if known is None:
             if isinstance(tensor, nn.Parameter):
                 return Origin.of(WEIGHT)
+            if is_wrapped(tensor):
+                return self._of_wrapped(tensor)
             return self._of_part(tensor) if is_distributed(tensor) else _UNKNOWN
         layer, is_weight = known
         found = Origin.of(WEIGHT if is_weight else CONSTANT, layer=layer)
         if not self.names.is_shared(tensor):
             self._weights.put(tensor, found)
         return found
+
+    def _of_wrapped(self, tensor: Tensor) -> Origin:
+        """Return what a tensor is inside a function transform: on which layers it depends is all that is known.
+
+        It stands for a row of the tensor that the transform was given, along any dimension, or for all of it.
+        """
+        found = self._origins.get(unwrapped(tensor))
+        return Origin.of(LOST, found.upstream) if found is not None and found.upstream else _UNKNOWN
 
     def _of_part(self, tensor: Tensor) -> Origin:
         """Return what a distributed tensor is: what this rank's part of it is, from which it was made."""
@@ -424,6 +435,22 @@ class NeuronFlow:
         if id(tensor) in self._weights.entries:
             self._note_overwritten(tensor)
         self._origins.put(tensor, origin)
+
+    def join(self, output: Any, values: Any) -> None:
+        """Note that what a module gave depends on all that it was given, and not on its first input alone.
+
+        Args:
+            output: What it gave.
+            values: What it was given.
+        """
+        upstream = 0
+        for tensor in nested_tensors(values):
+            origin = self._origins.get(tensor)
+            upstream |= 0 if origin is None else origin.upstream
+        for tensor in nested_tensors((output,)):
+            origin = self._origins.get(tensor)
+            if origin is not None and upstream & ~origin.upstream:
+                self._origins.put(tensor, origin.but(upstream=origin.upstream | upstream))
 
     def note_inputs(self, values: Any) -> None:
         """Note that all tensors in nested tuples, lists and mappings are inputs, unless they are known."""
@@ -539,6 +566,8 @@ class NeuronFlow:
         if outcome.layer is not None:
             self.layers.append(outcome.layer)
             self.read |= outcome.reads
+            if is_wrapped(first):
+                self._reached.add(outcome.layer)  # what reads it may lie outside of the transform
             if type(first) is not Tensor and is_distributed(first):
                 self._note_distributed((*args, *kwargs.values()), first, outcome.origins[0])
         if result is first and type(first) is Tensor and not outcome.nameless:  # a parameter stays one, see below

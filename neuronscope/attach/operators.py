@@ -61,7 +61,7 @@ mse_loss l1_loss smooth_l1_loss huber_loss cross_entropy nll_loss binary_cross_e
 binary_cross_entropy_with_logits kl_div margin_ranking_loss triplet_margin_loss cosine_embedding_loss
 hinge_embedding_loss ctc_loss gaussian_nll_loss poisson_nll_loss soft_margin_loss multi_margin_loss
 multilabel_margin_loss multilabel_soft_margin_loss triplet_margin_with_distance_loss bincount histc unique
-unique_consecutive nonzero one_hot searchsorted bucketize masked_select stft istft
+unique_consecutive nonzero one_hot searchsorted bucketize stft istft
 """
 _FOURIER = " ".join(name for name in torch.fft.__all__ if "freq" not in name)
 

@@ -30,11 +30,12 @@ __all__ = ["SELECTING", "Selected", "Selections"]
 
 _PRODUCTS = spellings("mul", "multiply", "mul_", "multiply_", "__mul__", "__rmul__", "__imul__")
 _PICKING = spellings("topk", "sort", "kthvalue")
+_GATHERING = spellings("gather")
 _WRITING_BACK = spellings("scatter", "scatter_", "scatter_add", "scatter_add_")
 _FILLING = spellings("where", "masked_fill", "masked_fill_")
 _READING = spellings("embedding_bag")
 #: All functions that may be a part of a selection, or a gated product.
-SELECTING = _PRODUCTS | _PICKING | _WRITING_BACK | _FILLING | _READING
+SELECTING = _PRODUCTS | _PICKING | _GATHERING | _WRITING_BACK | _FILLING | _READING
 
 _COMPARISON = re.compile(r"_*(lt|le|gt|ge|greater|greater_equal|less|less_equal|heaviside)_*")
 _JUMP = Activation("jumprelu", "sparse")
@@ -83,6 +84,8 @@ class Selections:
         """
         if function in _PICKING:
             self._note_picked(args, y)
+        elif function in _GATHERING:
+            self._note_gathered(args, kwargs, y)
         elif not isinstance(y, Tensor) or not (y.is_floating_point() or y.is_complex()):
             return None  # as where two masks are joined
         elif function in _READING:
@@ -145,6 +148,12 @@ class Selections:
         """Note from which tensor an index was picked."""
         if len(args) and isinstance(args[0], Tensor) and isinstance(y, (tuple, list)) and len(y) == 2:
             self._picked_from.put(y[1], weakref.ref(args[0]))
+
+    def _note_gathered(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], y: Any) -> None:
+        """Note from which tensor the values of what was picked are, as after a choice by absolute size."""
+        index = kwargs.get("index", args[2] if len(args) > 2 else None)
+        if args and isinstance(index, Tensor) and self._forward.flow.origin(y).picks is not None:
+            self._picked_from.put(index, weakref.ref(args[0]))
 
     def _note_sparse_reader(self, args: tuple[Any, ...]) -> None:
         """Note that a layer reads the units that were picked without the zeros between them."""

@@ -129,9 +129,10 @@ class Unmeasured:
         if not function:
             self.note_ran(path, phase)
         self.note(place_of(path, function), reason)
-        units = self._flow.origin(x).units
-        if units is not None:
-            self._transformed.add(units.layer)
+        origin = self._flow.origin(x)
+        self._flow.read |= origin.upstream  # nothing tells what comes of it, so that none of its layers gives outputs
+        if origin.units is not None:
+            self._transformed.add(origin.units.layer)
 
     def may_be_neurons(self, origin: Origin, place: str, function: str) -> bool:
         """Return whether an activation of a tensor without known units is counted; if not, note the reason.

@@ -17,12 +17,15 @@ __all__ = [
     "IN_TRANSFORM",
     "describe_input",
     "in_transform",
+    "is_wrapped",
     "unsupported_reason",
+    "unwrapped",
 ]
 
 # Under names that are quick to find.
 _count_transforms = torch._C._functorch.get_dynamic_layer_stack_depth
 _is_batched = torch._C._functorch.is_legacy_batchedtensor
+_is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
 _count_modes = torch._C._len_torch_dispatch_stack
 
 #: Why calls inside a function transform are not measured.
@@ -67,6 +70,28 @@ def in_transform(tensor: Tensor) -> bool:
     [True]
     """
     return bool(_count_transforms() or _is_batched(tensor) or (_count_modes() and is_recorded()))
+
+
+def is_wrapped(tensor: Tensor) -> bool:
+    """Return whether a tensor stands for another one inside a function transform.
+
+    >>> is_wrapped(torch.zeros(2))
+    False
+    """
+    return bool(_is_wrapped(tensor))
+
+
+def unwrapped(tensor: Tensor) -> Tensor:
+    """Return the tensor that transforms were given, of one that stands for it inside them.
+
+    >>> seen, given = [], torch.zeros(3, 2)
+    >>> _ = torch.vmap(lambda row: seen.append(unwrapped(row)) or row)(given)
+    >>> seen[0] is given
+    True
+    """
+    while _is_wrapped(tensor):
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    return tensor
 
 
 def unsupported_reason(tensor: Tensor) -> str:

@@ -380,3 +380,27 @@ def test_softmax_and_attention_are_not_sites():
         scope.step()
     assert list(scope.census()) == ["4/tanh"]
     assert list(scope.not_neurons()) == ["3"]
+
+
+WITHOUT_SLOPE = {
+    "LeakyReLU": nn.LeakyReLU(0.0),
+    "leaky_relu": lambda x: F.leaky_relu(x, negative_slope=0),
+    "leaky_relu in place": lambda x: F.leaky_relu_(x + 0.0, 0.0),
+    "RReLU": nn.RReLU(0.0, 0.0),
+    "rrelu": lambda x: F.rrelu(x, 0.0, upper=0.0),
+    "rrelu by names": lambda x: F.rrelu(input=x, lower=0.0, upper=0.0),
+}
+
+
+@pytest.mark.parametrize("act", WITHOUT_SLOPE.values(), ids=WITHOUT_SLOPE)
+def test_a_leaky_activation_whose_slope_is_zero_can_be_dead(act: nn.Module | Callable[[Tensor], Tensor]) -> None:
+    net = Net(LAYOUTS[0], act)
+    with torch.no_grad():
+        net.first.bias[:2] = -100
+    with ns.watch(net, every_n_steps=1) as scope:
+        net(torch.ones(5, 3)).sum().backward()
+        scope.step()
+    [tally] = scope.census().values()
+    dead = {verdict.neuron for verdict in scope.report().verdicts() if verdict.label == "dead"}
+    assert (tally.kind, tally.zero_outputs[:2].tolist()) == ("relu-like", [5, 5])
+    assert dead == set(np.flatnonzero(tally.zero_outputs == 5)) >= {0, 1}

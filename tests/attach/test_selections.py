@@ -64,6 +64,11 @@ def batch_top_k(_: Coder, x: Tensor) -> Tensor:
     return torch.zeros_like(flat).scatter(-1, index, values).reshape(x.shape)
 
 
+def top_k_by_size(_: Coder, x: Tensor) -> Tensor:
+    index = x.abs().topk(3, -1).indices
+    return torch.zeros_like(x).scatter(-1, index, x.gather(-1, index))
+
+
 def jump(coder: Coder, x: Tensor) -> Tensor:
     return x * (x > coder.theta)
 
@@ -102,6 +107,7 @@ SELECTIONS = {
     top_k: "enc/topk",
     top_k_of_relu: "enc/topk relu",
     batch_top_k: "enc/topk relu",
+    top_k_by_size: "enc/topk",
     jump: "enc/jumprelu",
     jump_with_its_own_derivative: "enc/jumprelu",
     jump_then_relu: "enc/relu",
@@ -162,7 +168,7 @@ def test_training_is_the_same_bit_for_bit(select: Select) -> None:
         assert torch.equal(one, other)
 
 
-@pytest.mark.parametrize("select", [top_k, batch_top_k, jump, relu_and_mask, where])
+@pytest.mark.parametrize("select", [top_k, batch_top_k, top_k_by_size, jump, relu_and_mask, where])
 def test_compiled_graphs_count_alike(select: Select) -> None:
     (_, eager, _), (_, traced, _) = (train(select, watched=True, compiled=each) for each in (False, True))
     assert eager is not None
@@ -218,6 +224,41 @@ def test_what_is_no_selection_is_not_counted_as_one(select: Select) -> None:
     _, scope, _ = train(select, watched=True)
     assert scope is not None
     assert [tally.kind for tally in scope.census().values() if tally.kind == "sparse"] == []
+    scope.detach()
+
+
+def put_back(_: Coder, x: Tensor) -> Tensor:
+    latents, on = torch.zeros_like(x), x > 0
+    latents[on] = x[on]
+    return latents
+
+
+def put_back_by_index(_: Coder, x: Tensor) -> Tensor:
+    on = (x > 0).nonzero(as_tuple=True)
+    return torch.zeros_like(x).index_put(on, x[on])
+
+
+def put_back_both_parts(_: Coder, x: Tensor) -> Tensor:
+    latents, on = torch.empty_like(x), x > 0
+    latents[on] = x[on]
+    latents[~on] = x[~on].exp() - 1
+    return latents * 1.0
+
+
+def put_back_in_order(_: Coder, x: Tensor) -> Tensor:
+    return torch.zeros_like(x).masked_scatter(x > 0, x.masked_select(x > 0))
+
+
+@pytest.mark.filterwarnings("ignore:No activation of Coder")
+@pytest.mark.parametrize("select", [put_back, put_back_by_index, put_back_both_parts, put_back_in_order])
+def test_a_layer_of_which_data_picks_elements_that_are_put_back_is_listed(select: Select) -> None:
+    """Which units an element is of is not known by then, so that nothing is counted; and that is said."""
+    _, scope, _ = train(select, watched=True)
+    assert scope is not None
+    assert not scope.census()
+    [listed] = scope.report().not_measured
+    assert listed.name == "enc"
+    assert "was applied to it, which is not known as an activation" in listed.reason
     scope.detach()
 
 

@@ -157,6 +157,39 @@ def test_vmap_inside_a_forward_is_not_counted_and_does_no_harm(
     assert {item.name for item in scope.report().not_measured} == {*missing, "tanh()"}
 
 
+@pytest.mark.parametrize(
+    "inside",
+    [
+        lambda weights, h: torch.vmap(lambda w: torch.tanh(h @ w))(weights),
+        lambda weights, h: torch.vmap(lambda row: F.relu(row @ weights[0]))(h),
+        lambda weights, h: torch.vmap(lambda row: row @ weights[0])(h),
+        lambda weights, h: torch.func.jacrev(lambda g: torch.tanh(g @ weights[0]).sum(0))(h),
+    ],
+    ids=["each matrix", "each row", "each row, no activation", "jacobian"],
+)
+def test_a_layer_whose_units_go_into_a_transform_alone_does_not_give_outputs(
+    inside: Callable[[Tensor, Tensor], Tensor],
+) -> None:
+    """What is an output of the network is left out of totals; a hidden layer is not."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.weights = nn.Linear(4, 6), nn.Parameter(torch.randn(3, 6, 6))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return inside(self.weights, F.relu(self.body(x)))
+
+    net = Net()
+    with ns.watch(net) as scope:
+        for _ in range(3):
+            net(torch.randn(7, 4)).sum().backward()
+            scope.step()
+    report = scope.report()
+    assert (report.neurons, scope.census()["body/relu"].positions) == (6, 21)
+    assert {item.name for item in report.not_measured} <= {"relu()", "tanh()"}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_vmap_inside_a_compiled_forward_does_no_harm(dynamic: bool) -> None:

@@ -69,6 +69,46 @@ def test_a_model_of_which_nothing_can_be_counted_is_said_to_have_run() -> None:
         scope.step()
 
 
+@torch.overrides.wrap_torch_function(lambda x, gate: (x, gate))
+def gated(x: Tensor, gate: Tensor) -> Tensor:
+    return x * torch.relu(gate)
+
+
+class Gated(nn.Module):
+    def forward(self, x: Tensor, gate: Tensor) -> Tensor:
+        return x * torch.relu(gate)
+
+
+class TwoInputs(nn.Module):
+    """A registered activation of two layers' units."""
+
+    def __init__(self, act: Callable[[Tensor, Tensor], Tensor], *, by_name: bool, gate_first: bool) -> None:
+        super().__init__()
+        self.fc, self.gate, self.out = nn.Linear(4, 6), nn.Linear(4, 6), nn.Linear(6, 1)
+        self.act, self.by_name, self.gate_first = act, by_name, gate_first
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, gate = self.fc(x), self.gate(x)
+        gate = F.relu(gate) if self.gate_first else gate
+        return self.out(self.act(x=x, gate=gate) if self.by_name else self.act(x, gate))
+
+
+@pytest.mark.parametrize("by_name", [False, True])
+@pytest.mark.parametrize("gate_first", [False, True])
+@pytest.mark.parametrize(("registered", "act"), [(Gated, Gated()), (gated, gated)], ids=["module", "function"])
+def test_a_second_input_of_an_activation_is_read_by_it(
+    registered: Any, act: Any, gate_first: bool, by_name: bool
+) -> None:
+    model = TwoInputs(act, by_name=by_name, gate_first=gate_first)
+    with ns.watch(model, activations={registered: "gated"}) as scope:
+        for _ in range(2):
+            model(torch.randn(3, 4)).sum().backward()
+            scope.step()
+    assert reasons(scope) == {}
+    assert set(scope.census()) == {"fc/gated", *(["gate/relu"] if gate_first else [])}
+    assert scope.report().neurons == (12 if gate_first else 6)  # an output of the network would be left out
+
+
 class Sometimes(Net):
     """A second head that only some phases run."""
 

@@ -16,6 +16,7 @@ from neuronscope.attach.origins import (
     Operand,
     Origin,
     PickedMatrices,
+    PickedUnits,
 )
 from neuronscope.attach.unit_rules.operation import Function, Index, Operation, Rule, Shape, lose, table, tensors_in
 from neuronscope.attach.units import Units, has_units, positions, resized, select, slice_dim
@@ -252,9 +253,19 @@ def _gather(operation: Operation) -> Origin:
         return origin
     dim = operation.argument(1, "dim", "axis")
     if not isinstance(dim, int) or has_units(origin.units.dims[dim % rank]):
-        return Origin.of(ENDED, operation.upstream, layer=origin.units.layer)
+        index = operation.argument(2, "index")
+        by = index.origin.picks if isinstance(index, Operand) else None
+        same = by is not None and by.units == origin.units  # as the values of those that are largest by absolute size
+        picks = PickedUnits(origin.units, origin.site) if same else None
+        return Origin.of(ENDED, operation.upstream, layer=origin.units.layer, picks=picks)
     found = resized(origin.units.dims, operation.outputs[0])
     return Origin.of(LOST, origin.upstream) if found is None else origin.but(units=origin.units._replace(dims=found))
+
+
+def _masked_select(operation: Operation) -> Origin:
+    """Say what a mask picks of a tensor, in one row: units no more, if the tensor had any."""
+    units = operation.first.origin.units
+    return Origin.of(ENDED, operation.upstream, layer="" if units is None else units.layer)
 
 
 PARTS: dict[Function, Rule] = {
@@ -269,4 +280,5 @@ PARTS: dict[Function, Rule] = {
     **table("unbind", _unbind_rule),
     **table("index_select", _index_select),
     **table("gather", _gather),
+    **table("masked_select", _masked_select),
 }

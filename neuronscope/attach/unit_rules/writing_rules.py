@@ -106,8 +106,29 @@ def _scatter_by_mask(operation: Operation) -> Origin:
     if source.state in (CONSTANT, WEIGHT, RAW):
         found = combine([target], operation.outputs[0])
         return found.but(upstream=upstream) if found.upstream != upstream else found
+    if (put_back := _put_back(source, upstream, "masked_scatter")) is not None:
+        return put_back
     layers = {each.units.layer for each in (target.origin, source) if each.units is not None}
     return Origin.of(ROWS, upstream) if len(layers) > 1 else lose(operation)
+
+
+def _put_back(source: Origin, upstream: int, function: str) -> Origin | None:
+    """Return what a tensor is into which elements were written that data picked from a layer's units.
+
+    They may be put back where they were, as a ReLU that is written out puts those above zero, so that the next layer
+    reads an activation of that layer.
+
+    Args:
+        source: What is written.
+        upstream: What the result depends on.
+        function: Name of the function that writes.
+
+    Returns:
+        What it is; ``None`` if data picked nothing, or not from one layer.
+    """
+    if source.state != ENDED or not source.layer:
+        return None
+    return Origin.of(LOST, upstream, bends=((source.layer, function),))
 
 
 def set_item(target: Operand, index: tuple[Any, ...], value: Operand) -> Origin:
@@ -123,6 +144,8 @@ def set_item(target: Operand, index: tuple[Any, ...], value: Operand) -> Origin:
     if units is None:
         if value.origin.state in (CONSTANT, WEIGHT, RAW):
             return target.origin
+        if (put_back := _put_back(value.origin, upstream, "__setitem__")) is not None:
+            return put_back
         if target.origin.units is not None:
             return Origin.of(LOST, upstream)
         return combine([target, value], target.shape)
