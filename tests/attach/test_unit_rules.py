@@ -1550,6 +1550,7 @@ NOT_DRAWN = {
     "as_tensor": "the same",
     "asarray": "the same",
     "meshgrid": "claims no units",
+    "masked_select": "the same",
     "expit": "is sigmoid",
     "quantize_per_tensor": "has the rule of `to`",
     "quantize_per_channel": "the same",
