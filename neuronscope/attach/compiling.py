@@ -14,7 +14,7 @@ import operator
 import os
 import sys
 import weakref
-from collections import Counter
+from collections import ChainMap, Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from pathlib import Path
 from types import CodeType, FunctionType, ModuleType
@@ -53,6 +53,7 @@ __all__ = [
     "comptime",
     "count_compilations",
     "enters_graph",
+    "forget_watch",
     "guards_hooks",
     "has_real_tensors",
     "hidden",
@@ -574,6 +575,11 @@ def refuse_earlier_graphs(watch: ModelWatch) -> None:
                 _refuse_for_later_watches(guards, number)
 
 
+def forget_watch(watch: ModelWatch) -> None:
+    """Let all graphs that were traced before a watch run again, since it ended; does nothing if that was done."""
+    _watches.pop(watch, None)
+
+
 def _refuse_for_later_watches(guards: Any, number: int) -> None:
     """Add a guard to a graph: it does not run for the model of a watch with this number, or a higher one, that counts.
 
@@ -584,13 +590,15 @@ def _refuse_for_later_watches(guards: Any, number: int) -> None:
     sources = [compile(source, "<a module of a graph>", "eval") for source in _sources_of_modules(guards.root)]
     if not sources:
         return
-    names = {**(guards.closure_vars or {}), **(guards.global_scope or {})}
+    graph = weakref.ref(guards)  # a guard that held it would keep all that the graph holds
 
     def may_run(local: Any) -> bool:
         watches = [watch for watch, begun in [*_watches.items()] if begun >= number and watch.observing]
-        if not watches:
+        held = graph() if watches else None
+        if held is None:
             return True
-        modules = [eval(source, names, {"L": local}) for source in sources]  # noqa: S307, the compiler's own
+        names = ChainMap({"L": local}, held.closure_vars or {})
+        modules = [eval(source, held.global_scope or {}, names) for source in sources]  # noqa: S307, the compiler's own
         return not any(watch.shares_modules(module) for watch in watches for module in modules)
 
     def guard(local: Any) -> bool:

@@ -163,7 +163,7 @@ class ActivationFunctionMode(TorchFunctionMode):
                             with unwatched(False):
                                 recorder.end(call, x, output)
                         if len(args) + len(kwargs) > 1:
-                            recorder.forward.flow.join(output, (args, *kwargs.values()))
+                            recorder.forward.flow.join(output, (*args, *kwargs.values()))
                     elif followed or isinstance(output, (Tensor, tuple, list)) or func in _WITHOUT_RESULT:
                         with unwatched(False):
                             if not followed:

@@ -26,6 +26,7 @@ from neuronscope.attach.call_arguments import CallArguments
 from neuronscope.attach.compiling import (
     code_of_forward,
     count_compilations,
+    forget_watch,
     in_operator,
     is_compiled,
     is_tracing,
@@ -149,6 +150,7 @@ class HookManager:
         self._early_returns = 0  # how often in succession they were put back before that had paid
         self._skipped: list[CodeType] = []  # see `skip_when_hooked`
         self._model = weakref.ref(model)
+        self._shares: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
         self.note_weights: Callable[[], None] | None = None  # called when the model's own forward begins
         self.recorder.graphs.own_code = code_of_forward([module for path, module in walk(model) if path == ""][-1])
         self.recorder.graphs.is_part = self._is_part
@@ -199,9 +201,13 @@ class HookManager:
         return model is not None and any(module is owner and path != "" for path, module in walk(model))
 
     def shares_modules(self, module: nn.Module) -> bool:
-        """Whether a module, or one inside it, belongs to the model."""
-        model = self._model()
-        return model is not None and not {*model.modules()}.isdisjoint(module.modules())
+        """Whether a module, or one inside it, belongs to the model, as far as the first call for this module shows."""
+        shares = self._shares.get(module)
+        if shares is None:
+            model = self._model()
+            shares = model is not None and not {*model.modules()}.isdisjoint(module.modules())
+            self._shares[module] = shares
+        return shares
 
     def _paths(self) -> set[str]:
         model = self._model()
@@ -234,6 +240,7 @@ class HookManager:
         self._ends = True
         self.set_observing(False)
         self._handles.remove(self._model())
+        forget_watch(self)
         stop_allowing_scripting(self)
         stop_skipping(self._skipped)
         self._skipped = []

@@ -218,6 +218,6 @@ class AfterActivation(InertHook):
                 x = args[0] if args else first_input(args, kwargs)
                 manager.after(x, given[-1], traced)
                 if len(args) + len(kwargs) > 1 and not traced:
-                    manager.recorder.forward.flow.join(given[-1], (args, *kwargs.values()))
+                    manager.recorder.forward.flow.join(given[-1], (*args, *kwargs.values()))
             except Exception as error:
                 manager.fail(error)

@@ -436,18 +436,18 @@ class NeuronFlow:
             self._note_overwritten(tensor)
         self._origins.put(tensor, origin)
 
-    def join(self, output: Any, values: Any) -> None:
-        """Note that what a module gave depends on all that it was given, and not on its first input alone.
+    def join(self, output: Any, values: Iterable[Any]) -> None:
+        """Note that what an activation gave depends on all tensors that it was given, and not on its first input alone.
 
         Args:
             output: What it gave.
-            values: What it was given.
+            values: Its arguments.
         """
         upstream = 0
-        for tensor in nested_tensors(values):
-            origin = self._origins.get(tensor)
+        for value in values:
+            origin = self._origins.get(value) if isinstance(value, Tensor) else None
             upstream |= 0 if origin is None else origin.upstream
-        for tensor in nested_tensors((output,)):
+        for tensor in nested_tensors((output,)) if upstream else ():
             origin = self._origins.get(tensor)
             if origin is not None and upstream & ~origin.upstream:
                 self._origins.put(tensor, origin.but(upstream=origin.upstream | upstream))

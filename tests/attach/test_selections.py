@@ -262,6 +262,45 @@ def test_a_layer_of_which_data_picks_elements_that_are_put_back_is_listed(select
     scope.detach()
 
 
+def fill_in(x: Tensor, h: Tensor, at: Tensor) -> Tensor:
+    filled = x.clone()
+    filled[at] = h[at]
+    return filled
+
+
+def fill_in_order(x: Tensor, h: Tensor, at: Tensor) -> Tensor:
+    return x.masked_scatter(at, h.masked_select(at))
+
+
+def keep_some(_: Tensor, h: Tensor, at: Tensor) -> Tensor:
+    kept = torch.zeros_like(h)
+    kept[at] = h[at]
+    return kept
+
+
+@pytest.mark.parametrize("write", [fill_in, fill_in_order, keep_some])
+def test_elements_that_a_given_mask_picks_and_puts_back_went_through_no_activation(
+    write: Callable[[Tensor, Tensor, Tensor], Tensor],
+) -> None:
+    """As where missing inputs are filled in, images are put among tokens, or a matrix is made triangular."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.guess, self.up, self.out = nn.Linear(6, 6), nn.Linear(6, 8), nn.Linear(8, 1)
+
+        def forward(self, x: Tensor, at: Tensor) -> Tensor:
+            return self.out(F.relu(self.up(write(x, self.guess(x), at))))
+
+    model = Net()
+    with ns.watch(model) as scope:
+        for _ in range(2):
+            model(torch.randn(5, 6), torch.rand(5, 6) > 0.5).sum().backward()
+            scope.step()
+    assert list(scope.census()) == ["up/relu"]
+    assert not scope.report().not_measured
+
+
 class JoinedMasks(nn.Module):
     def __init__(self) -> None:
         super().__init__()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -133,3 +133,24 @@ def test_a_watch_has_no_graph_of_another_network_compiled_anew():
         scope.step()
     assert backend.graphs == 1
     assert scope.census()
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+def test_another_network_that_ran_before_does_not_search_the_watched_one_at_each_call() -> None:
+    class Searched(nn.Sequential):
+        searches = 0
+
+        def modules(self) -> Iterator[nn.Module]:
+            Searched.searches += 1
+            return super().modules()
+
+    other, x = torch.compile(nn.Linear(6, 6), backend="eager"), torch.ones(2, 6)
+    other(x)
+    model = Searched(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 2))
+    with ns.watch(model):
+        model(x)
+        other(x)
+        before = Searched.searches
+        for _ in range(9):
+            other(x)
+        assert Searched.searches == before

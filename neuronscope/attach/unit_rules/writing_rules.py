@@ -16,7 +16,7 @@ from neuronscope.attach.origins import (
     Origin,
     combine,
 )
-from neuronscope.attach.unit_rules.operation import Function, Index, Operation, Rule, Shape, lose, table
+from neuronscope.attach.unit_rules.operation import Function, Index, Operation, Rule, Shape, lose, table, tensors_in
 from neuronscope.attach.unit_rules.part_rules import index_units
 from neuronscope.attach.units import Units, fits, has_units, resized
 
@@ -106,29 +106,32 @@ def _scatter_by_mask(operation: Operation) -> Origin:
     if source.state in (CONSTANT, WEIGHT, RAW):
         found = combine([target], operation.outputs[0])
         return found.but(upstream=upstream) if found.upstream != upstream else found
-    if (put_back := _put_back(source, upstream, "masked_scatter")) is not None:
+    if (put_back := _put_back(target, operation.argument(1, "mask"), source, "masked_scatter")) is not None:
         return put_back
     layers = {each.units.layer for each in (target.origin, source) if each.units is not None}
     return Origin.of(ROWS, upstream) if len(layers) > 1 else lose(operation)
 
 
-def _put_back(source: Origin, upstream: int, function: str) -> Origin | None:
-    """Return what a tensor is into which elements were written that data picked from a layer's units.
+def _put_back(target: Operand, index: Any, source: Origin, function: str) -> Origin | None:
+    """Return what a tensor of constants is into which elements were written that were picked from a layer's units.
 
-    They may be put back where they were, as a ReLU that is written out puts those above zero, so that the next layer
-    reads an activation of that layer.
+    If the units themselves say where, the elements may be put back where they were: a ReLU that is written out puts
+    those above zero among zeros. Then the next layer reads an activation of that layer.
 
     Args:
+        target: What it is written into.
+        index: What says where: an index or a mask.
         source: What is written.
-        upstream: What the result depends on.
         function: Name of the function that writes.
 
     Returns:
-        What it is; ``None`` if data picked nothing, or not from one layer.
+        What it is; ``None`` if the elements were not picked from one layer, or it does not say where.
     """
-    if source.state != ENDED or not source.layer:
+    if source.state != ENDED or not source.layer or target.origin.state not in (CONSTANT, ENDED, LOST):
         return None
-    return Origin.of(LOST, upstream, bends=((source.layer, function),))
+    if not any(each.origin.upstream & source.upstream for each in tensors_in(index)):
+        return None
+    return Origin.of(LOST, target.origin.upstream | source.upstream, bends=((source.layer, function),))
 
 
 def set_item(target: Operand, index: tuple[Any, ...], value: Operand) -> Origin:
@@ -144,7 +147,7 @@ def set_item(target: Operand, index: tuple[Any, ...], value: Operand) -> Origin:
     if units is None:
         if value.origin.state in (CONSTANT, WEIGHT, RAW):
             return target.origin
-        if (put_back := _put_back(value.origin, upstream, "__setitem__")) is not None:
+        if (put_back := _put_back(target, index, value.origin, "__setitem__")) is not None:
             return put_back
         if target.origin.units is not None:
             return Origin.of(LOST, upstream)
